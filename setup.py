@@ -1,0 +1,17 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="t2i-training",
+    version="0.1.0",
+    description="Training scripts that fine-tune text-to-image diffusion models",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.11",
+    install_requires=[
+        line
+        for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ],
+)

@@ -1,0 +1,217 @@
+"""Numbered checkpoints that are whole or absent, and the run's exported files.
+
+A checkpoint is written into a hidden sibling folder, synced to disk, described by a manifest (position, seed, versions,
+size and SHA-256 of every file) and put in place by one rename. Old ones are removed after that, and only folders that
+carry such a manifest. Killing a run at any moment therefore leaves the previous checkpoints untouched.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from .runtime import logger
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointManager:
+    """Saves, restores and rotates the checkpoints of one run.
+
+    `save_models(folder)` is called on the main process and writes the trained networks; `load_models(folder)` is called
+    on every process and reads them back in place. Optimizer and gradient scaler go through accelerate, so that sharded
+    ones (FSDP, DeepSpeed) keep working; loading unpickles nothing without `weights_only`.
+    """
+
+    def __init__(self, accelerator, output_dir, total_limit: int | None, save_models: Callable, load_models: Callable):
+        self.accelerator, self.output_dir, self.total_limit = accelerator, Path(output_dir), total_limit
+
+        def before_save(_models, weights, folder):
+            weights.clear()  # or accelerate would write model.safetensors next to ours
+            if accelerator.is_main_process:
+                save_models(Path(folder))
+
+        def before_load(models, folder):
+            models.clear()
+            load_models(Path(folder))
+
+        accelerator.register_save_state_pre_hook(before_save)
+        accelerator.register_load_state_pre_hook(before_load)
+        if accelerator.is_main_process:
+            for leftover in self.output_dir.glob(".checkpoint-*"):
+                shutil.rmtree(leftover)
+
+    def save(self, position: dict) -> Path:
+        """Commit checkpoint-<step>. `position` holds step, samples_seen and whatever else resuming has to know."""
+        accelerator, target = self.accelerator, self.output_dir / f"checkpoint-{position['step']}"
+        partial = target.with_name(f".{target.name}.partial")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))  # every process: sharded optimizers hold a part each
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for random_state in partial.glob("random_states_*.pkl"):
+                random_state.unlink()  # no draw comes from a global generator
+            _write_manifest(partial, position)
+            replace_folder(partial, target)
+            self._rotate(keep=target)
+        accelerator.wait_for_everyone()
+        return target
+
+    def _rotate(self, keep: Path) -> None:
+        ours = [folder for folder in _numbered(self.output_dir) if (folder / MANIFEST).is_file()]
+        surplus = len(ours) - self.total_limit if self.total_limit else 0
+        for folder in [folder for folder in ours if folder != keep][: max(0, surplus)]:
+            remove_folder(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Read networks, optimizer and scaler from a checkpoint that `find_checkpoint` returned."""
+        self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # accelerate counts micro-batches, and a checkpoint stands between two updates
+        logger.info(f"resumed from {folder}")
+
+
+def find_checkpoint(output_dir, wanted: str | None, accelerator) -> Path | None:
+    """The checkpoint to resume from: None, "latest", a name in the output folder, or a path. Same on every process.
+
+    Of the numbered ones "latest" takes the newest that verifies, and warns about those it had to pass over. One asked
+    for by name must verify, or the run exits.
+    """
+    found = [None]
+    if wanted is not None and accelerator.is_main_process:
+        found = [_latest(Path(output_dir)) if wanted == "latest" else _named(Path(output_dir), wanted)]
+    return broadcast_object_list(found)[0]
+
+
+def _latest(output_dir: Path) -> Path | None:
+    for folder in reversed(_numbered(output_dir)):
+        fault = verify(folder)
+        if fault is None:
+            return folder
+        logger.warning(f"{folder} is not usable ({fault}); trying the one before")
+    logger.warning(f"no checkpoint in {output_dir}: starting from the beginning")
+    return None
+
+
+def _named(output_dir: Path, wanted: str) -> Path:
+    inside = output_dir / wanted
+    folder = inside if inside.is_dir() else Path(wanted)
+    fault = verify(folder)
+    if fault is not None:
+        raise SystemExit(f"error: --resume_from_checkpoint {wanted}: {fault}")
+    return folder
+
+
+def read_manifest(folder: Path | None) -> dict:
+    """The manifest of a checkpoint folder; {} for None."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if folder else {}
+
+
+def verify(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if every file has the size and the hash that its manifest states."""
+    try:
+        manifest = read_manifest(folder)
+        if manifest["format"] != FORMAT or not isinstance(manifest["step"], int):
+            return f"{MANIFEST} is of another format"
+        for name, (size, digest) in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size or _sha256(path) != digest:
+                return f"{name} is damaged"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was not written by these scripts or not completely"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def _write_manifest(folder: Path, position: dict) -> None:
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        sync(path)
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
+    manifest = {"format": FORMAT, **position, "versions": _versions(), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    sync(folder / MANIFEST)
+    for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        sync(directory)
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "accelerate", "numpy")}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    folders = [folder for folder in output_dir.glob("checkpoint-*") if _NAME.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename folder or file `new` to `target`; what stood there is removed afterwards."""
+    old = target.with_name(f".{target.name}.removed")
+    remove_folder(old)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync(target.parent)
+    remove_folder(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder (or file) so that a crash half-way never leaves a part of it under its own name."""
+    if folder.is_file():
+        folder.unlink()
+    elif folder.is_dir():
+        doomed = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.removed")
+        if doomed != folder:
+            folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]:
+    """On the main process let `write(folder)` fill a hidden folder, then move its entries into `output_dir`.
+
+    Earlier ones of the same name are replaced. Returns the names. A crash while the files are being written leaves an
+    earlier export as it was.
+    """
+    if not accelerator.is_main_process:
+        return []
+    partial = Path(output_dir) / ".export.partial"
+    remove_folder(partial)
+    partial.mkdir()
+    write(partial)
+    for path in partial.rglob("*"):
+        sync(path)
+    # Folders before files, so that model_index.json never points at what is not there yet.
+    names = [entry.name for entry in sorted(partial.iterdir(), key=lambda entry: (entry.is_file(), entry.name))]
+    for name in names:
+        replace_folder(partial / name, Path(output_dir) / name)
+    partial.rmdir()
+    return names

@@ -1,0 +1,184 @@
+"""From a command line to checked arguments, without importing torch: a usage error answers in a blink.
+
+Everything that can be known before models and data are opened is checked here, and said in one line that names the
+flag and the way out. A flag is never parsed and ignored: a combination that a script cannot honour is refused.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+from .cli import LR_SCHEDULERS, TRACKERS
+
+SECRETS = ("hub_token",)  # never written to a file, a tracker, a log or an error text
+_POSITIVE = (
+    "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "rank",
+    "max_train_samples", "checkpointing_steps", "checkpoints_total_limit", "validation_epochs", "logging_steps",
+    "snr_gamma", "adam_epsilon", "max_grad_norm",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "input_perturbation", "seed",
+    "adam_weight_decay", "dream_detail_preservation", "num_validation_images",
+)  # fmt: skip
+_BELOW_ONE = ["adam_beta1", "adam_beta2", "caption_dropout"]
+_NEEDS = {  # flag -> the flag without which it would do nothing
+    "offload_ema": "use_ema", "foreach_ema": "use_ema", "non_ema_revision": "use_ema",
+    "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
+    "dream_detail_preservation": "dream_training",
+}  # fmt: skip
+_PACKAGES = {  # flag -> the package that it needs
+    "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
+}  # fmt: skip
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check; exits with status 2 and one line on stderr when something is wrong.
+
+    With `--config FILE` the file's values stand in front of the command line's, so the command line wins.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(_config_tokens(parser, argv) + argv)
+    check(parser, args)
+    return args
+
+
+def public_config(args: argparse.Namespace) -> dict:
+    """The arguments as a plain dictionary, without secrets, such as may be written down and shown."""
+    return {k: v for k, v in sorted(vars(args).items()) if k not in SECRETS and k != "config"}
+
+
+def _config_tokens(parser, argv) -> list[str]:
+    """A YAML file as command-line tokens: argparse then checks its types and choices as it would the user's own."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    if path is None:
+        return []
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {' '.join(str(error).split())}")
+    if not isinstance(config, dict):
+        parser.error(f"--config {path}: expected lines of the form `flag: value`")
+    actions = {action.dest: action for action in parser._actions}
+    tokens = []
+    for name, value in config.items():
+        action = actions.get(name)
+        if action is None or name in ("config", "help"):
+            parser.error(f"--config {path}: this script has no flag {name!r}")
+        if value is None:
+            continue
+        is_switch, is_list = action.nargs == 0, action.nargs == "+"
+        items = value if is_list and isinstance(value, list) else [value]
+        if isinstance(value, bool) != is_switch or any(isinstance(item, list | dict) for item in items):
+            wanted = "true or false" if is_switch else "a list of values" if is_list else "one value"
+            parser.error(f"--config {path}: {name} must be {wanted}, not {value!r}")
+        if is_list:  # a default, not tokens: a prompt may begin with a dash
+            parser.set_defaults(**{name: [str(item) for item in items]})
+        elif not is_switch:
+            tokens.append(f"{action.option_strings[0]}={value}")
+        elif value:
+            tokens.append(action.option_strings[0])
+    return tokens
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot work, through `parser.error`. Opens no model and no data set."""
+    _check_numbers(parser, args)
+    _check_combinations(parser, args)
+    _check_objective(parser, args)
+    _check_reporting(parser, args)
+    _check_paths(parser, args)
+
+
+def _check_numbers(parser, args):
+    flags = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
+    for name in _POSITIVE:
+        if name in flags and not flags[name] > 0:
+            parser.error(f"--{name} must be positive, not {flags[name]}")
+    for name in _NOT_NEGATIVE:
+        if name in flags and not flags[name] >= 0:
+            parser.error(f"--{name} must not be negative, not {flags[name]}")
+    for name in _BELOW_ONE:
+        if name in flags and not 0 <= flags[name] < 1:
+            parser.error(f"--{name} must be at least 0 and below 1, not {flags[name]}")
+    if flags.get("resolution", 8) % 8:
+        nearest = max(8, round(args.resolution / 8) * 8)
+        parser.error(f"--resolution must be a multiple of 8, not {args.resolution}; the nearest is {nearest}")
+    if flags.get("seed", 0) >= 2**63:
+        parser.error("--seed must be below 2**63")
+
+
+def _check_combinations(parser, args):
+    for name, needed in _NEEDS.items():
+        if getattr(args, name, None) not in (None, False, parser.get_default(name)) and not getattr(args, needed):
+            parser.error(f"--{name} does nothing without --{needed}: add --{needed}, or leave --{name} out")
+    for name, package in _PACKAGES.items():
+        if getattr(args, name, False) and importlib.util.find_spec(package) is None:
+            parser.error(f"--{name} needs the package {package}: pip install {package}, or leave the flag out")
+    name = args.lr_scheduler.partition(":")[0]
+    if name == "piecewise_constant":
+        if not re.fullmatch(r"piecewise_constant:([\d.e+-]+:\d+,)+[\d.e+-]+", args.lr_scheduler):
+            parser.error(
+                "--lr_scheduler piecewise_constant takes its rules behind a colon, e.g. "
+                "piecewise_constant:1:1000,0.1:2000,0.01 (factor:until_step, ..., last factor)"
+            )
+    elif args.lr_scheduler not in LR_SCHEDULERS:
+        parser.error(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}")
+
+
+def _check_objective(parser, args):
+    if not hasattr(args, "prediction_type"):
+        return
+    if args.prediction_type not in (None, "epsilon", "v_prediction"):
+        parser.error(f"--prediction_type must be epsilon or v_prediction, not {args.prediction_type!r}")
+    prediction_type = args.prediction_type or _local_prediction_type(args.pretrained_model_name_or_path)
+    if getattr(args, "dream_training", False) and prediction_type == "v_prediction":
+        parser.error("--dream_training is defined for epsilon prediction only, and this is a v_prediction run")
+
+
+def _local_prediction_type(model: str) -> str | None:
+    try:
+        return json.loads((Path(model) / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type")
+    except (OSError, ValueError):  # a hub model: the script checks again once it is loaded
+        return None
+
+
+def _check_reporting(parser, args):
+    if args.report_to not in TRACKERS:
+        parser.error(f"--report_to must be one of {', '.join(TRACKERS)}, not {args.report_to!r}")
+    package = {"comet_ml": "comet_ml", "wandb": "wandb", "tensorboard": "tensorboard"}.get(args.report_to)
+    if package and importlib.util.find_spec(package) is None:
+        parser.error(f"--report_to {args.report_to} needs the package {package}: pip install {package}")
+    if args.report_to in ("wandb", "all") and args.hub_token is not None:
+        parser.error(
+            f"--report_to {args.report_to} together with --hub_token could publish the token; "
+            "log in with `hf auth login` and leave --hub_token out"
+        )
+
+
+def _check_paths(parser, args):
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error("no data: give --dataset_name, or --train_data_dir with a folder of captioned pictures")
+    if args.dataset_name is None and not Path(args.train_data_dir).is_dir():
+        parser.error(f"--train_data_dir {args.train_data_dir}: there is no such folder")
+    for name, value in vars(args).items():
+        is_path = name == "dataset_name" or name.startswith("pretrained_")
+        if is_path and value and value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
+            parser.error(f"--{name} {value}: there is no such folder")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        parser.error(f"--output_dir {output_dir} is a file")
+    wanted = args.resume_from_checkpoint
+    if wanted not in (None, "latest") and not (output_dir / wanted).is_dir() and not Path(wanted).is_dir():
+        parser.error(f"--resume_from_checkpoint {wanted}: no such checkpoint, in {output_dir} or as a path")
+    if wanted is None and list(output_dir.glob("checkpoint-*/manifest.json")):
+        parser.error(
+            f"--output_dir {output_dir} holds checkpoints of an earlier run: "
+            "continue it with --resume_from_checkpoint latest, or choose another folder"
+        )

@@ -1,0 +1,110 @@
+"""The model card that every run writes, the tokenizer files that older stacks read, and the upload to the hub."""
+
+import json
+import re
+from pathlib import Path
+
+from .runtime import logger
+
+
+def create_repository(args, accelerator) -> str | None:
+    """With --push_to_hub create the repository (or find it) before training, so that a bad token shows at once."""
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return None
+    from huggingface_hub import create_repo
+
+    try:
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        return create_repo(repo_id=name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # connection, authentication and naming errors, all without the token in their text
+        reason = " ".join(str(error).replace(args.hub_token or "\0", "***").split())
+        raise SystemExit(f"error: --push_to_hub: {type(error).__name__}: {reason}") from None
+
+
+def finish(args, accelerator, repo_id: str | None, exported: list[str], **card) -> None:
+    """After the export: write the card (`card` goes to `write_card`) and, if asked for, upload. Main process only."""
+    if accelerator.is_main_process:
+        write_card(args, **card)
+        if repo_id is not None:
+            push(args, repo_id, exported)
+    accelerator.wait_for_everyone()
+
+
+def push(args, repo_id: str, exported: list[str]) -> None:
+    """Upload what the run made: exported files, card, pictures and curves; not checkpoints, logs or configuration."""
+    from huggingface_hub import upload_folder
+
+    patterns = [pattern for name in exported for pattern in (name, f"{name}/*")]
+    upload_folder(
+        repo_id=repo_id, folder_path=args.output_dir, commit_message="End of training", token=args.hub_token,
+        allow_patterns=[*patterns, "README.md", "training_curves.png", "validation/*.png"],
+    )  # fmt: skip
+    logger.info(f"pushed to {repo_id}")
+
+
+def write_card(args, *, title: str, base_model: str, tags: list[str], usage: str, steps: int, metadata=None) -> None:
+    """README.md of the output folder: what it is, from what and how it was made, how to use it, before/after pictures.
+
+    `metadata` adds entries to the card's YAML head. Local paths are left out: the hub takes names only there, and they
+    are nobody's business.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    head = {"license": "creativeml-openrail-m", "library_name": "diffusers", "inference": True, "tags": tags}
+    for key, value in (("base_model", base_model), ("datasets", args.dataset_name)):
+        if value and is_hub_name(value):
+            head[key] = [value] if key == "datasets" else value
+    rows = [
+        ("base model", _public_name(base_model)),
+        ("data", _public_name(args.dataset_name or args.train_data_dir)),
+        ("weight updates", steps),
+        ("learning rate", f"{args.learning_rate} ({args.lr_scheduler})"),
+        ("batch size x accumulation", f"{args.train_batch_size} x {args.gradient_accumulation_steps}"),
+        ("resolution", args.resolution),
+        ("mixed precision", args.mixed_precision or "accelerate's"),
+        ("seed", args.seed),
+    ]
+    table = "\n".join(f"| {name} | {escape(str(value))} |" for name, value in rows)
+    body = (
+        f"# {escape(title)}\n\nFine-tuned from {escape(_public_name(base_model))} on captioned pictures.\n\n"
+        f"{_pictures(args)}## Use\n\n```python\n{usage.strip()}\n```\n\n## Training\n\n| | |\n|---|---|\n{table}\n\n"
+        "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
+        "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
+    )
+    data = ModelCardData(**head, **(metadata or {}))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir) / "README.md")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be a repository on the hub, and is no folder here."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
+
+
+def _public_name(name: str) -> str:
+    return name if is_hub_name(name) else Path(name).name
+
+
+def escape(text: str) -> str:
+    """Text from a prompt or a caption as inert Markdown on one line."""
+    text = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|&~$-])", lambda match: f"&#{ord(match[1])};", text)
+
+
+def _pictures(args) -> str:
+    grids = sorted((Path(args.output_dir) / "validation").glob("step-*.png"))
+    prompts = getattr(args, "validation_prompts", None) or [p for p in [getattr(args, "validation_prompt", None)] if p]
+    if not grids or not prompts:
+        return ""
+    listed = "\n".join(f"- {escape(prompt)}" for prompt in prompts)
+    return f"![base model and fine-tuned model](validation/{grids[-1].name})\n\n{listed}\n\n"
+
+
+def keep_vocabulary_files(tokenizer_folder: Path) -> None:
+    """Write vocab.json and merges.txt beside tokenizer.json: older stacks need what transformers 5 leaves out."""
+    file = tokenizer_folder / "tokenizer.json"
+    if not file.exists():
+        return
+    model = json.loads(file.read_text(encoding="utf-8"))["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (tokenizer_folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (tokenizer_folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

@@ -1,0 +1,188 @@
+"""What a run reports while it trains: progress bar, metrics.jsonl, trackers, curves.
+
+Losses stay on the device and are read once a logging interval.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from . import data
+from .checks import public_config
+from .runtime import logger
+
+METRICS = "metrics.jsonl"
+
+
+class Progress:
+    """Where the run stands, and its losses, kept on the device until the logging interval ends.
+
+    `step` counts weight updates up to `total`, `samples_seen` samples over all processes.
+    """
+
+    def __init__(self, args, accelerator, dataset):
+        self.args, self.accelerator, self.dataset = args, accelerator, dataset
+        self.effective_batch, self.total = data.plan_updates(args, len(dataset), accelerator.num_processes)
+        self.step = self.samples_seen = 0
+        self._losses, self._grad_norms, self._indices = [], [], []
+        self._file = Path(args.output_dir) / METRICS
+        self._bar = None
+
+    def position(self) -> dict:
+        """What a checkpoint has to know to continue from here."""
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "seed": self.args.seed,
+            "effective_batch": self.effective_batch,
+            "dataset_size": len(self.dataset),
+        }
+
+    def validation_due(self) -> bool:
+        """Whether the update just counted was the last, or completed a multiple of --validation_epochs epochs."""
+        period = self.args.validation_epochs * len(self.dataset)
+        completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
+        return completed or self.step == self.total
+
+    def begin(self, position: dict) -> None:
+        """Start counting at `position` (a checkpoint's manifest, or {}), and open bar, metrics file and trackers."""
+        self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
+        main = self.accelerator.is_main_process
+        if main:
+            _keep_metrics_until(self._file, self.step)
+        if position.get("dataset_size", len(self.dataset)) != len(self.dataset):
+            logger.warning("the data set's size has changed since the checkpoint: samples are seen in a new order")
+        config = public_config(self.args)  # trackers take scalars only
+        config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
+        project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")
+        self.accelerator.init_trackers(project, config=config)
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants lines, not an animation
+        self._bar = tqdm(
+            total=self.total, initial=self.step, disable=not main, mininterval=interval, unit="step", dynamic_ncols=True
+        )
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out what just happened (a checkpoint, validation) from the images per second."""
+        self._clock, self._clock_samples = time.perf_counter(), self.samples_seen
+
+    def add(self, loss: torch.Tensor, indices: torch.Tensor) -> None:
+        """Take one micro-batch's loss and the indices (B,) of its samples. Waits for nothing."""
+        self._losses.append(loss.detach())
+        self._indices.append(indices)
+
+    def update(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Count one weight update; at the end of a logging interval read the device and report."""
+        self.step += 1
+        self.samples_seen += self.effective_batch
+        self._grad_norms.append(grad_norm.detach())
+        self._learning_rate = learning_rate
+        if self.step % self.args.logging_steps == 0 or self.step == self.total:
+            self.report()
+        self._bar.update()
+
+    def report(self) -> None:
+        """Read the losses since the last report, stop on a non-finite one, write them down. All processes call it."""
+        if not self._grad_norms:
+            return
+        updates = len(self._grad_norms)
+        losses = torch.stack(self._losses).float().view(updates, -1).mean(1)  # (updates,)
+        losses = self.accelerator.reduce(losses, reduction="mean")
+        values = torch.stack([losses, torch.stack(self._grad_norms).float()]).tolist()  # the only wait for the device
+        self._stop_if_not_finite(*values)
+        seconds = max(time.perf_counter() - self._clock, 1e-9)
+        row = {
+            "step": self.step,
+            "epoch": round(self.samples_seen / len(self.dataset), 4),
+            "loss": sum(values[0]) / updates,
+            "lr": self._learning_rate,
+            "grad_norm": values[1][-1],
+            "images_per_second": round((self.samples_seen - self._clock_samples) / seconds, 3),
+        }
+        self._losses, self._grad_norms, self._indices = [], [], []
+        self.restart_clock()
+        if self.accelerator.is_main_process:
+            with open(self._file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            shown = f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, images/s={row['images_per_second']:.1f}"
+            self._bar.set_postfix_str(shown, refresh=False)
+        values = {"train_loss" if name == "loss" else name: value for name, value in row.items() if name != "step"}
+        self.accelerator.log(values, step=self.step)
+
+    def _stop_if_not_finite(self, losses: list[float], grad_norms: list[float]) -> None:
+        """A loss scaler skips non-finite gradients by design; elsewhere they, like a non-finite loss, end the run."""
+        scaled = self.accelerator.mixed_precision == "fp16"
+        for i, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True)):
+            if math.isfinite(loss) and (scaled or math.isfinite(grad_norm)):
+                continue
+            micro_batches = len(self._indices) // len(losses)
+            indices = [int(k) for batch in self._indices[i * micro_batches : (i + 1) * micro_batches] for k in batch]
+            names = [data.describe(self.dataset, self.args.image_column, index) for index in gather_object(indices)]
+            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
+            step = self.step - len(losses) + i + 1
+            raise SystemExit(
+                f"error: {what} at step {step}, nothing saved since; the step's samples: {'; '.join(names)}. "
+                "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"
+            )
+
+    def close(self) -> None:
+        """End bar and trackers; draw the curves."""
+        self._bar.close()
+        if self.accelerator.is_main_process:
+            draw_curves(self._file.parent)
+        self.accelerator.end_training()
+
+
+def _keep_metrics_until(file: Path, step: int) -> None:
+    """Drop the rows after `step`, which a resumed run writes again, and a half-written last line."""
+    rows = []
+    if file.exists() and step > 0:
+        rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
+    temporary = file.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def read_metrics(output_dir) -> list[dict]:
+    """The rows of metrics.jsonl, in order; a last line cut short by a crash is left out."""
+    rows = []
+    for line in (Path(output_dir) / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            logger.warning(f"{METRICS}: left out a damaged line")
+    return rows
+
+
+def draw_curves(output_dir) -> Path | None:
+    """training_curves.png: loss (raw and smoothed), learning rate and gradient norm over the steps."""
+    rows = read_metrics(output_dir)
+    if not rows:
+        return None
+    from matplotlib.figure import Figure  # not pyplot: it would pick a display and a global state
+
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    smooth, smoothed = losses[0], []
+    for loss in losses:
+        smooth = 0.9 * smooth + 0.1 * loss
+        smoothed.append(smooth)
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    panels[0].plot(steps, losses, color="0.75", linewidth=0.8, label="interval mean")
+    panels[0].plot(steps, smoothed, color="tab:blue", label="smoothed")
+    panels[0].legend(frameon=False)
+    for panel, title in zip(panels, ("loss", "lr", "grad_norm"), strict=True):
+        if title != "loss":
+            panel.plot(steps, [row[title] for row in rows], color="tab:blue")
+        panel.set(title={"lr": "learning rate", "grad_norm": "gradient norm"}.get(title, title), xlabel="step")
+        panel.spines[["top", "right"]].set_visible(False)
+    path = Path(output_dir) / "training_curves.png"
+    figure.savefig(path, dpi=100)
+    return path

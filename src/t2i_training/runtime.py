@@ -1,0 +1,222 @@
+"""What surrounds a run: the accelerator, the output folder's lock, the seed, stop signals, optimizer and schedule."""
+
+import contextlib
+import copy
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+from .checks import public_config
+
+logger = get_logger("t2i_training")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_locks = {}  # open lock files by output folder: closing one would release it
+_stop_signal = None
+
+
+def start(args) -> Accelerator:
+    """Accelerator, logging, lock on the output folder, stop signals. Call once, before anything is loaded."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are tokenized one by one, in forked workers
+    if args.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    # A second run in one process (main() called again) may ask for another precision or accumulation.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=_possible_precision(args.mixed_precision),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("t2i_training").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    _quiet_libraries(accelerator)
+    if accelerator.is_main_process:
+        _lock(output_dir)
+    accelerator.wait_for_everyone()
+    if accelerator.state.deepspeed_plugin is not None:  # it would read the size off a prepared loader, and ours is not
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    if getattr(args, "allow_tf32", False):
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    _catch_signals()
+    return accelerator
+
+
+def _possible_precision(wanted: str | None) -> str | None:
+    """fp16 needs a GPU; without one the guides' commands still run, in full precision, and say so."""
+    if (wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16" and PartialState().device.type == "cpu":
+        warnings.warn("fp16 needs a GPU: training in fp32", stacklevel=3)
+        return "no"
+    return wanted
+
+
+def _quiet_libraries(accelerator):
+    import datasets
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
+
+
+def _lock(output_dir: Path) -> None:
+    """Claim the folder for this process; the kernel lets go when the process dies, however it dies.
+
+    A POSIX record lock, not flock: loader workers would inherit the latter and hold it on after a SIGKILL.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        handle = _locks.pop(output_dir.resolve(), None) or open(output_dir / ".lock", "a")  # noqa: SIM115
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"error: --output_dir {output_dir} is in use by another run") from None
+    except OSError as error:
+        raise SystemExit(f"error: --output_dir {output_dir} cannot be written: {error.strerror}") from None
+    _locks[output_dir.resolve()] = handle
+
+
+def settle_config(args, accelerator, position: dict) -> None:
+    """Settle the seed, equal on all processes, and write run_config.yaml, which --config takes.
+
+    The seed is the checkpoint's (`position` is its manifest, or {}), else --seed, else one drawn here.
+    """
+    stored = position.get("seed")
+    if stored is not None and args.seed not in (None, stored):
+        raise SystemExit(f"error: --seed {args.seed} differs from the checkpoint's, {stored}: leave it out to continue")
+    seed = [stored if stored is not None else args.seed if args.seed is not None else secrets.randbelow(2**31)]
+    args.seed = broadcast_object_list(seed)[0]
+    logger.info(f"seed {args.seed}")
+    if accelerator.is_main_process:
+        text = yaml.safe_dump(public_config(args), allow_unicode=True)
+        (Path(args.output_dir) / "run_config.yaml").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def readable_errors(flag: str, value: str):
+    """Loading a model can fail in many ways inside several libraries; say it in one line that names the flag."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: {flag} {value}: {type(error).__name__}: {reason[:500]}") from error
+
+
+def finish(stopped_by: int) -> None:
+    """Leave with status 128 + signal if a signal ended the run, as the shell would say; else return."""
+    default_signals()
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
+
+
+def _catch_signals() -> None:
+    """SIGTERM and SIGINT ask the loop to stop after its step; a second one ends the process at once."""
+    global _stop_signal
+    _stop_signal, owner = None, os.getpid()
+
+    def on_signal(number, _frame):
+        global _stop_signal
+        if os.getpid() == owner:  # and not a forked worker, which a Ctrl-C reaches as well
+            _stop_signal = number
+            default_signals()
+            logger.warning(f"{signal.Signals(number).name}: finishing the step and saving; once more aborts")
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere signals are the caller's business
+        for number in STOP_SIGNALS:
+            signal.signal(number, on_signal)
+
+
+def default_signals() -> None:
+    """Give SIGTERM and SIGINT back to Python: the run is over, or is to be aborted by the next one."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop_requested(accelerator, step: int, every: int) -> int:
+    """Number of the signal the run was asked to stop with, 0 for none; equal on all processes.
+
+    Several processes agree only at every `every`-th step, since agreeing makes each of them wait for its device.
+    """
+    if accelerator.num_processes == 1:
+        return _stop_signal or 0
+    if step % every:
+        return 0
+    return int(accelerator.gather(torch.tensor([_stop_signal or 0], device=accelerator.device)).max())
+
+
+def inference_dtype(accelerator) -> torch.dtype:
+    """What frozen networks are cast to: the mixed precision's type, from the flag or from `accelerate launch`."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def frozen(module: torch.nn.Module, accelerator) -> torch.nn.Module:
+    """`module` for inference: without gradients, on the device, in the mixed precision's type.
+
+    In half precision it is a copy, so that the export can write the original unrounded.
+    """
+    dtype = inference_dtype(accelerator)
+    module = module if module.dtype == dtype else copy.deepcopy(module)
+    return module.requires_grad_(False).eval().to(accelerator.device, dtype)
+
+
+def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters to train. A list, and to be taken again after `prepare`, which may have replaced them."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(args, parameters: list, accelerator):
+    """AdamW over `parameters`: 8-bit if asked, else torch's fused one where the device has it."""
+    options = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if getattr(args, "scale_lr", False):
+        options["lr"] *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=accelerator.device.type in ("cpu", "cuda"), **options)
+
+
+def make_schedule(args, optimizer, num_updates: int):
+    """A diffusers schedule counted in weight updates, whatever the processes and the accumulation.
+
+    It is not handed to accelerate, which would step it once per process. Its state is the update count alone.
+    """
+    from diffusers.optimization import get_scheduler
+
+    name, _, rules = args.lr_scheduler.partition(":")
+    return get_scheduler(
+        name,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=num_updates,
+        step_rules=rules or None,
+    )
+
+
+def set_schedule(schedule, step: int) -> None:
+    """Put the schedule where it stands after `step` updates; exact, since diffusers' schedules are closed forms."""
+    schedule.last_epoch = step - 1
+    schedule.step()

@@ -1,0 +1,100 @@
+"""Validation pictures: drawn by all processes, saved singly and in a grid whose first row is the untouched model."""
+
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from PIL import Image, ImageDraw, ImageFont
+
+from .runtime import logger
+
+
+def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], step: int, output_dir, accelerator):
+    """Draw picture i for prompts[i], spread over the processes; save, log and lay them out under those of step 0.
+
+    All processes call it, so none waits long enough at a barrier for a time-out. Writes
+    validation/step-<n>/<i>.png and validation/step-<n>.png.
+    """
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    drawn = dict(gather_object([(i, draw_picture(i)) for i in mine]))
+    if not accelerator.is_main_process:
+        return
+    pictures = [drawn[i] for i in range(len(prompts))]
+    folder = _folder(output_dir, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i:02d}.png")
+    rows = [(f"step {step}", pictures)]
+    if step > 0 and (base := _load(_folder(output_dir, 0), len(prompts))):
+        rows.insert(0, ("base model", base))
+    elif step == 0:
+        rows = [("base model", pictures)]
+    grid = make_grid(prompts, rows)
+    grid.save(folder.with_suffix(".png"))
+    log_pictures(accelerator, prompts, pictures, step)
+    logger.info(f"validation pictures: {folder.with_suffix('.png')}")
+
+
+def has_base_row(output_dir, count: int) -> bool:
+    """Whether the untouched model's pictures for `count` prompts are there, from this run's beginning."""
+    return bool(_load(_folder(output_dir, 0), count))
+
+
+def _folder(output_dir, step: int) -> Path:
+    return Path(output_dir) / "validation" / f"step-{step:06d}"
+
+
+def _load(folder: Path, count: int) -> list[Image.Image]:
+    paths = [folder / f"{i:02d}.png" for i in range(count)]
+    return [Image.open(path).convert("RGB") for path in paths] if all(path.exists() for path in paths) else []
+
+
+def make_grid(columns: list[str], rows: list[tuple[str, list[Image.Image]]], cell: int = 160) -> Image.Image:
+    """Pictures in a grid, a labelled column for each prompt and a labelled row for each step.
+
+    Cells are at least `cell` pixels wide, small pictures enlarged without smoothing, so that labels stay readable.
+    """
+    width = max(cell, rows[0][1][0].width)
+    font, margin, gap = _font(15), 110, 6
+    heads = [textwrap.wrap(text, max(8, width // 9))[:4] or ["(empty)"] for text in columns]
+    top = 8 + 19 * max(map(len, heads))
+    heights = [round(row[0].height * width / row[0].width) for _, row in rows]
+    grid = Image.new("RGB", (margin + len(columns) * (width + gap), top + sum(heights) + gap * len(rows)), "white")
+    ink = ImageDraw.Draw(grid)
+    for i, lines in enumerate(heads):
+        ink.multiline_text((margin + i * (width + gap), 4), "\n".join(lines), "black", font)
+    y = top
+    for (label, pictures), height in zip(rows, heights, strict=True):
+        ink.text((6, y + height // 2 - 8), label, "black", font)
+        for i, picture in enumerate(pictures):
+            smooth = Image.Resampling.NEAREST if picture.width < width else Image.Resampling.LANCZOS
+            grid.paste(picture.convert("RGB").resize((width, height), smooth), (margin + i * (width + gap), y))
+        y += height + gap
+    return grid
+
+
+@cache
+def _font(size: int):
+    import matplotlib  # its bundled DejaVu covers far more scripts than PIL's own font
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def log_pictures(accelerator, prompts: list[str], pictures: list[Image.Image], step: int, tag="validation") -> None:
+    """Send pictures to the trackers that take them: TensorBoard, Weights & Biases, Comet."""
+    import numpy as np
+
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stack = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+            tracker.writer.add_images(tag, stack, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            captions = zip(pictures, prompts, strict=True)
+            tracker.log({tag: [wandb.Image(picture, caption=prompt) for picture, prompt in captions]}, step=step)
+        elif tracker.name == "comet_ml":
+            for i, picture in enumerate(pictures):
+                tracker.writer.log_image(picture, name=f"{tag}/{i}: {prompts[i]}", step=step)
