@@ -37,6 +37,16 @@ def pictures(tmp_path_factory) -> Path:
     return tiny.make_pictures(tmp_path_factory.mktemp("data") / "pictures")
 
 
+@pytest.fixture(scope="session")
+def server():
+    """server.start(tokens, folder): a run in a process of its own, to be signalled and killed."""
+    import runs
+
+    server = runs.Server()
+    yield server
+    server.close()
+
+
 @cache
 def load_script(name: str):
     """A training script as a module, as `import` would give it."""
@@ -59,19 +69,19 @@ def flags(**values) -> list[str]:
     return tokens
 
 
+def short_run(model: Path, pictures: Path, output_dir: Path) -> dict:
+    """Flags of a short Stable Diffusion run."""
+    return {
+        "pretrained_model_name_or_path": model, "train_data_dir": pictures, "output_dir": output_dir,
+        "resolution": 32, "train_batch_size": 2, "max_train_steps": 4, "lr_warmup_steps": 0, "seed": 3,
+        "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def sd_flags(model, pictures, tmp_path):
     """sd_flags(**changes): tokens of a short Stable Diffusion run into tmp_path / "out"; None leaves a flag out."""
-
-    def make(**changes) -> list[str]:
-        defaults = {
-            "pretrained_model_name_or_path": model, "train_data_dir": pictures, "output_dir": tmp_path / "out",
-            "resolution": 32, "train_batch_size": 2, "max_train_steps": 4, "lr_warmup_steps": 0, "seed": 3,
-            "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3,
-        }  # fmt: skip
-        return flags(**defaults | changes)
-
-    return make
+    return lambda **changes: flags(**short_run(model, pictures, tmp_path / "out") | changes)
 
 
 @pytest.fixture
@@ -89,7 +99,14 @@ def launch(script: str, tokens: list[str], *, processes: int = 0, **options) -> 
     """Run a script as a user would: python, or `processes` of them under torch's launcher (gloo on the CPU)."""
     command = [sys.executable]
     if processes:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(free_port()),
+        ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | options.pop("env", {})
     command += [str(tiny.SCRIPTS[script]), *tokens]
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)

@@ -175,16 +175,16 @@ pipe("a caption like those it was trained on").images[0].save("picture.png")
 def main(argv=None):
     args = parse_args(argv)
     accelerator = runtime.start(args)
-    repo_id = hub.create_repository(args, accelerator)
     folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     position = checkpoint.read_manifest(folder)
-    runtime.settle_config(args, accelerator, position)
+    runtime.settle_seed(args, position)
 
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
         data.check_captions(dataset, args.caption_column)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
-    vae, text_encoder = runtime.frozen(pipeline.vae, accelerator), runtime.frozen(pipeline.text_encoder, accelerator)
+    repo_id = hub.create_repository(args, accelerator)
+    frozen = [runtime.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
     unet = unet.to(accelerator.device)
     average = ema.make_ema(args, unet, accelerator.device, initial=pipeline.unet) if args.use_ema else None
 
@@ -205,8 +205,9 @@ def main(argv=None):
     progress.begin(position)
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
+    drawing = build_drawing_pipeline(pipeline, network, *frozen) if args.validation_prompts else None
+
     def validate():
-        drawing = build_drawing_pipeline(pipeline, network, vae, text_encoder)
         draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
         with ema.averaged(average if progress.step else None, network):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
@@ -219,7 +220,7 @@ def main(argv=None):
         for _ in range(args.gradient_accumulation_steps):
             with accelerator.accumulate(unet):
                 batch = next(stream)
-                batch |= encode(batch, vae, text_encoder)
+                batch |= encode(batch, *frozen)
                 loss = compute_loss(unet, batch, noise_scheduler, args)
                 accelerator.backward(loss)
                 progress.add(loss, batch["index"])
@@ -235,16 +236,17 @@ def main(argv=None):
         if args.validation_prompts and progress.validation_due() and not stopped_by:
             validate()
         if progress.step % args.checkpointing_steps == 0 or stopped_by:
-            progress.report()  # reads the losses, so that nothing non-finite is ever saved
+            progress.read()  # the losses, so that nothing non-finite is ever saved
             checkpoints.save(progress.position())
             progress.restart_clock()
 
     if progress.step == progress.total:
         with ema.averaged(average, network):
             exported = checkpoint.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+    progress.close()
+    if progress.step == progress.total:
         hub.finish(args, accelerator, repo_id, exported, title="Stable Diffusion fine-tuning", tags=TAGS, usage=USAGE,
                    base_model=args.pretrained_model_name_or_path, steps=progress.step)  # fmt: skip
-    progress.close()
     runtime.finish(stopped_by)
 
 

@@ -6,6 +6,7 @@ carry such a manifest. Killing a run at any moment therefore leaves the previous
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from .runtime import logger
+from .runtime import logger, readable_errors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -63,6 +64,7 @@ class CheckpointManager:
             for random_state in partial.glob("random_states_*.pkl"):
                 random_state.unlink()  # no draw comes from a global generator
             _write_manifest(partial, position)
+            _set_foreign_aside(target)
             replace_folder(partial, target)
             self._rotate(keep=target)
         accelerator.wait_for_everyone()
@@ -76,7 +78,8 @@ class CheckpointManager:
 
     def restore(self, folder: Path) -> None:
         """Read networks, optimizer and scaler from a checkpoint that `find_checkpoint` returned."""
-        self.accelerator.load_state(str(folder))
+        with readable_errors("checkpoint", str(folder)):
+            self.accelerator.load_state(str(folder))
         self.accelerator.step = 0  # accelerate counts micro-batches, and a checkpoint stands between two updates
         logger.info(f"resumed from {folder}")
 
@@ -131,7 +134,7 @@ def verify(folder: Path) -> str | None:
                 return f"{name} is damaged"
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not written by these scripts or not completely"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
 
@@ -171,6 +174,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _set_foreign_aside(target: Path) -> None:
+    """What stands at `target` without our manifest is the user's: give it a number behind its name."""
+    if target.exists() and not (target / MANIFEST).is_file():
+        names = (target.with_name(f"{target.name}.{i}") for i in itertools.count(1))
+        target.rename(next(name for name in names if not name.exists()))
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ flag and the way out. A flag is never parsed and ignored: a combination that a s
 import argparse
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -23,10 +24,10 @@ _NOT_NEGATIVE = (
     "learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "input_perturbation", "seed",
     "adam_weight_decay", "dream_detail_preservation", "num_validation_images",
 )  # fmt: skip
-_BELOW_ONE = ["adam_beta1", "adam_beta2", "caption_dropout"]
+_BELOW_ONE = ["adam_beta1", "adam_beta2", "caption_dropout", "image_embeds_dropout"]
 _NEEDS = {  # flag -> the flag without which it would do nothing
     "offload_ema": "use_ema", "foreach_ema": "use_ema", "non_ema_revision": "use_ema",
-    "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
+    "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
     "dream_detail_preservation": "dream_training",
 }  # fmt: skip
 _PACKAGES = {  # flag -> the package that it needs
@@ -42,49 +43,72 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(_config_tokens(parser, argv) + argv)
     check(parser, args)
+    if hasattr(args, "validation_prompt"):  # several pictures of one prompt are validated like several prompts
+        args.validation_prompts = (
+            [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+        )
     return args
 
 
 def public_config(args: argparse.Namespace) -> dict:
     """The arguments as a plain dictionary, without secrets, such as may be written down and shown."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in SECRETS and k != "config"}
+    left_out = {*SECRETS, "config", "validation_prompts" if hasattr(args, "validation_prompt") else ""}
+    return {name: value for name, value in sorted(vars(args).items()) if name not in left_out}
 
 
 def _config_tokens(parser, argv) -> list[str]:
     """A YAML file as command-line tokens: argparse then checks its types and choices as it would the user's own."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = argparse.ArgumentParser(prog=parser.prog, add_help=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
     if path is None:
         return []
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
+    tokens = []
+    for name, value in _read_config(parser, path).items():
+        if name not in actions:
+            parser.error(f"--config {path}: this script has no flag {name!r}")
+        try:
+            tokens += _tokens(parser, actions[name], value)
+        except (ValueError, argparse.ArgumentError) as error:
+            parser.error(f"--config {path}: {error}")
+    return tokens
+
+
+def _read_config(parser, path: str) -> dict:
     import yaml
 
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {' '.join(str(error).split())}")
+    except OSError as error:
+        parser.error(f"--config {path}: {error.strerror}")
+    except (UnicodeDecodeError, yaml.YAMLError) as error:  # whose text quotes the file, which may hold a token
+        line = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        parser.error(f"--config {path}: not readable as YAML{line}")
     if not isinstance(config, dict):
         parser.error(f"--config {path}: expected lines of the form `flag: value`")
-    actions = {action.dest: action for action in parser._actions}
-    tokens = []
-    for name, value in config.items():
-        action = actions.get(name)
-        if action is None or name in ("config", "help"):
-            parser.error(f"--config {path}: this script has no flag {name!r}")
-        if value is None:
-            continue
-        is_switch, is_list = action.nargs == 0, action.nargs == "+"
-        items = value if is_list and isinstance(value, list) else [value]
-        if isinstance(value, bool) != is_switch or any(isinstance(item, list | dict) for item in items):
-            wanted = "true or false" if is_switch else "a list of values" if is_list else "one value"
-            parser.error(f"--config {path}: {name} must be {wanted}, not {value!r}")
-        if is_list:  # a default, not tokens: a prompt may begin with a dash
-            parser.set_defaults(**{name: [str(item) for item in items]})
-        elif not is_switch:
-            tokens.append(f"{action.option_strings[0]}={value}")
-        elif value:
-            tokens.append(action.option_strings[0])
-    return tokens
+    return config
+
+
+def _tokens(parser, action, value) -> list[str]:
+    """One flag of a config file as command-line tokens; a list becomes the flag's default instead."""
+    is_switch, is_list = action.nargs == 0, action.nargs == "+"
+    if value is None:
+        return []
+    if value is False and "no" in (action.choices or ()):
+        value = "no"  # YAML reads an unquoted no as false
+    items = value if is_list and isinstance(value, list) else [value]
+    if isinstance(value, bool) != is_switch or any(isinstance(item, list | dict) for item in items):
+        wanted = "true or false" if is_switch else "a list of values" if is_list else "one value"
+        shown = "***" if action.dest in SECRETS else repr(value)
+        raise ValueError(f"{action.dest} must be {wanted}, not {shown}")
+    if is_switch:
+        return [action.option_strings[0]] if value else []
+    parser._get_values(action, [str(item) for item in items])  # checks type and choices
+    if is_list:  # a default, not tokens: a prompt may begin with a dash
+        parser.set_defaults(**{action.dest: [str(item) for item in items]})
+        return []
+    return [f"{action.option_strings[0]}={value}"]
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -102,8 +126,8 @@ def _check_numbers(parser, args):
         if name in flags and not flags[name] > 0:
             parser.error(f"--{name} must be positive, not {flags[name]}")
     for name in _NOT_NEGATIVE:
-        if name in flags and not flags[name] >= 0:
-            parser.error(f"--{name} must not be negative, not {flags[name]}")
+        if name in flags and not 0 <= flags[name] < math.inf:
+            parser.error(f"--{name} must be finite and not negative, not {flags[name]}")
     for name in _BELOW_ONE:
         if name in flags and not 0 <= flags[name] < 1:
             parser.error(f"--{name} must be at least 0 and below 1, not {flags[name]}")
@@ -116,7 +140,9 @@ def _check_numbers(parser, args):
 
 def _check_combinations(parser, args):
     for name, needed in _NEEDS.items():
-        if getattr(args, name, None) not in (None, False, parser.get_default(name)) and not getattr(args, needed):
+        value = getattr(args, name, None)
+        is_set = value is not None and value is not False and value != parser.get_default(name)
+        if is_set and not getattr(args, needed):
             parser.error(f"--{name} does nothing without --{needed}: add --{needed}, or leave --{name} out")
     for name, package in _PACKAGES.items():
         if getattr(args, name, False) and importlib.util.find_spec(package) is None:
@@ -152,9 +178,9 @@ def _local_prediction_type(model: str) -> str | None:
 def _check_reporting(parser, args):
     if args.report_to not in TRACKERS:
         parser.error(f"--report_to must be one of {', '.join(TRACKERS)}, not {args.report_to!r}")
-    package = {"comet_ml": "comet_ml", "wandb": "wandb", "tensorboard": "tensorboard"}.get(args.report_to)
-    if package and importlib.util.find_spec(package) is None:
-        parser.error(f"--report_to {args.report_to} needs the package {package}: pip install {package}")
+    package = args.report_to  # the trackers bear the names of their packages
+    if package not in ("all", "none") and importlib.util.find_spec(package) is None:
+        parser.error(f"--report_to {package} needs the package {package}: pip install {package}")
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} together with --hub_token could publish the token; "

@@ -30,9 +30,14 @@ TRACKERS = [
 ]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print a usage of some forty lines in front of it
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
 def make_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose description is the script's own docstring, with the `--config` flag already on it."""
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="YAML", help="File with defaults for any flag; the command line wins.")
     return parser
 
@@ -42,6 +47,14 @@ def add_stable_diffusion_args(parser):
     group.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline folder or hub name.")
     group.add_argument("--revision", help="Branch, tag or commit of the hub repository.")
     group.add_argument("--variant", help="Weight files to load, e.g. fp16.")
+
+
+def add_kandinsky_args(parser):
+    group = parser.add_argument_group("model")
+    for part in ("decoder", "prior"):
+        default = f"kandinsky-community/kandinsky-2-2-{part}"
+        flag = f"--pretrained_{part}_model_name_or_path"
+        group.add_argument(flag, default=default, help=f"Folder or hub name of a {part}.")
 
 
 def add_data_args(parser):
@@ -69,6 +82,21 @@ def add_caption_args(parser):
         default=0.0,
         help="Share of samples that see the empty caption; about 0.1 keeps classifier-free guidance alive.",
     )
+
+
+def add_decoder_condition_args(parser):
+    group = parser.add_argument_group("condition")
+    group.add_argument("--caption_column", help="Checked if given; the decoder is conditioned on the picture itself.")
+    group.add_argument(
+        "--image_embeds_dropout",
+        type=float,
+        default=0.0,
+        help="Share of samples that see the empty embedding; about 0.1 keeps classifier-free guidance alive.",
+    )
+
+
+def add_resolution_arg(parser, text: str):
+    parser.add_argument("--resolution", type=int, default=512, help=text)
 
 
 def add_image_args(parser):
@@ -171,10 +199,22 @@ def add_checkpoint_args(parser):
     )
 
 
-def add_validation_args(parser):
+def add_validation_args(parser, *, single=False):
     group = parser.add_argument_group("validation")
-    group.add_argument("--validation_prompts", nargs="+", help="Prompts drawn before, during and after training.")
-    group.add_argument("--validation_epochs", type=int, default=5, help="Draw them every this many epochs.")
+    if single:
+        group.add_argument("--validation_prompt", help="Prompt drawn before, during and after training.")
+        group.add_argument("--num_validation_images", type=int, default=4, help="Pictures of it to draw.")
+        group.add_argument("--validation_epochs", type=int, default=1, help="Draw them every this many epochs.")
+    else:
+        group.add_argument("--validation_prompts", nargs="+", help="Prompts drawn before, during and after training.")
+        group.add_argument("--validation_epochs", type=int, default=5, help="Draw them every this many epochs.")
+
+
+def add_lora_args(parser, *, kohya=False):
+    group = parser.add_argument_group("adapters")
+    group.add_argument("--rank", type=int, default=4, help="Rank of the low-rank matrices.")
+    if kohya:
+        group.add_argument("--save_kohya", action="store_true", help="Also write a file for A1111, ComfyUI and kohya.")
 
 
 def add_reporting_args(parser, *, project=True):

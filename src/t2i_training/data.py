@@ -5,6 +5,7 @@ The samples form one endless stream: epoch after epoch, each in an order of its 
 samples depend on E alone, every batch is full, and the position to resume from is one number.
 """
 
+import atexit
 import functools
 import os
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from . import draws
+from . import draws, runtime
 
 
 class BadSample(Exception):
@@ -120,6 +121,12 @@ def tokenize(tokenizer, caption: str) -> torch.Tensor:
     return tokenizer(caption, **options, return_tensors="pt").input_ids[0]
 
 
+def text_mask(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
+    """(tokens,) bool: True up to and including the first end token, False on the padding after it."""
+    ends = (input_ids == tokenizer.eos_token_id).cumsum(0)
+    return ends - (input_ids == tokenizer.eos_token_id).long() < 1
+
+
 class Samples(torch.utils.data.Dataset):
     """What loader workers run: (epoch, index) -> one training sample, with everything random about it drawn here.
 
@@ -190,14 +197,28 @@ def _ignore_stop_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _end_workers(iterator) -> None:
+    if hasattr(iterator, "_shutdown_workers"):  # there are workers
+        iterator._shutdown_workers()
+
+
 def batches(loader, accelerator) -> Iterator[dict]:
     """Batches on the device. A bad sample ends the run in one line instead of a worker's stack trace."""
+    iterator = iter(loader)
+    # At exit multiprocessing would send workers a SIGTERM, which they ignore, and wait for ever. And the iterator must
+    # not die with a traceback's reference cycle: Python then first ends the threads that tell workers to stop.
+    end_workers = functools.partial(_end_workers, iterator)
+    atexit.register(end_workers)
+    runtime.begin_loop()
     try:
-        for batch in loader:
+        for batch in iterator:
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     except BadSample as error:
         message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.BadSample: ")
-        raise SystemExit(f"error: {message}") from None
+        runtime.fail(message)
+    finally:
+        atexit.unregister(end_workers)
+        end_workers()
 
 
 def plan_updates(args, dataset_size: int, world_size: int) -> tuple[int, int]:

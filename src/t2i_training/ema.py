@@ -19,6 +19,8 @@ def make_ema(args, model, device: torch.device, initial=None) -> EMAModel:
     """
     foreach = getattr(args, "foreach_ema", False) or device.type == "cuda"
     ema = EMAModel((initial or model).parameters(), model_cls=type(model), model_config=model.config, foreach=foreach)
+    if initial is not None and initial is not model:
+        ema.optimization_step = 10**6  # an average with a history: the first updates must not replace it
     return _place(ema, device, getattr(args, "offload_ema", False))
 
 

@@ -16,18 +16,28 @@ def create_repository(args, accelerator) -> str | None:
     try:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         return create_repo(repo_id=name, exist_ok=True, token=args.hub_token).repo_id
-    except Exception as error:  # connection, authentication and naming errors, all without the token in their text
-        reason = " ".join(str(error).replace(args.hub_token or "\0", "***").split())
-        raise SystemExit(f"error: --push_to_hub: {type(error).__name__}: {reason}") from None
+    except Exception as error:  # connection, authentication and naming errors
+        raise _failure(args, error) from None
+
+
+def _failure(args, error: Exception, consequence: str = "") -> SystemExit:
+    """The one line that a failed call to the hub ends the run with, without the token that its text may hold."""
+    from huggingface_hub import get_token
+
+    token = args.hub_token or get_token() or "\0"
+    reason = " ".join(str(error).replace(token, "***").split()).rstrip(".")
+    return SystemExit(f"error: --push_to_hub: {type(error).__name__}: {reason}{consequence}")
 
 
 def finish(args, accelerator, repo_id: str | None, exported: list[str], **card) -> None:
-    """After the export: write the card (`card` goes to `write_card`) and, if asked for, upload. Main process only."""
+    """After the export: write the card (`card` goes to `write_card`) and, if asked for, upload. Main process only.
+
+    Call it after `Progress.close`: the curves are there to be uploaded, and no process waits in a collective meanwhile.
+    """
     if accelerator.is_main_process:
         write_card(args, **card)
         if repo_id is not None:
             push(args, repo_id, exported)
-    accelerator.wait_for_everyone()
 
 
 def push(args, repo_id: str, exported: list[str]) -> None:
@@ -35,10 +45,13 @@ def push(args, repo_id: str, exported: list[str]) -> None:
     from huggingface_hub import upload_folder
 
     patterns = [pattern for name in exported for pattern in (name, f"{name}/*")]
-    upload_folder(
-        repo_id=repo_id, folder_path=args.output_dir, commit_message="End of training", token=args.hub_token,
-        allow_patterns=[*patterns, "README.md", "training_curves.png", "validation/*.png"],
-    )  # fmt: skip
+    try:
+        upload_folder(
+            repo_id=repo_id, folder_path=args.output_dir, commit_message="End of training", token=args.hub_token,
+            allow_patterns=[*patterns, "README.md", "training_curves.png", "validation/*.png"],
+        )  # fmt: skip
+    except Exception as error:
+        raise _failure(args, error, f"; the trained model is whole in {args.output_dir}") from None
     logger.info(f"pushed to {repo_id}")
 
 
@@ -66,18 +79,18 @@ def write_card(args, *, title: str, base_model: str, tags: list[str], usage: str
     ]
     table = "\n".join(f"| {name} | {escape(str(value))} |" for name, value in rows)
     body = (
-        f"# {escape(title)}\n\nFine-tuned from {escape(_public_name(base_model))} on captioned pictures.\n\n"
+        f"# {title}\n\nFine-tuned from {escape(_public_name(base_model))} on captioned pictures.\n\n"
         f"{_pictures(args)}## Use\n\n```python\n{usage.strip()}\n```\n\n## Training\n\n| | |\n|---|---|\n{table}\n\n"
         "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
         "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
     )
-    data = ModelCardData(**head, **(metadata or {}))
+    data = ModelCardData(**head | (metadata or {}))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir) / "README.md")
 
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` can be a repository on the hub, and is no folder here."""
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not Path(name).exists()
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
 
 
 def _public_name(name: str) -> str:
@@ -87,24 +100,29 @@ def _public_name(name: str) -> str:
 def escape(text: str) -> str:
     """Text from a prompt or a caption as inert Markdown on one line."""
     text = " ".join(text.split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|&~$-])", lambda match: f"&#{ord(match[1])};", text)
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|&~$:@-])", lambda match: f"&#{ord(match[1])};", text)
 
 
 def _pictures(args) -> str:
     grids = sorted((Path(args.output_dir) / "validation").glob("step-*.png"))
-    prompts = getattr(args, "validation_prompts", None) or [p for p in [getattr(args, "validation_prompt", None)] if p]
+    prompts = args.validation_prompts
     if not grids or not prompts:
         return ""
-    listed = "\n".join(f"- {escape(prompt)}" for prompt in prompts)
+    listed = "\n".join(f"- {escape(prompt)}" for prompt in dict.fromkeys(prompts))
     return f"![base model and fine-tuned model](validation/{grids[-1].name})\n\n{listed}\n\n"
 
 
 def keep_vocabulary_files(tokenizer_folder: Path) -> None:
-    """Write vocab.json and merges.txt beside tokenizer.json: older stacks need what transformers 5 leaves out."""
+    """Write vocab.json and merges.txt beside tokenizer.json: older stacks need what transformers 5 leaves out.
+
+    In tokenizer.json itself the padding and truncation of the last call are taken out: they depend on who called.
+    """
     file = tokenizer_folder / "tokenizer.json"
     if not file.exists():
         return
-    model = json.loads(file.read_text(encoding="utf-8"))["model"]
+    tokenizer = json.loads(file.read_text(encoding="utf-8")) | {"padding": None, "truncation": None}
+    file.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
+    model = tokenizer["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (tokenizer_folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     (tokenizer_folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

@@ -18,6 +18,8 @@ RESAMPLING = {
     "nearest_exact": Image.Resampling.NEAREST,  # PIL's nearest samples pixel centres, which is what "exact" asks for
 }
 
+LONGEST = 32  # of a picture more elongated than 32:1 the middle is used: enlarging all of it could take gigabytes
+
 
 def decode(source: bytes | str | Path, min_side: int | None = None) -> Image.Image:
     """Read a picture file, upright and in RGB.
@@ -39,7 +41,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         values = np.asarray(picture, dtype=np.float32)
         full_scale = 65535.0
         if not picture.mode.startswith("I;16"):  # wider modes do not say what white is; the brightest pixel does
-            full_scale = next(top for top in (1.0, 255.0, 65535.0, np.inf) if values.max() <= top)
+            if not np.isfinite(values).all():
+                raise ValueError("it has pixels that are not finite")
+            full_scale = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), values.max())
         return Image.fromarray(np.uint8(np.clip(values * (255.0 / full_scale), 0, 255) + 0.5)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -52,9 +56,11 @@ def square(picture: Image.Image, resolution: int, interpolation: str, crop_draw=
 
     `crop_draw` is a NumPy generator for the place of the crop; None takes the centre.
     """
-    width, height = picture.size
-    scale = resolution / min(width, height)
-    width, height = max(resolution, int(width * scale)), max(resolution, int(height * scale))
+    short = min(picture.size)
+    if max(picture.size) > LONGEST * short:
+        width, height = (min(side, LONGEST * short) for side in picture.size)
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.NEAREST)  # same scale: cuts, resizes nothing
+    width, height = (resolution * side // short for side in picture.size)
     picture = picture.resize((width, height), RESAMPLING[interpolation], reducing_gap=3.0)
     if crop_draw is None:
         left, top = (width - resolution) // 2, (height - resolution) // 2
@@ -64,6 +70,15 @@ def square(picture: Image.Image, resolution: int, interpolation: str, crop_draw=
     if mirror:
         picture = ImageOps.mirror(picture)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize_for_clip(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 3, S, S) uint8 in 0..255 to `dtype`, by the statistics every CLIP was trained with (arXiv:2103.00020)."""
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return ((pixels / 255 - mean) / std).to(dtype)
 
 
 def normalize(pixels: Tensor, dtype: torch.dtype) -> Tensor:

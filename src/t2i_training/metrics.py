@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from . import data
+from . import data, runtime
 from .checks import public_config
 from .runtime import logger
 
@@ -32,6 +32,7 @@ class Progress:
         self.effective_batch, self.total = data.plan_updates(args, len(dataset), accelerator.num_processes)
         self.step = self.samples_seen = 0
         self._losses, self._grad_norms, self._indices = [], [], []
+        self._unreported = []  # (loss, gradient norm) of each update that is read, but in no row yet
         self._file = Path(args.output_dir) / METRICS
         self._bar = None
 
@@ -43,6 +44,7 @@ class Progress:
             "seed": self.args.seed,
             "effective_batch": self.effective_batch,
             "dataset_size": len(self.dataset),
+            "unreported": self._unreported,
         }
 
     def validation_due(self) -> bool:
@@ -54,17 +56,23 @@ class Progress:
     def begin(self, position: dict) -> None:
         """Start counting at `position` (a checkpoint's manifest, or {}), and open bar, metrics file and trackers."""
         self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
+        self._unreported = list(position.get("unreported", []))
         main = self.accelerator.is_main_process
         if main:
+            runtime.write_config(self.args)  # not earlier: what fails before leaves an earlier run's as it was
             _keep_metrics_until(self._file, self.step)
         if position.get("dataset_size", len(self.dataset)) != len(self.dataset):
             logger.warning("the data set's size has changed since the checkpoint: samples are seen in a new order")
         config = public_config(self.args)  # trackers take scalars only
         config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
         project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")
-        self.accelerator.init_trackers(project, config=config)
+        logs = Path(self.args.output_dir, self.args.logging_dir)
+        if main:
+            logs.mkdir(parents=True, exist_ok=True)
+        wandb = {"dir": os.environ.get("WANDB_DIR", str(logs))}  # by itself it writes into the working directory
+        self.accelerator.init_trackers(project, config=config, init_kwargs={"wandb": wandb})
         interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants lines, not an animation
-        self._bar = tqdm(
+        self._bar = runtime.progress_bar = tqdm(
             total=self.total, initial=self.step, disable=not main, mininterval=interval, unit="step", dynamic_ncols=True
         )
         self.restart_clock()
@@ -85,11 +93,11 @@ class Progress:
         self._grad_norms.append(grad_norm.detach())
         self._learning_rate = learning_rate
         if self.step % self.args.logging_steps == 0 or self.step == self.total:
-            self.report()
+            self._report()
         self._bar.update()
 
-    def report(self) -> None:
-        """Read the losses since the last report, stop on a non-finite one, write them down. All processes call it."""
+    def read(self) -> None:
+        """Read the losses since the last time and stop on a non-finite one. All processes call it."""
         if not self._grad_norms:
             return
         updates = len(self._grad_norms)
@@ -97,16 +105,23 @@ class Progress:
         losses = self.accelerator.reduce(losses, reduction="mean")
         values = torch.stack([losses, torch.stack(self._grad_norms).float()]).tolist()  # the only wait for the device
         self._stop_if_not_finite(*values)
+        self._unreported += zip(*values, strict=True)
+        self._losses, self._grad_norms, self._indices = [], [], []
+
+    def _report(self) -> None:
+        """Read the losses, and write down those of the logging interval that ends here."""
+        self.read()
+        losses, grad_norms = zip(*self._unreported, strict=True)
         seconds = max(time.perf_counter() - self._clock, 1e-9)
         row = {
             "step": self.step,
             "epoch": round(self.samples_seen / len(self.dataset), 4),
-            "loss": sum(values[0]) / updates,
+            "loss": sum(losses) / len(losses),
             "lr": self._learning_rate,
-            "grad_norm": values[1][-1],
+            "grad_norm": grad_norms[-1],
             "images_per_second": round((self.samples_seen - self._clock_samples) / seconds, 3),
         }
-        self._losses, self._grad_norms, self._indices = [], [], []
+        self._unreported = []
         self.restart_clock()
         if self.accelerator.is_main_process:
             with open(self._file, "a", encoding="utf-8") as file:
@@ -127,13 +142,14 @@ class Progress:
             names = [data.describe(self.dataset, self.args.image_column, index) for index in gather_object(indices)]
             what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
             step = self.step - len(losses) + i + 1
-            raise SystemExit(
-                f"error: {what} at step {step}, nothing saved since; the step's samples: {'; '.join(names)}. "
+            runtime.fail(
+                f"{what} at step {step}, nothing saved since; the step's samples: {'; '.join(names)}. "
                 "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"
             )
 
     def close(self) -> None:
-        """End bar and trackers; draw the curves."""
+        """End bar, trackers and process group; draw the curves."""
+        self.accelerator.wait_for_everyone()
         self._bar.close()
         if self.accelerator.is_main_process:
             draw_curves(self._file.parent)
@@ -157,7 +173,7 @@ def read_metrics(output_dir) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            logger.warning(f"{METRICS}: left out a damaged line")
+            logger.logger.warning(f"{METRICS}: left out a damaged line")  # accelerate's adapter wants a run under way
     return rows
 
 

@@ -3,20 +3,25 @@
 import contextlib
 import copy
 import fcntl
+import functools
 import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+import torch.utils.checkpoint
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from tqdm.auto import tqdm
 
 from .checks import public_config
 
@@ -24,12 +29,14 @@ logger = get_logger("t2i_training")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _locks = {}  # open lock files by output folder: closing one would release it
 _stop_signal = None
+_loop_runs = False
+progress_bar = None  # of the run under way
 
 
 def start(args) -> Accelerator:
     """Accelerator, logging, lock on the output folder, stop signals. Call once, before anything is loaded."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are tokenized one by one, in forked workers
-    if args.local_rank != -1:
+    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     # A second run in one process (main() called again) may ask for another precision or accumulation.
     AcceleratorState._reset_state()
@@ -41,7 +48,7 @@ def start(args) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    _log_above_progress_bars()
     logging.getLogger("t2i_training").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     _quiet_libraries(accelerator)
     if accelerator.is_main_process:
@@ -54,6 +61,16 @@ def start(args) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = True
     _catch_signals()
     return accelerator
+
+
+def _log_above_progress_bars() -> None:
+    class Handler(logging.StreamHandler):
+        def emit(self, record):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    handler = Handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 def _possible_precision(wanted: str | None) -> str | None:
@@ -93,20 +110,27 @@ def _lock(output_dir: Path) -> None:
     _locks[output_dir.resolve()] = handle
 
 
-def settle_config(args, accelerator, position: dict) -> None:
-    """Settle the seed, equal on all processes, and write run_config.yaml, which --config takes.
+def fail(message: str) -> NoReturn:
+    """End a run under way with one line, below the progress bar as it last stood."""
+    if progress_bar is not None:
+        progress_bar.close()
+    raise SystemExit(f"error: {message}")
 
-    The seed is the checkpoint's (`position` is its manifest, or {}), else --seed, else one drawn here.
-    """
+
+def settle_seed(args, position: dict) -> None:
+    """Set args.seed, equal on all processes, to the seed of the checkpoint with this manifest, or keep or draw one."""
     stored = position.get("seed")
     if stored is not None and args.seed not in (None, stored):
         raise SystemExit(f"error: --seed {args.seed} differs from the checkpoint's, {stored}: leave it out to continue")
     seed = [stored if stored is not None else args.seed if args.seed is not None else secrets.randbelow(2**31)]
     args.seed = broadcast_object_list(seed)[0]
     logger.info(f"seed {args.seed}")
-    if accelerator.is_main_process:
-        text = yaml.safe_dump(public_config(args), allow_unicode=True)
-        (Path(args.output_dir) / "run_config.yaml").write_text(text, encoding="utf-8")
+
+
+def write_config(args) -> None:
+    """Write run_config.yaml, which --config takes."""
+    text = yaml.safe_dump(public_config(args), allow_unicode=True)
+    (Path(args.output_dir) / "run_config.yaml").write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -120,27 +144,37 @@ def readable_errors(flag: str, value: str):
 
 
 def finish(stopped_by: int) -> None:
-    """Leave with status 128 + signal if a signal ended the run, as the shell would say; else return."""
+    """Unlock the output folder. If a signal ended the run, leave with status 128 + signal, as the shell would say."""
     default_signals()
+    while _locks:
+        _locks.popitem()[1].close()
     if stopped_by:
         raise SystemExit(128 + stopped_by)
 
 
 def _catch_signals() -> None:
-    """SIGTERM and SIGINT ask the loop to stop after its step; a second one ends the process at once."""
-    global _stop_signal
-    _stop_signal, owner = None, os.getpid()
+    """SIGTERM and SIGINT let the loop finish its step and save; a second one, or one before the loop, ends the run."""
+    global _stop_signal, _loop_runs
+    _stop_signal, _loop_runs, owner = None, False, os.getpid()
 
     def on_signal(number, _frame):
         global _stop_signal
         if os.getpid() == owner:  # and not a forked worker, which a Ctrl-C reaches as well
             _stop_signal = number
             default_signals()
+            if not _loop_runs:
+                raise SystemExit(128 + number)
             logger.warning(f"{signal.Signals(number).name}: finishing the step and saving; once more aborts")
 
     if threading.current_thread() is threading.main_thread():  # elsewhere signals are the caller's business
         for number in STOP_SIGNALS:
             signal.signal(number, on_signal)
+
+
+def begin_loop() -> None:
+    """From here on there is something to save: a stop signal waits for the end of its step."""
+    global _loop_runs
+    _loop_runs = True
 
 
 def default_signals() -> None:
@@ -175,6 +209,12 @@ def frozen(module: torch.nn.Module, accelerator) -> torch.nn.Module:
     dtype = inference_dtype(accelerator)
     module = module if module.dtype == dtype else copy.deepcopy(module)
     return module.requires_grad_(False).eval().to(accelerator.device, dtype)
+
+
+def checkpoint_blocks(blocks) -> None:
+    """Gradient checkpointing for a network that diffusers gives none: each block recomputes its activations."""
+    for block in blocks:
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -219,4 +259,6 @@ def make_schedule(args, optimizer, num_updates: int):
 def set_schedule(schedule, step: int) -> None:
     """Put the schedule where it stands after `step` updates; exact, since diffusers' schedules are closed forms."""
     schedule.last_epoch = step - 1
-    schedule.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a step before the optimizer's first, which is meant here
+        schedule.step()

@@ -37,11 +37,6 @@ def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], ste
     logger.info(f"validation pictures: {folder.with_suffix('.png')}")
 
 
-def has_base_row(output_dir, count: int) -> bool:
-    """Whether the untouched model's pictures for `count` prompts are there, from this run's beginning."""
-    return bool(_load(_folder(output_dir, 0), count))
-
-
 def _folder(output_dir, step: int) -> Path:
     return Path(output_dir) / "validation" / f"step-{step:06d}"
 
@@ -58,7 +53,8 @@ def make_grid(columns: list[str], rows: list[tuple[str, list[Image.Image]]], cel
     """
     width = max(cell, rows[0][1][0].width)
     font, margin, gap = _font(15), 110, 6
-    heads = [textwrap.wrap(text, max(8, width // 9))[:4] or ["(empty)"] for text in columns]
+    letters = max(8, width // 9)
+    heads = [textwrap.wrap(text, letters, max_lines=4, placeholder="…") or ["(empty)"] for text in columns]
     top = 8 + 19 * max(map(len, heads))
     heights = [round(row[0].height * width / row[0].width) for _, row in rows]
     grid = Image.new("RGB", (margin + len(columns) * (width + gap), top + sum(heights) + gap * len(rows)), "white")

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Makes the environment if needed, then fine-tunes the bundled tiny Stable Diffusion on the bundled pictures.
+# Further flags are passed on, e.g. `bash examples/quickstart/run.sh --max_train_steps=100`. Run again, it continues.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../environment.sh"
+exec .venv/bin/accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
+    text_to_image/train_text_to_image.py \
+    --pretrained_model_name_or_path=examples/quickstart/tiny-emoji-diffusion \
+    --train_data_dir=examples/quickstart/pictures \
+    --resolution=64 --center_crop \
+    --train_batch_size=16 --max_train_steps=700 \
+    --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=20 \
+    --use_ema --snr_gamma=5 --caption_dropout=0.1 --seed=0 \
+    --validation_prompts "tiger face" "red apple" "rocket" "sunflower" "octopus" "violin" --validation_epochs=50 \
+    --checkpointing_steps=350 --resume_from_checkpoint=latest \
+    --output_dir=quickstart-output "$@"

@@ -1,0 +1,237 @@
+"""Fine-tune the decoder of Kandinsky 2.2 on pictures; captions are not needed.
+
+The decoder draws a picture from its CLIP embedding: it minimises || noise - unet(z_t, t, embedding) ||^2 over MoVQ
+latents z_t noised to step t (unCLIP, arXiv:2204.06125, section 2.1). MoVQ and the CLIP image encoder stay frozen.
+
+    accelerate launch train_text_to_image_decoder.py \
+        --train_data_dir=my_pictures --resolution=768 --mixed_precision=bf16 --train_batch_size=1 \
+        --gradient_accumulation_steps=4 --gradient_checkpointing --image_embeds_dropout=0.1 \
+        --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_decoder
+
+The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
+"""
+
+from functools import partial
+
+from t2i_training import checks, cli
+
+
+def parse_args(argv=None):
+    parser = cli.make_parser(__doc__)
+    cli.add_kandinsky_args(parser)
+    cli.add_data_args(parser)
+    cli.add_decoder_condition_args(parser)
+    cli.add_resolution_arg(parser, "Side of the square that is trained on, in pixels.")
+    cli.add_training_args(parser)
+    cli.add_network_args(parser)
+    cli.add_optimizer_args(parser)
+    cli.add_loss_args(parser)
+    cli.add_ema_args(parser, placement=False)
+    cli.add_checkpoint_args(parser)
+    cli.add_validation_args(parser)
+    cli.add_reporting_args(parser)
+    parser.set_defaults(output_dir="kandi_2_2-model-finetuned", train_batch_size=1, adam_weight_decay=0.0)
+    return checks.parse(parser, argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
+
+import torch  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDPMScheduler,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+)
+from transformers import CLIPVisionModelWithProjection  # noqa: E402
+
+from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, runtime, validation  # noqa: E402
+
+
+def load_models(args, accelerator):
+    """The base decoder's pipeline and the CLIP image encoder, unrounded; the UNet to train; the training scheduler."""
+    with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
+        pipeline = KandinskyV22Pipeline.from_pretrained(
+            args.pretrained_decoder_model_name_or_path, cache_dir=args.cache_dir
+        )
+        pipeline.to(dtype=torch.float32)
+    with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+        image_encoder = CLIPVisionModelWithProjection.from_pretrained(
+            args.pretrained_prior_model_name_or_path, subfolder="image_encoder", cache_dir=args.cache_dir
+        )
+    unet = pipeline.unet
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    return pipeline, image_encoder, unet.train(), noise_scheduler
+
+
+def make_sample(row, draw, args, clip_size, latent_shape, num_timesteps):
+    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    picture = images.decode(data.picture_source(row[args.image_column]), max(args.resolution, clip_size))
+    return {
+        "pixels": images.square(picture, args.resolution, "bicubic"),  # (3, R, R) uint8
+        "clip_pixels": images.square(picture, clip_size, "bicubic"),  # (3, S, S) uint8
+        "kept": torch.tensor(draw("image_embeds_dropout").random() >= args.image_embeds_dropout),  # () bool
+        "noise": draws.normal(draw("noise"), latent_shape),  # (C, R/f, R/f)
+        "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
+    }
+
+
+@torch.no_grad()
+def encode(batch, movq, image_encoder):
+    """What the frozen networks make of a batch: the latents, which MoVQ neither samples nor scales, and the embedding."""
+    clip_pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
+    # arXiv:2207.12598, guidance: the prior's "no picture" is the embedding of all-zero input.
+    clip_pixels = clip_pixels * batch["kept"][:, None, None, None]
+    return {
+        "latents": movq.encode(images.normalize(batch["pixels"], movq.dtype)).latents.float(),  # (B, C, R/f, R/f)
+        "image_embeds": image_encoder(clip_pixels).image_embeds,  # (B, D)
+    }
+
+
+def compute_loss(unet, batch, noise_scheduler, args):
+    """The objective, a scalar in fp32. A pure function of weights and batch."""
+    latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    condition = {"image_embeds": batch["image_embeds"]}
+    prediction = unet(noisy_latents, timesteps, None, added_cond_kwargs=condition, return_dict=False)[0]
+    prediction = prediction[:, : latents.shape[1]]  # the other half of the channels is the learned variance
+    return losses.denoising_loss(prediction, noise, timesteps, noise_scheduler, args.snr_gamma)
+
+
+def make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, accelerator, progress):
+    """Endless batches of samples, from where the run stands."""
+    side = args.resolution // pipeline.movq_scale_factor
+    sample = partial(
+        make_sample, args=args, clip_size=image_encoder.config.image_size,
+        latent_shape=(pipeline.movq.config.latent_channels, side, side),
+        num_timesteps=noise_scheduler.config.num_train_timesteps,
+    )  # fmt: skip
+    return data.make_loader(dataset, sample, args, accelerator, start=progress.samples_seen)
+
+
+def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
+    """The pipeline that validates: what is in memory, and the rest of the base prior, which is loaded for this alone."""
+    with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+        prior = KandinskyV22PriorPipeline.from_pretrained(
+            args.pretrained_prior_model_name_or_path, image_encoder=image_encoder, cache_dir=args.cache_dir
+        ).to(image_encoder.device, image_encoder.dtype)
+    drawing = KandinskyV22CombinedPipeline(
+        unet=unet, movq=movq, scheduler=pipeline.scheduler,
+        **{f"prior_{name}": component for name, component in prior.components.items()},
+    )  # fmt: skip
+    drawing.set_progress_bar_config(disable=True)
+    return drawing
+
+
+def draw_picture(index, pipeline, args, accelerator):
+    """The validation picture of prompt `index`, the same noise at every validation."""
+    generator = torch.Generator().manual_seed(args.seed + index)
+    with torch.no_grad(), accelerator.autocast():
+        return pipeline(
+            args.validation_prompts[index], height=args.resolution, width=args.resolution,
+            num_inference_steps=20, prior_num_inference_steps=20, generator=generator,
+        ).images[0]  # fmt: skip
+
+
+def export(pipeline, unet, folder):
+    """Write the loadable decoder pipeline, its frozen parts as they were loaded, into `folder`."""
+    pipeline.register_modules(unet=unet)
+    pipeline.save_pretrained(folder)
+
+
+TAGS = ["kandinsky", "text-to-image", "diffusers", "diffusers-training"]
+USAGE = """
+from diffusers import AutoPipelineForText2Image
+
+pipe = AutoPipelineForText2Image.from_pretrained("path/to/this/folder")
+pipe("a caption").images[0].save("picture.png")
+"""
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    accelerator = runtime.start(args)
+    repo_id = hub.create_repository(args, accelerator)
+    folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
+    position = checkpoint.read_manifest(folder)
+    runtime.settle_seed(args, position)
+
+    with accelerator.main_process_first():
+        dataset = data.open_dataset(args)
+        if args.caption_column is not None:
+            data.check_captions(dataset, args.caption_column)
+    pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
+    frozen = [runtime.frozen(module, accelerator) for module in (pipeline.movq, image_encoder)]
+    unet = unet.to(accelerator.device)
+    average = ema.make_ema(args, unet, accelerator.device) if args.use_ema else None
+
+    progress = metrics.Progress(args, accelerator, dataset)
+    optimizer = runtime.make_optimizer(args, runtime.trainable(unet), accelerator)
+    schedule = runtime.make_schedule(args, optimizer, progress.total)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    network = accelerator.unwrap_model(unet)
+    parameters = runtime.trainable(network)
+
+    checkpoints = checkpoint.CheckpointManager(
+        accelerator, args.output_dir, args.checkpoints_total_limit,
+        partial(ema.save_networks, "unet", network, average), partial(ema.load_networks, "unet", network, average),
+    )  # fmt: skip
+    if folder is not None:
+        checkpoints.restore(folder)
+        runtime.set_schedule(schedule, position["step"])
+    progress.begin(position)
+    stream = data.batches(make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, accelerator, progress), accelerator)
+
+    drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+
+    def validate():
+        draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
+        with ema.averaged(average if progress.step else None, network):
+            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+        progress.restart_clock()
+
+    if args.validation_prompts and progress.step == 0:
+        validate()  # the untouched model: the first row of every grid
+    stopped_by = 0
+    while progress.step < progress.total and not stopped_by:
+        for _ in range(args.gradient_accumulation_steps):
+            with accelerator.accumulate(unet):
+                batch = next(stream)
+                batch |= encode(batch, *frozen)
+                loss = compute_loss(unet, batch, noise_scheduler, args)
+                accelerator.backward(loss)
+                progress.add(loss, batch["index"])
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        if average is not None:
+            ema.update(average, network)
+        progress.update(grad_norm, schedule.get_last_lr()[0])
+        schedule.step()
+        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
+        if args.validation_prompts and progress.validation_due() and not stopped_by:
+            validate()
+        if progress.step % args.checkpointing_steps == 0 or stopped_by:
+            progress.read()  # the losses, so that nothing non-finite is ever saved
+            checkpoints.save(progress.position())
+            progress.restart_clock()
+
+    if progress.step == progress.total:
+        with ema.averaged(average, network):
+            exported = checkpoint.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+    progress.close()
+    if progress.step == progress.total:
+        hub.finish(args, accelerator, repo_id, exported, title="Kandinsky 2.2 decoder", tags=TAGS, usage=USAGE,
+                   base_model=args.pretrained_decoder_model_name_or_path, metadata={"prior": [args.pretrained_prior_model_name_or_path]}, steps=progress.step)  # fmt: skip
+    runtime.finish(stopped_by)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Fine-tune the prior of Kandinsky 2.2 on captioned pictures.
+
+The prior predicts a picture's CLIP embedding from its caption: it minimises || x_0 - prior(x_t, t, c) ||^2 over
+normalised embeddings x_0 noised to step t (unCLIP, arXiv:2204.06125, section 2.2). Both CLIP encoders stay frozen.
+
+    accelerate launch train_text_to_image_prior.py \
+        --train_data_dir=my_pictures --mixed_precision=bf16 --train_batch_size=32 --caption_dropout=0.1 \
+        --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_prior
+
+The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
+"""
+
+from functools import partial
+
+from t2i_training import checks, cli
+
+
+def parse_args(argv=None):
+    parser = cli.make_parser(__doc__)
+    cli.add_kandinsky_args(parser)
+    cli.add_data_args(parser)
+    cli.add_caption_args(parser)
+    cli.add_resolution_arg(parser, "Side of the validation pictures, in pixels; the prior itself sees none.")
+    cli.add_training_args(parser)
+    cli.add_network_args(parser, xformers=False)
+    cli.add_optimizer_args(parser)
+    cli.add_loss_args(parser)
+    cli.add_ema_args(parser, placement=False)
+    cli.add_checkpoint_args(parser)
+    cli.add_validation_args(parser)
+    cli.add_reporting_args(parser)
+    parser.set_defaults(output_dir="kandi_2_2-model-finetuned", train_batch_size=1, adam_weight_decay=0.0)
+    return checks.parse(parser, argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
+
+import torch  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDPMScheduler,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+)
+
+from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, runtime, validation  # noqa: E402
+
+
+def load_models(args, accelerator):
+    """The base prior's pipeline, unrounded on the CPU; the prior to train, in fp32; the training scheduler."""
+    with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+        pipeline = KandinskyV22PriorPipeline.from_pretrained(
+            args.pretrained_prior_model_name_or_path, cache_dir=args.cache_dir
+        )
+        pipeline.to(dtype=torch.float32)
+    prior = pipeline.prior
+    for statistic in (prior.clip_mean, prior.clip_std):
+        statistic.requires_grad_(False)  # never trained; DDP would wait for gradients that do not come
+    noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
+    if args.gradient_checkpointing:
+        runtime.checkpoint_blocks(prior.transformer_blocks)
+    return pipeline, prior.train(), noise_scheduler
+
+
+def make_sample(row, draw, args, tokenizer, clip_size, embedding_size, num_timesteps):
+    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    picture = images.decode(data.picture_source(row[args.image_column]), clip_size)
+    caption = data.pick_caption(row[args.caption_column], draw, args.caption_dropout)
+    input_ids = data.tokenize(tokenizer, caption)
+    return {
+        "clip_pixels": images.square(picture, clip_size, "bicubic"),  # (3, S, S) uint8
+        "input_ids": input_ids,  # (tokens,)
+        "text_mask": data.text_mask(tokenizer, input_ids),  # (tokens,) bool
+        "noise": draws.normal(draw("noise"), (embedding_size,)),
+        "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
+    }
+
+
+def freeze(pipeline, accelerator):
+    """What `encode` takes besides the batch: both CLIP encoders and the statistics that normalise embeddings."""
+    encoders = [runtime.frozen(module, accelerator) for module in (pipeline.image_encoder, pipeline.text_encoder)]
+    statistics = [s.detach().float().to(accelerator.device) for s in (pipeline.prior.clip_mean, pipeline.prior.clip_std)]
+    return [*encoders, *statistics]
+
+
+@torch.no_grad()
+def encode(batch, image_encoder, text_encoder, clip_mean, clip_std):
+    """What the frozen networks make of a batch: normalised picture embeddings; the captions' embeddings and states."""
+    pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
+    image_embeds = image_encoder(pixels).image_embeds.float()
+    text = text_encoder(batch["input_ids"])
+    return {
+        "image_embeds": (image_embeds - clip_mean) / clip_std,  # (B, D)
+        "text_embeds": text.text_embeds,  # (B, D)
+        "text_states": text.last_hidden_state,  # (B, tokens, D)
+    }
+
+
+def compute_loss(prior, batch, noise_scheduler, args):
+    """The objective, a scalar in fp32. A pure function of weights and batch."""
+    image_embeds, timesteps = batch["image_embeds"], batch["timesteps"]
+    noisy_embeds = noise_scheduler.add_noise(image_embeds, batch["noise"], timesteps)
+    prediction = prior(
+        noisy_embeds, timestep=timesteps, proj_embedding=batch["text_embeds"],
+        encoder_hidden_states=batch["text_states"], attention_mask=batch["text_mask"], return_dict=False,
+    )[0]  # fmt: skip
+    return losses.denoising_loss(prediction, image_embeds, timesteps, noise_scheduler, args.snr_gamma)
+
+
+def make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress):
+    """Endless batches of samples, from where the run stands."""
+    sample = partial(
+        make_sample, args=args, tokenizer=pipeline.tokenizer, clip_size=pipeline.image_encoder.config.image_size,
+        embedding_size=pipeline.prior.config.embedding_dim, num_timesteps=noise_scheduler.config.num_train_timesteps,
+    )  # fmt: skip
+    return data.make_loader(dataset, sample, args, accelerator, start=progress.samples_seen)
+
+
+def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
+    """The pipeline that validates: what is in memory, and the base decoder, which is loaded for this alone."""
+    with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
+        decoder = KandinskyV22Pipeline.from_pretrained(
+            args.pretrained_decoder_model_name_or_path, cache_dir=args.cache_dir
+        ).to(image_encoder.device, image_encoder.dtype)
+    drawing = KandinskyV22CombinedPipeline(
+        **decoder.components, prior_prior=prior, prior_image_encoder=image_encoder, prior_text_encoder=text_encoder,
+        prior_tokenizer=pipeline.tokenizer, prior_scheduler=pipeline.scheduler,
+        prior_image_processor=pipeline.image_processor,
+    )  # fmt: skip
+    drawing.set_progress_bar_config(disable=True)
+    return drawing
+
+
+def draw_picture(index, pipeline, args, accelerator):
+    """The validation picture of prompt `index`, the same noise at every validation."""
+    generator = torch.Generator().manual_seed(args.seed + index)
+    with torch.no_grad(), accelerator.autocast():
+        return pipeline(
+            args.validation_prompts[index], height=args.resolution, width=args.resolution,
+            num_inference_steps=20, prior_num_inference_steps=20, generator=generator,
+        ).images[0]  # fmt: skip
+
+
+def export(pipeline, prior, folder):
+    """Write the loadable prior pipeline, its frozen parts as they were loaded, into `folder`."""
+    pipeline.register_modules(prior=prior)
+    pipeline.save_pretrained(folder)
+    hub.keep_vocabulary_files(folder / "tokenizer")
+
+
+TAGS = ["kandinsky", "text-to-image", "diffusers", "diffusers-training"]
+USAGE = """
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+prior = DiffusionPipeline.from_pretrained("path/to/this/folder")
+components = {f"prior_{name}": component for name, component in prior.components.items()}
+pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder", **components)
+pipe("a caption like those it was trained on").images[0].save("picture.png")
+"""
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    accelerator = runtime.start(args)
+    repo_id = hub.create_repository(args, accelerator)
+    folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
+    position = checkpoint.read_manifest(folder)
+    runtime.settle_seed(args, position)
+
+    with accelerator.main_process_first():
+        dataset = data.open_dataset(args)
+        data.check_captions(dataset, args.caption_column)
+    pipeline, prior, noise_scheduler = load_models(args, accelerator)
+    frozen = freeze(pipeline, accelerator)
+    prior = prior.to(accelerator.device)
+    average = ema.make_ema(args, prior, accelerator.device) if args.use_ema else None
+
+    progress = metrics.Progress(args, accelerator, dataset)
+    optimizer = runtime.make_optimizer(args, runtime.trainable(prior), accelerator)
+    schedule = runtime.make_schedule(args, optimizer, progress.total)
+    prior, optimizer = accelerator.prepare(prior, optimizer)
+    network = accelerator.unwrap_model(prior)
+    parameters = runtime.trainable(network)
+
+    checkpoints = checkpoint.CheckpointManager(
+        accelerator, args.output_dir, args.checkpoints_total_limit,
+        partial(ema.save_networks, "prior", network, average), partial(ema.load_networks, "prior", network, average),
+    )  # fmt: skip
+    if folder is not None:
+        checkpoints.restore(folder)
+        runtime.set_schedule(schedule, position["step"])
+    progress.begin(position)
+    stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
+
+    drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+
+    def validate():
+        draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
+        with ema.averaged(average if progress.step else None, network):
+            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+        progress.restart_clock()
+
+    if args.validation_prompts and progress.step == 0:
+        validate()  # the untouched model: the first row of every grid
+    stopped_by = 0
+    while progress.step < progress.total and not stopped_by:
+        for _ in range(args.gradient_accumulation_steps):
+            with accelerator.accumulate(prior):
+                batch = next(stream)
+                batch |= encode(batch, *frozen)
+                loss = compute_loss(prior, batch, noise_scheduler, args)
+                accelerator.backward(loss)
+                progress.add(loss, batch["index"])
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        if average is not None:
+            ema.update(average, network)
+        progress.update(grad_norm, schedule.get_last_lr()[0])
+        schedule.step()
+        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
+        if args.validation_prompts and progress.validation_due() and not stopped_by:
+            validate()
+        if progress.step % args.checkpointing_steps == 0 or stopped_by:
+            progress.read()  # the losses, so that nothing non-finite is ever saved
+            checkpoints.save(progress.position())
+            progress.restart_clock()
+
+    if progress.step == progress.total:
+        with ema.averaged(average, network):
+            exported = checkpoint.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+    progress.close()
+    if progress.step == progress.total:
+        hub.finish(args, accelerator, repo_id, exported, title="Kandinsky 2.2 prior", tags=TAGS, usage=USAGE,
+                   base_model=args.pretrained_prior_model_name_or_path, steps=progress.step)  # fmt: skip
+    runtime.finish(stopped_by)
+
+
+if __name__ == "__main__":
+    main()

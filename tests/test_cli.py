@@ -1,0 +1,112 @@
+"""The command line is the published scripts' one: nothing missing, nothing changed, our additions frozen."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import load_script
+
+from t2i_training import checks
+
+RECORDED = json.loads((Path(__file__).parent / "data" / "recorded_flags.json").read_text())
+OURS = {  # script -> the flags that the published one does not have
+    "sd": {"config", "caption_dropout", "logging_steps"},
+}
+TYPES = {None: "str", str: "str", int: "int", float: "float"}
+
+
+@pytest.fixture(params=OURS)
+def script(request):
+    return request.param
+
+
+def recorded(script: str) -> dict:
+    return RECORDED[tiny.SCRIPTS[script].relative_to(tiny.REPOSITORY).as_posix()]
+
+
+def actions(script: str, monkeypatch) -> dict:
+    """The flags of a script's parser, by name."""
+    monkeypatch.setattr(checks, "parse", lambda parser, argv: parser)
+    parser = load_script(script).parse_args()
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
+
+
+def facts(action) -> dict:
+    entry = {
+        "type": None if action.nargs == 0 else TYPES[action.type], "default": action.default,
+        "choices": action.choices, "nargs": action.nargs, "required": action.required or None,
+    }  # fmt: skip
+    return {name: value for name, value in entry.items() if value is not None or name in ("type", "default")}
+
+
+def test_every_published_flag_is_here_unchanged(script, monkeypatch):
+    """Same name, type, choices, default, number of values, and required or not."""
+    here = {name: facts(action) for name, action in actions(script, monkeypatch).items()}
+    assert {name: here.get(name) for name in recorded(script)} == recorded(script)
+
+
+def test_our_additions_are_these(script, monkeypatch):
+    assert set(actions(script, monkeypatch)) - set(recorded(script)) == OURS[script]
+
+
+def test_every_flag_is_spelled_in_full_and_explained(script, monkeypatch):
+    for name, action in actions(script, monkeypatch).items():
+        assert action.option_strings == [f"--{name}"]
+        assert action.help
+
+
+def test_recorded_facts_are_of_seven_scripts():
+    assert {path: len(flags) for path, flags in RECORDED.items()} == {
+        "text_to_image/train_text_to_image.py": 57,
+        "text_to_image/train_text_to_image_lora.py": 51,
+        "text_to_image/train_text_to_image_flax.py": 34,
+        "kandinsky2_2/text_to_image/train_text_to_image_decoder.py": 43,
+        "kandinsky2_2/text_to_image/train_text_to_image_decoder_lora.py": 42,
+        "kandinsky2_2/text_to_image/train_text_to_image_prior.py": 42,
+        "kandinsky2_2/text_to_image/train_text_to_image_prior_lora.py": 42,
+    }
+
+
+def test_flags_may_be_abbreviated(sd_flags):
+    """The guides write --validation_prompt "..." for a script that has --validation_prompts."""
+    args = load_script("sd").parse_args([*sd_flags(), "--validation_prompt", "a red bird"])
+    assert args.validation_prompts == ["a red bird"]
+
+
+def test_values_reach_the_arguments(sd_flags):
+    tokens = sd_flags(validation_prompts=["a cat", "a dog"], use_ema=True, snr_gamma=5, mixed_precision="bf16")
+    args = load_script("sd").parse_args([*tokens, "--learning_rate=2e-5"])
+    assert (args.validation_prompts, args.use_ema, args.snr_gamma) == (["a cat", "a dog"], True, 5.0)
+    assert (args.mixed_precision, args.learning_rate) == ("bf16", 2e-5)
+
+
+def imported(tokens: list[str], script: str) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """A script run for itself, and the top-level modules that it imported."""
+    command = [sys.executable, "-X", "importtime", str(tiny.SCRIPTS[script]), *tokens]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    names = re.findall(r"^import time:.*\| +([\w.]+)$", run.stderr, re.MULTILINE)
+    assert "argparse" in names
+    return run, {name.partition(".")[0] for name in names}
+
+
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "PIL", "jax", "flax"}
+
+
+def test_help_names_every_flag_and_imports_nothing_heavy(script):
+    run, modules = imported(["--help"], script)
+    assert run.returncode == 0
+    assert all(f"--{name} " in run.stdout or f"--{name}\n" in run.stdout for name in [*recorded(script), *OURS[script]])
+    assert not modules & HEAVY
+
+
+def test_usage_errors_import_nothing_heavy(script, tmp_path):
+    (tmp_path / "run.yaml").write_text("resolution: 12\ntrain_data_dir: .\npretrained_model_name_or_path: ./\n")
+    for tokens in ([], ["--no_such_flag"], ["--config", str(tmp_path / "run.yaml")]):
+        run, modules = imported(tokens, script)
+        assert run.returncode == 2
+        assert "error: " in run.stderr
+        assert not modules & HEAVY

@@ -1,0 +1,131 @@
+"""Contract: a first SIGTERM or SIGINT ends the run after its step with a checkpoint, a second one at once.
+
+The exit status is 128 + the signal, as a shell would report it.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from runs import checkpoints, interrupt, rows, wait_until
+
+
+def read_rows(folder) -> list[dict]:
+    return rows(folder) if (folder / "metrics.jsonl").exists() else []
+
+
+@pytest.mark.parametrize(("number", "status", "workers"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)])
+def test_signal_saves_and_exits(server, sd_flags, tmp_path, number, status, workers):
+    out = tmp_path / "out"
+    run = server.start(sd_flags(max_train_steps=10000, dataloader_num_workers=workers), tmp_path)
+    wait_until(lambda: len(read_rows(out)) >= 3)
+    began = time.monotonic()
+    run.kill(number)
+    assert run.wait() == status
+    assert time.monotonic() - began < 10
+    (name,) = checkpoints(out)
+    step = json.loads((out / name / "manifest.json").read_text())["step"]
+    assert name == f"checkpoint-{step}"
+    assert [row["step"] for row in rows(out)] == list(range(1, step + 1)), "the step was finished, and none begun"
+    assert not (out / "model_index.json").exists(), "an unfinished run exports nothing"
+    assert f"{number.name}: finishing the step and saving" in run.output()
+    assert "Traceback" not in run.output()
+
+
+def test_launched_script_saves_on_a_signal_to_its_group(sd_flags, tmp_path):
+    """As Ctrl-C, systemd or a cluster's scheduler do it: loader workers get the signal as well."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = [sys.executable, str(tiny.SCRIPTS["sd"]), *sd_flags(max_train_steps=10000, dataloader_num_workers=1)]
+    with open(log, "w") as file:
+        run = subprocess.Popen(command, stderr=file, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, process_group=0)
+    wait_until(lambda: len(read_rows(out)) >= 3)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait(30) == 143
+    step = rows(out)[-1]["step"]
+    assert checkpoints(out) == [f"checkpoint-{step}"]
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
+def test_second_signal_aborts_at_once(server, sd_flags, tmp_path, number, workers):
+    out = tmp_path / "out"
+    tokens = sd_flags(train_batch_size=1, gradient_accumulation_steps=5000, dataloader_num_workers=workers)
+    run = server.start(tokens, tmp_path)
+    wait_until((out / "metrics.jsonl").exists)  # the first update begins; it would last for more than a minute
+    time.sleep(0.5)
+    run.kill(number)
+    wait_until(lambda: "once more aborts" in run.output())
+    began = time.monotonic()
+    run.kill(number)
+    assert run.wait() == -number
+    assert time.monotonic() - began < 8  # torch gives workers five seconds
+    assert checkpoints(out) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_before_the_first_step(server, sd_flags, tmp_path, number, status):
+    """Nothing is there to be saved yet: no step is taken, and the base model's pictures are not waited for."""
+    out = tmp_path / "out"
+    prompts = [f"picture {i}" for i in range(50)]
+    run = server.start(sd_flags(max_train_steps=10000, validation_prompts=prompts), tmp_path)
+    wait_until((out / "run_config.yaml").exists)  # written when all is loaded
+    began = time.monotonic()
+    run.kill(number)
+    assert run.wait() == status
+    assert time.monotonic() - began < 5
+    assert checkpoints(out) == []
+    assert read_rows(out) == []
+    assert "Traceback" not in run.output()
+
+
+def test_signal_while_resuming(server, sd_flags, train, tmp_path):
+    """The checkpoint stays what it was. The run before this one has let go of the folder, though its process lives."""
+    out = train(max_train_steps=2, checkpointing_steps=2)
+    before = (out / "checkpoint-2" / "manifest.json").read_bytes()
+    (out / "run_config.yaml").unlink()
+    run = server.start(sd_flags(max_train_steps=10000, resume_from_checkpoint="latest"), tmp_path)
+    wait_until((out / "run_config.yaml").exists)
+    run.kill(signal.SIGTERM)
+    assert run.wait() == 143
+    assert checkpoints(out)[0] == "checkpoint-2"
+    assert (out / "checkpoint-2" / "manifest.json").read_bytes() == before
+
+
+def test_signal_in_the_last_step_still_exports(train, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "out"
+    with interrupt(2, signal.SIGTERM):
+        train(output_dir=out, max_train_steps=2)
+    assert checkpoints(out) == ["checkpoint-2"]
+    exported = StableDiffusionPipeline.from_pretrained(out).unet.state_dict()
+    untouched = StableDiffusionPipeline.from_pretrained(train(output_dir=tmp_path / "other", max_train_steps=1)).unet
+    assert not torch.equal(exported["conv_in.weight"], untouched.state_dict()["conv_in.weight"])
+
+
+def test_signals_are_handed_back(train, tmp_path):
+    """After a run, finished or interrupted, the caller's process answers Ctrl-C as Python does."""
+    train(output_dir=tmp_path / "out", max_train_steps=1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with interrupt(1, signal.SIGINT):
+        train(output_dir=tmp_path / "other")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_no_worker_outlives_an_interrupted_run(train, tmp_path):
+    """Even where the caller keeps the exception, whose traceback keeps the loader."""
+    with interrupt(1):
+        train(output_dir=tmp_path / "out", dataloader_num_workers=2)
+    gc.collect()
+    began = time.monotonic()
+    wait_until(lambda: not multiprocessing.active_children(), 20)
+    assert time.monotonic() - began < 4

@@ -1,0 +1,326 @@
+"""Captioned pictures: what is refused and how it is said; which samples every update sees; what a visit draws."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from t2i_training import data, draws
+
+
+def options(**changes):
+    defaults = {
+        "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "cache_dir": None,
+        "image_column": "image", "max_train_samples": None, "seed": 3, "train_batch_size": 2,
+        "dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": None,
+    }  # fmt: skip
+    return SimpleNamespace(**defaults | changes)
+
+
+def captions(**columns) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(columns)
+
+
+def refusal(function, *args) -> str:
+    """The one line with which the run ends."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    message = str(stop.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+# --- opening
+
+
+def test_folder_of_pictures(pictures):
+    dataset = data.open_dataset(options(train_data_dir=str(pictures)))
+    assert dataset["text"][:] == [f"picture {i}" for i in range(tiny.PICTURES)]
+    assert data.picture_source(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
+
+
+def test_local_folder_as_dataset_name(pictures):
+    dataset = data.open_dataset(options(dataset_name=str(pictures)))
+    assert len(dataset) == tiny.PICTURES
+
+
+def test_pictures_within_a_parquet_file(tmp_path):
+    """Such pictures are bytes without a file."""
+    rows = {"image": [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")], "text": ["a", "b"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
+    dataset = data.open_dataset(options(dataset_name=str(tmp_path / "set")))
+    assert isinstance(data.picture_source(dataset[0]["image"]), bytes)
+    assert data.describe(dataset, "image", 1) == "row 1"
+
+
+def test_subfolders_are_no_splits(tmp_path):
+    for name in ("train", "test"):
+        tiny.make_pictures(tmp_path / "set" / name, count=2)
+    assert len(data.open_dataset(options(train_data_dir=str(tmp_path / "set")))) == 4
+
+
+def test_folder_without_pictures(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing here")
+    message = refusal(data.open_dataset, options(train_data_dir=str(tmp_path)))
+    assert f"--train_data_dir {tmp_path}" in message
+
+
+def test_missing_split(tmp_path):
+    (tmp_path / "set").mkdir()
+    captions(text=["a"]).to_parquet(tmp_path / "set" / "test.parquet")
+    message = refusal(data.open_dataset, options(dataset_name=str(tmp_path / "set")))
+    assert "no split named train, only: test" in message
+
+
+def test_unknown_image_column_lists_the_columns(pictures):
+    message = refusal(data.open_dataset, options(train_data_dir=str(pictures), image_column="photo"))
+    assert message == "error: --image_column 'photo' is not a column; there are: image, text"
+
+
+def test_image_column_without_pictures(pictures):
+    message = refusal(data.open_dataset, options(train_data_dir=str(pictures), image_column="text"))
+    assert message == "error: --image_column 'text' holds string, not pictures; columns with pictures: image"
+
+
+# --- some of the samples
+
+
+def test_max_train_samples_are_chosen_by_the_seed(pictures):
+    chosen = {}
+    for seed in range(5):
+        dataset = data.open_dataset(options(train_data_dir=str(pictures), max_train_samples=3, seed=seed))
+        again = data.open_dataset(options(train_data_dir=str(pictures), max_train_samples=3, seed=seed))
+        chosen[seed] = tuple(dataset["text"])
+        assert chosen[seed] == tuple(again["text"])
+        assert len(set(chosen[seed])) == 3
+    assert len({frozenset(texts) for texts in chosen.values()}) > 1
+
+
+def test_max_train_samples_may_be_all_but_no_more(pictures):
+    everything = options(train_data_dir=str(pictures), max_train_samples=tiny.PICTURES)
+    assert len(data.open_dataset(everything)) == tiny.PICTURES
+    message = refusal(data.open_dataset, options(train_data_dir=str(pictures), max_train_samples=tiny.PICTURES + 1))
+    assert message == "error: --max_train_samples 7 is more than the 6 samples there are"
+
+
+# --- captions
+
+
+@pytest.mark.parametrize("column", [["a", ""], [["a", "b"], ["c"]]])
+def test_strings_and_lists_of_strings_are_captions(column):
+    """The empty string too: it is the unconditional prompt."""
+    data.check_captions(captions(text=column), "text")
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (["a", None, "b", None], "is empty (no string) in row 1, 3"),
+        ([["a"], []], "is empty (no string) in row 1"),
+        ([["a"], ["b", None], None], "is empty (no string) in row 1, 2"),
+        ([1, 2], "holds int64; it must hold strings or lists of strings"),
+        ([[1], [2]], "holds list of int64; it must hold strings or lists of strings"),
+        ([None] * 12 + ["a"], "in row 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"),
+    ],
+)
+def test_what_is_no_caption_is_named(column, reason):
+    message = refusal(data.check_captions, captions(text=column), "text")
+    assert message.startswith("error: --caption_column 'text' ")
+    assert reason in message
+
+
+def test_unknown_caption_column_lists_the_columns():
+    message = refusal(data.check_captions, captions(text=["a"], title=["b"]), "caption")
+    assert message == "error: --caption_column 'caption' is not a column; there are: text, title"
+
+
+def visits(count: int):
+    """The draw of each of `count` visits."""
+    return [partial(draws.generator, 0, 0, index) for index in range(count)]
+
+
+def test_each_of_several_captions_is_picked_equally_often():
+    picked = Counter(data.pick_caption(["a", "b", "c"], draw, 0.0) for draw in visits(3000))
+    assert set(picked) == {"a", "b", "c"}
+    assert all(abs(count - 1000) < 104 for count in picked.values())  # 4 standard deviations
+
+
+def test_captions_are_dropped_at_the_rate_asked_for():
+    dropped = sum(data.pick_caption("a", draw, 0.1) == "" for draw in visits(10_000))
+    assert abs(dropped - 1000) < 120  # 4 standard deviations
+    assert all(data.pick_caption("a", draw, 0.0) == "a" for draw in visits(100))
+
+
+def test_dropout_does_not_shift_the_choice():
+    texts = ["a", "b", "c"]
+    for draw in visits(200):
+        assert data.pick_caption(texts, draw, 0.5) in ("", data.pick_caption(texts, draw, 0.0))
+
+
+def test_tokens_are_padded_and_cut(model):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
+    start, end = 512, 513
+    empty, short, long = (data.tokenize(tokenizer, caption) for caption in ("", "ab", "x" * 500))
+    assert empty.tolist() == [start] + 15 * [end]
+    assert short.shape == long.shape == (16,)
+    assert short.dtype == torch.int64
+    assert (short == end).sum() == 16 - 3
+    assert (long[0], long[-1]) == (start, end)
+
+
+# --- the stream of samples
+
+
+def stream(count: int, **options) -> list:
+    """The first `count` batches."""
+    batches = iter(data.VisitStream(**{"size": 7, "seed": 3, "rank": 0, "world_size": 1, "start": 0} | options))
+    return [next(batches) for _ in range(count)]
+
+
+def flat(batches) -> list:
+    return [visit for batch in batches for visit in batch]
+
+
+def test_stream_is_epoch_after_epoch_in_orders_of_their_own():
+    expected = [(epoch, int(index)) for epoch in range(3) for index in draws.permutation(3, epoch, 7)]
+    assert flat(stream(21, batch_size=1)) == expected
+
+
+@pytest.mark.parametrize("start", [0, 12, 35])
+@pytest.mark.parametrize(
+    ("world_size", "accumulation", "batch_size"), [(1, 12, 1), (1, 1, 12), (2, 3, 2), (3, 2, 2), (4, 1, 3), (12, 1, 1)]
+)
+def test_updates_see_the_same_samples_however_they_are_split(world_size, accumulation, batch_size, start):
+    """Over ranks and accumulation, update u sees positions 12 u to 12 u + 11 of the single-process stream."""
+    updates = 4
+    expected = flat(stream(start + 12 * updates, batch_size=1))[start:]
+    split = {"batch_size": batch_size, "world_size": world_size, "start": start}
+    ranks = [stream(updates * accumulation, rank=rank, **split) for rank in range(world_size)]
+    seen = [visit for micro_batches in zip(*ranks) for visit in flat(micro_batches)]
+    assert seen == expected
+
+
+def test_any_start_continues_the_stream():
+    whole = flat(stream(40, batch_size=1))
+    for start in range(20):
+        assert flat(stream(4, batch_size=5, start=start)) == whole[start : start + 20]
+
+
+def test_batch_larger_than_the_data_set():
+    (batch,) = stream(1, size=2, batch_size=7)
+    assert [epoch for epoch, _ in batch] == [0, 0, 1, 1, 2, 2, 3]
+    assert all({index for e, index in batch if e == epoch} == {0, 1} for epoch in range(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "plan"),
+    [
+        ({}, 1, (2, 5)),  # 10 samples, batches of 2
+        ({"num_train_epochs": 3}, 1, (2, 15)),
+        ({"gradient_accumulation_steps": 2}, 2, (8, 2)),  # 10 / 8, rounded up
+        ({"num_train_epochs": 3, "gradient_accumulation_steps": 2}, 2, (8, 4)),  # 30 / 8, rounded up once
+        ({"max_train_steps": 7, "num_train_epochs": 3}, 1, (2, 7)),
+        ({"train_batch_size": 64}, 1, (64, 1)),
+    ],
+)
+def test_number_of_updates(changes, world_size, plan):
+    assert data.plan_updates(options(**changes), 10, world_size) == plan
+
+
+# --- the loader
+
+CPU = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+
+
+def visit_record(row, draw):
+    """What a sample is made of here: the row and one number drawn for the visit."""
+    number = int(row["text"].split()[1])
+    return {"row": torch.tensor(number), "drawn": torch.tensor(draw("noise").random(), dtype=torch.float64)}
+
+
+def record(dataset, count: int, **changes) -> list:
+    stream = data.batches(data.make_loader(dataset, visit_record, options(**changes), CPU, start=3), CPU)
+    return [{name: tensor.tolist() for name, tensor in next(stream).items()} for _ in range(count)]
+
+
+def test_loader_draws_for_every_visit(pictures):
+    dataset = data.open_dataset(options(train_data_dir=str(pictures)))
+    visits = flat(stream(12, size=6, batch_size=1))[3:]
+    batches = record(dataset, 4)
+    assert [index for batch in batches for index in batch["index"]] == [index for _, index in visits[:8]]
+    assert all(batch["row"] == batch["index"] for batch in batches)
+    expected = [draws.generator(3, epoch, index, "noise").random() for epoch, index in visits[:8]]
+    assert [number for batch in batches for number in batch["drawn"]] == expected
+
+
+def test_workers_change_nothing_and_touch_no_global_generator(pictures):
+    dataset = data.open_dataset(options(train_data_dir=str(pictures)))
+    before = torch.get_rng_state()
+    assert record(dataset, 5, dataloader_num_workers=2) == record(dataset, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_picture_is_named_in_one_line(tmp_path, workers):
+    """Row, file and reason, from a worker as from the main process."""
+    from t2i_training import images
+
+    folder = tiny.make_pictures(tmp_path / "set")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / rows[4]["file_name"]).write_bytes(b"not a picture")
+    args = options(train_data_dir=str(folder), dataloader_num_workers=workers)
+    dataset = data.open_dataset(args)
+
+    def make_sample(row, draw):
+        return {"pixels": images.square(images.decode(data.picture_source(row["image"])), 8, "nearest")}
+
+    message = refusal(list, data.batches(data.make_loader(dataset, make_sample, args, CPU, start=0), CPU))
+    assert message.startswith(f"error: row 4 ({folder / '4.png'}): UnidentifiedImageError: cannot identify")
+
+
+def test_sample_carries_its_index(pictures):
+    samples = data.Samples(data.open_dataset(options(train_data_dir=str(pictures))), visit_record, "image", seed=3)
+    sample = samples[(2, 5)]
+    assert (sample["index"].item(), sample["row"].item()) == (5, 5)
+    assert sample["drawn"].item() == draws.generator(3, 2, 5, "noise").random()
+    assert np.unique([samples[(epoch, 5)]["drawn"].item() for epoch in range(9)]).size == 9
+
+
+CRASH = """
+from types import SimpleNamespace
+import torch
+from t2i_training import data
+
+def make_sample(row, draw):
+    return {}
+
+def main():
+    args = SimpleNamespace(image_column="image", seed=0, train_batch_size=1, dataloader_num_workers=2)
+    cpu = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    stream = data.batches(data.make_loader([{"image": None}], make_sample, args, cpu, start=0), cpu)
+    next(stream)
+    raise RuntimeError("out of memory")
+
+main()
+"""
+
+
+def test_crash_ends_the_process_although_workers_ignore_sigterm():
+    """At exit multiprocessing ends leftover children with SIGTERM and waits for them, without a limit."""
+    crash = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True, timeout=60)
+    assert crash.returncode == 1
+    assert crash.stderr.endswith("RuntimeError: out of memory\n")

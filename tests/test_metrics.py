@@ -1,0 +1,191 @@
+"""What a run reports: rows, counts and curves; and that it stops at the first number that is none."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate.state import PartialState
+from conftest import load_script
+from PIL import Image
+
+from t2i_training import data, metrics, runtime
+
+
+@pytest.fixture
+def started(sd_flags, tmp_path):
+    """started(**flags): a Progress over the six test pictures, ready to count; its files are below tmp_path / "out"."""
+    opened = []
+
+    def start(position=None, **changes) -> metrics.Progress:
+        args = load_script("sd").parse_args(sd_flags(**changes))
+        accelerator = runtime.start(args)
+        progress = metrics.Progress(args, accelerator, data.open_dataset(args))
+        progress.begin(position or {})
+        opened.append(progress)
+        return progress
+
+    yield start
+    for progress in opened:
+        progress.close()
+    runtime.default_signals()
+
+
+def update(progress, *losses, grad_norm=1.0, indices=(0, 1), lr=0.5) -> None:
+    """One weight update of as many micro-batches as losses."""
+    for loss in losses:
+        progress.add(torch.tensor(loss), torch.tensor(indices))
+    progress.update(torch.tensor(grad_norm), lr)
+
+
+def rows(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_row_by_hand(started, tmp_path):
+    """The loss is the mean over the interval and its micro-batches; the gradient norm and the rate are the last."""
+    progress = started(gradient_accumulation_steps=2, logging_steps=2, max_train_steps=3)
+    update(progress, 1.0, 2.0, grad_norm=3.0, lr=0.25)
+    assert rows(tmp_path) == []  # the interval is not over
+    update(progress, 3.0, 6.0, grad_norm=4.0, lr=0.5)
+    update(progress, 8.0, 8.0, grad_norm=5.0, lr=0.125)  # the last update ends the interval early
+    speeds = [row.pop("images_per_second") for row in rows(tmp_path)]
+    written = [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows(tmp_path)]
+    assert written == [
+        {"step": 2, "epoch": 1.3333, "loss": 3.0, "lr": 0.5, "grad_norm": 4.0},
+        {"step": 3, "epoch": 2.0, "loss": 8.0, "lr": 0.125, "grad_norm": 5.0},
+    ]
+    assert all(speed > 0 for speed in speeds)
+
+
+def test_checkpoint_within_an_interval_changes_no_row(started, tmp_path):
+    """It reads the losses early, and the manifest takes along those that stand in no row yet."""
+    progress = started(logging_steps=2)
+    update(progress, 1.0, grad_norm=3.0)
+    progress.read()
+    progress.read()
+    position = json.loads(json.dumps(progress.position()))
+    update(progress, 5.0)
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(2, 3.0)]
+    update(started(position, logging_steps=2), 5.0)
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(2, 3.0)]
+
+
+def test_position(started):
+    progress = started(gradient_accumulation_steps=2, max_train_steps=10)
+    for _ in range(3):
+        update(progress, 1.0, 1.0)
+    assert progress.position() == {
+        "step": 3, "samples_seen": 12, "seed": 3, "effective_batch": 4, "dataset_size": 6, "unreported": [],
+    }  # fmt: skip
+    assert (progress.total, progress.effective_batch) == (10, 4)
+
+
+def test_validation_is_due_when_an_epoch_is_complete_and_at_the_end(started):
+    """Six samples, four an update: epochs end within updates 2, 3, 5 and 6."""
+    progress = started(gradient_accumulation_steps=2, max_train_steps=7, validation_epochs=1)
+    due = []
+    for _ in range(7):
+        update(progress, 1.0, 1.0)
+        due.append(progress.validation_due())
+    assert due == [False, True, True, False, True, True, True]
+
+
+def test_validation_every_other_epoch(started):
+    progress = started(train_batch_size=6, max_train_steps=5, validation_epochs=2)
+    due = []
+    for _ in range(5):
+        update(progress, 1.0)
+        due.append(progress.validation_due())
+    assert due == [False, True, False, True, True]
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_written_again(started, tmp_path):
+    first = started(max_train_steps=6)
+    for loss in (1.0, 2.0, 3.0, 4.0):
+        update(first, loss)
+    before = rows(tmp_path)
+    resumed = started({"step": 2, "samples_seen": 4}, max_train_steps=6)
+    assert rows(tmp_path) == before[:2]
+    update(resumed, 7.0)
+    assert [(row["step"], row["loss"], row["epoch"]) for row in rows(tmp_path)][1:] == [(2, 2.0, 0.6667), (3, 7.0, 1.0)]
+
+
+def test_line_cut_short_is_dropped(started, tmp_path):
+    update(started(), 1.0)
+    file = tmp_path / "out" / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 2, "epo')
+    resumed = started({"step": 2, "samples_seen": 4})
+    assert file.read_text() == whole
+    update(resumed, 3.0)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3]
+
+
+def test_new_run_begins_a_new_file(started, tmp_path):
+    update(started(), 1.0)
+    started()
+    assert rows(tmp_path) == []
+
+
+def test_rows_are_read_without_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # as in a process that has no Accelerator
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\x00\x00\n{"step": 2}\n{"st')
+    assert metrics.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_curves_are_drawn(tmp_path):
+    values = [{"step": i, "loss": math.exp(-i / 9), "lr": 1e-4, "grad_norm": 1 / i} for i in range(1, 40)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
+    path = metrics.draw_curves(tmp_path)
+    assert path == tmp_path / "training_curves.png"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (1200, 340)
+        assert len(set(picture.convert("L").crop((50, 30, 380, 280)).getdata())) > 20  # something is drawn in the frame
+
+
+def test_no_rows_no_curves(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    assert metrics.draw_curves(tmp_path) is None
+    assert not (tmp_path / "training_curves.png").exists()
+
+
+def test_closing_draws_the_curves(started, tmp_path):
+    progress = started(max_train_steps=1)
+    update(progress, 1.0)
+    progress.close()
+    assert (tmp_path / "out" / "training_curves.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_loss_names_the_samples_of_its_step(started, tmp_path, pictures, bad):
+    """Found at the end of the interval, and told of the very update: step 2 of 3, its two micro-batches."""
+    progress = started(gradient_accumulation_steps=2, logging_steps=3, max_train_steps=9)
+    update(progress, 1.0, 1.0, indices=(0, 1))
+    progress.add(torch.tensor(1.0), torch.tensor((2, 3)))
+    progress.add(torch.tensor(bad), torch.tensor((4, 5)))
+    progress.update(torch.tensor(1.0), 0.5)
+    progress.add(torch.tensor(1.0), torch.tensor((0, 1)))
+    progress.add(torch.tensor(1.0), torch.tensor((0, 1)))
+    with pytest.raises(SystemExit) as stop:
+        progress.update(torch.tensor(1.0), 0.5)
+    names = "; ".join(f"row {i} ({pictures / f'{i}.png'})" for i in (2, 3, 4, 5))
+    message = str(stop.value)
+    assert message.startswith(f"error: loss {bad} at step 2, ")
+    assert f"the step's samples: {names}. " in message
+    assert rows(tmp_path) == []
+
+
+def test_bad_gradient_stops_the_run(started):
+    progress = started()
+    with pytest.raises(SystemExit, match=r"error: gradient norm inf at step 1, .*row 0 .*row 1 "):
+        update(progress, 1.0, grad_norm=math.inf)
+
+
+def test_checkpoint_reads_the_losses_first(started):
+    """`read` is called before a save, so nothing non-finite is ever saved, whatever the logging interval."""
+    progress = started(logging_steps=100, max_train_steps=100)
+    update(progress, math.nan)
+    with pytest.raises(SystemExit, match="error: loss nan at step 1"):
+        progress.read()

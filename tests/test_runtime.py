@@ -1,0 +1,285 @@
+"""What surrounds a run: lock, seed, precision, optimizer, schedule, stop signals."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import load_script
+
+from t2i_training import runtime
+
+
+@pytest.fixture
+def parse(sd_flags):
+    return lambda **changes: load_script("sd").parse_args(sd_flags(**changes))
+
+
+@pytest.fixture
+def start(parse):
+    """start(**flags): (arguments, accelerator) of a run in this process."""
+
+    def run(**changes):
+        args = parse(**changes)
+        return args, runtime.start(args)
+
+    yield run
+    runtime.default_signals()
+
+
+# --- schedules
+
+SCHEDULES = {  # of 6 updates, 2 of them warm-up, at a rate of 1
+    "constant": [1, 1, 1, 1, 1, 1],
+    "constant_with_warmup": [0, 0.5, 1, 1, 1, 1],
+    "linear": [0, 0.5, 1, 0.75, 0.5, 0.25],
+    "polynomial": [0, 0.5, 1, 0.75, 0.5, 0.25],
+    "cosine": [0, 0.5, 1, 0.853553, 0.5, 0.146447],
+    "cosine_with_restarts": [0, 0.5, 1, 0.853553, 0.5, 0.146447],
+    "piecewise_constant:1:2,0.1:4,0.01": [1, 1, 0.1, 0.1, 0.01, 0.01],
+}
+
+
+def schedule_of(parse, name, accumulation=1):
+    args = parse(
+        lr_scheduler=name, learning_rate=1, lr_warmup_steps=2, max_train_steps=6,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    return optimizer, runtime.make_schedule(args, optimizer, 6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_count_updates(parse, name, accumulation):
+    """By hand; and accumulation, of which the published Kandinsky scripts made the warm-up longer, changes nothing."""
+    optimizer, schedule = schedule_of(parse, name, accumulation)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(SCHEDULES[name], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_setting_a_schedule_is_stepping_it(parse, name):
+    """To the bit: a resumed run has the rates of an uninterrupted one."""
+    stepped_optimizer, stepped = schedule_of(parse, name)
+    for step in range(7):
+        optimizer, schedule = schedule_of(parse, name)
+        runtime.set_schedule(schedule, step)
+        assert schedule.get_last_lr() == stepped.get_last_lr()
+        assert optimizer.param_groups[0]["lr"] == stepped_optimizer.param_groups[0]["lr"]
+        schedule.step()
+        stepped_optimizer.step()
+        stepped.step()
+        assert schedule.get_last_lr() == stepped.get_last_lr()
+
+
+# --- optimizer
+
+
+def test_optimizer_options_reach_adamw(start):
+    args, accelerator = start(
+        learning_rate=0.02, adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.03, adam_epsilon=1e-6
+    )
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = runtime.make_optimizer(args, [parameter], accelerator)
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert group["params"] == [parameter]
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.02, (0.8, 0.95), 0.03, 1e-6)
+
+
+def test_first_adamw_update_by_hand(start):
+    """w - lr * decay * w - lr * sign(g): the bias-corrected moments of the first step are g and g squared."""
+    args, accelerator = start(learning_rate=0.5, adam_weight_decay=0.25)
+    parameter = torch.nn.Parameter(torch.tensor([8.0, -8.0]))
+    parameter.grad = torch.tensor([3.0, 0.001])
+    runtime.make_optimizer(args, [parameter], accelerator).step()
+    assert parameter.tolist() == pytest.approx([8 - 1 - 0.5, -8 + 1 - 0.5], abs=1e-4)
+
+
+def test_scale_lr(start):
+    """Times accumulation, batch and processes."""
+    args, accelerator = start(learning_rate=0.01, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4)
+    optimizer = runtime.make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], accelerator)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.12)
+
+
+def test_trainable_is_a_list_of_what_asks_for_gradients():
+    layer = torch.nn.Linear(2, 2)
+    layer.bias.requires_grad_(False)
+    parameters = runtime.trainable(layer)
+    assert isinstance(parameters, list)
+    assert [parameter is layer.weight for parameter in parameters] == [True]
+
+
+# --- precision
+
+
+class Plain(torch.nn.Linear):
+    dtype = property(lambda self: self.weight.dtype)
+
+
+def test_frozen_in_full_precision_is_the_module_itself(start):
+    _, accelerator = start()
+    module = Plain(2, 2).train()
+    assert runtime.frozen(module, accelerator) is module
+    assert not module.training
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_frozen_in_half_precision_leaves_the_original_unrounded(start):
+    """The export writes the original: an encoder must come out as it was loaded."""
+    _, accelerator = start(mixed_precision="bf16")
+    module = Plain(2, 2)
+    module.weight.data.fill_(1 / 3)
+    copy = runtime.frozen(module, accelerator)
+    assert runtime.inference_dtype(accelerator) == copy.weight.dtype == torch.bfloat16
+    assert not copy.weight.requires_grad
+    assert module.weight.dtype == torch.float32
+    assert (module.weight == 1 / 3).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works here")
+def test_fp16_without_a_gpu_trains_in_fp32_and_says_so(start):
+    with pytest.warns(UserWarning, match="fp16 needs a GPU: training in fp32"):
+        _, accelerator = start(mixed_precision="fp16")
+    assert accelerator.mixed_precision == "no"
+    assert runtime.inference_dtype(accelerator) == torch.float32
+
+
+def test_second_run_in_one_process_may_differ(start, tmp_path):
+    for precision, accumulation in (("bf16", 3), ("no", 1)):
+        _, accelerator = start(mixed_precision=precision, gradient_accumulation_steps=accumulation)
+        assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == (precision, accumulation)
+
+
+# --- seed and configuration
+
+
+def test_seed_is_the_one_given(start):
+    args, _ = start(seed=5)
+    runtime.settle_seed(args, {})
+    assert args.seed == 5
+
+
+def test_seed_0_is_a_seed(start):
+    args, _ = start(seed=0)
+    runtime.settle_seed(args, {"seed": 0})
+    assert args.seed == 0
+
+
+def test_seed_is_drawn_if_none_is_given_and_kept_by_the_checkpoint(start):
+    seeds = set()
+    for _ in range(4):
+        args, _ = start(seed=None)
+        runtime.settle_seed(args, {})
+        assert 0 <= args.seed < 2**31
+        seeds.add(args.seed)
+        resumed, _ = start(seed=None)
+        runtime.settle_seed(resumed, {"seed": args.seed})
+        assert resumed.seed == args.seed
+    assert len(seeds) > 1
+
+
+def test_seed_other_than_the_checkpoints_is_refused(start):
+    args, _ = start(seed=5)
+    with pytest.raises(SystemExit, match="error: --seed 5 differs from the checkpoint's, 6: leave it out to continue"):
+        runtime.settle_seed(args, {"seed": 6})
+
+
+def test_run_config_can_be_passed_back(start, tmp_path):
+    args, _ = start(
+        validation_prompts=["- a\nb", "null"], use_ema=True, snr_gamma=5, push_to_hub=True, hub_token="hf_secret",
+        mixed_precision="no", seed=None,
+    )  # fmt: skip
+    runtime.settle_seed(args, {})
+    runtime.write_config(args)
+    path = tmp_path / "out" / "run_config.yaml"
+    assert "hf_secret" not in path.read_text()
+    assert yaml.safe_load(path.read_text())["validation_prompts"] == ["- a\nb", "null"]
+    again = vars(load_script("sd").parse_args(["--config", str(path)]))
+    assert again == vars(args) | {"hub_token": None, "config": str(path)}
+
+
+def test_failure_while_loading_names_the_flag(capsys):
+    with pytest.raises(SystemExit) as stop, runtime.readable_errors("--revision", "v9"):
+        raise OSError("no\nsuch   revision " + "x" * 1000)
+    message = str(stop.value)
+    assert message.startswith("error: --revision v9: OSError: no such revision xxx")
+    assert len(message) < 600
+
+
+# --- the lock
+
+HOLD = """
+import sys, time
+from types import SimpleNamespace
+from t2i_training import runtime
+runtime.start(SimpleNamespace(output_dir=sys.argv[1], local_rank=-1, gradient_accumulation_steps=1,
+    mixed_precision=None, report_to="none", logging_dir="logs", train_batch_size=1))
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_lock_refuses_a_second_process_and_dies_with_the_first(start, tmp_path):
+    folder = tmp_path / "out"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        for _ in range(2):  # the refused one must not take it with it
+            with pytest.raises(SystemExit, match=f"error: --output_dir {folder} is in use by another run"):
+                start()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    start()
+    start()  # a process never locks itself out
+
+
+def test_folder_that_cannot_be_written(start, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: --output_dir .* cannot be written: "):
+        start(output_dir=tmp_path / "file" / "out")
+
+
+# --- stop signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_asks_to_stop_the_second_is_pythons(start, number):
+    _, accelerator = start()
+    runtime.begin_loop()
+    assert runtime.stop_requested(accelerator, 1, 10) == 0
+    os.kill(os.getpid(), number)
+    assert runtime.stop_requested(accelerator, 1, 10) == number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(SystemExit) as stop:
+        runtime.finish(number)
+    assert stop.value.code == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_before_the_loop_ends_the_run_at_once(start, number):
+    start()
+    with pytest.raises(SystemExit) as stop:
+        os.kill(os.getpid(), number)
+    assert stop.value.code == 128 + number
+
+
+def test_signal_of_an_earlier_run_is_forgotten(start):
+    start()
+    runtime.begin_loop()
+    os.kill(os.getpid(), signal.SIGTERM)
+    _, accelerator = start()
+    assert runtime.stop_requested(accelerator, 1, 10) == 0
+    assert runtime.finish(0) is None

@@ -1,0 +1,232 @@
+"""Fine-tune low-rank adapters (LoRA) of Stable Diffusion 1.x or 2.x on captioned pictures.
+
+Minimises || target - unet(z_t, t, c) ||^2 over latents z_t noised to step t and text states c, as the full run does, but
+trains only a low-rank addition to the UNet's attention matrices (arXiv:2106.09685): the file is about 3 MB.
+
+    accelerate launch train_text_to_image_lora.py \\
+        --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --train_data_dir=my_pictures --resolution=512 --random_flip --rank=4 \\
+        --train_batch_size=4 --mixed_precision=bf16 \\
+        --learning_rate=1e-4 --max_train_steps=5000 --output_dir=my_lora
+
+The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
+"""
+
+from functools import partial
+
+from t2i_training import checks, cli
+
+
+def parse_args(argv=None):
+    parser = cli.make_parser(__doc__)
+    cli.add_stable_diffusion_args(parser)
+    cli.add_data_args(parser)
+    cli.add_caption_args(parser)
+    cli.add_image_args(parser)
+    cli.add_training_args(parser)
+    cli.add_network_args(parser)
+    cli.add_optimizer_args(parser)
+    cli.add_scale_lr_arg(parser)
+    cli.add_loss_args(parser)
+    cli.add_noise_args(parser)
+    cli.add_lora_args(parser, kohya=True)
+    cli.add_checkpoint_args(parser)
+    cli.add_validation_args(parser, single=True)
+    cli.add_reporting_args(parser, project=False)
+    parser.set_defaults(output_dir="sd-model-finetuned-lora")
+    return checks.parse(parser, argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
+
+import torch  # noqa: E402
+from diffusers import DDPMScheduler, StableDiffusionPipeline  # noqa: E402
+
+from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, runtime, validation  # noqa: E402
+
+
+def load_models(args, accelerator):
+    """The base pipeline; its UNet, frozen in the inference type, with fp32 adapters to train; the training scheduler."""
+    source = {"variant": args.variant, "cache_dir": args.cache_dir}
+    with runtime.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, **source
+        )
+        pipeline.to(dtype=torch.float32)
+    unet = lora.add_adapters(pipeline.unet, args, accelerator)
+    if args.prediction_type is not None:
+        # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
+        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    return pipeline, unet.train(), noise_scheduler
+
+
+def make_sample(row, draw, args, tokenizer, latent_shape, num_timesteps):
+    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    picture = images.decode(data.picture_source(row[args.image_column]), args.resolution)
+    crop_draw = None if args.center_crop else draw("crop")
+    mirror = args.random_flip and draw("flip").random() < 0.5
+    caption = data.pick_caption(row[args.caption_column], draw, args.caption_dropout)
+    sample = {
+        "pixels": images.square(picture, args.resolution, args.image_interpolation_mode, crop_draw, mirror),
+        "input_ids": data.tokenize(tokenizer, caption),  # (tokens,)
+        "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
+        "noise": draws.normal(draw("noise"), latent_shape),
+        "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
+    }
+    if args.noise_offset:
+        sample["noise_offset"] = draws.normal(draw("noise_offset"), (latent_shape[0], 1, 1))
+    return sample
+
+
+@torch.no_grad()
+def encode(batch, vae, text_encoder):
+    """What the frozen networks make of a batch: the latents' posterior, and one state per caption token."""
+    pixels = images.normalize(batch["pixels"], vae.dtype)  # (B, 3, R, R) in -1..1
+    posterior = vae.encode(pixels).latent_dist
+    scale = vae.config.scaling_factor
+    return {
+        "latents_mean": posterior.mean.float() * scale,  # (B, C, R/f, R/f)
+        "latents_std": posterior.std.float() * scale,
+        "text_states": text_encoder(batch["input_ids"])[0],  # (B, tokens, D)
+    }
+
+
+def compute_loss(unet, batch, noise_scheduler, args):
+    """The objective, a scalar in fp32. A pure function of weights and batch."""
+    latents = batch["latents_mean"] + batch["latents_std"] * batch["posterior_noise"]
+    noise, timesteps, text_states = batch["noise"], batch["timesteps"], batch["text_states"]
+    if args.noise_offset:  # lets the model learn pictures darker or brighter than the average
+        noise = noise + args.noise_offset * batch["noise_offset"]
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    target = losses.prediction_target(noise_scheduler, latents, noise, timesteps)
+    prediction = unet(noisy_latents, timesteps, text_states, return_dict=False)[0]
+    return losses.denoising_loss(prediction, target, timesteps, noise_scheduler, args.snr_gamma)
+
+
+def make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress):
+    """Endless batches of samples, from where the run stands."""
+    side = args.resolution // pipeline.vae_scale_factor
+    sample = partial(
+        make_sample, args=args, tokenizer=pipeline.tokenizer,
+        latent_shape=(pipeline.vae.config.latent_channels, side, side),
+        num_timesteps=noise_scheduler.config.num_train_timesteps,
+    )  # fmt: skip
+    return data.make_loader(dataset, sample, args, accelerator, start=progress.samples_seen)
+
+
+def build_drawing_pipeline(pipeline, unet, vae, text_encoder):
+    """The pipeline that validates, around what is in memory anyway. Nothing is loaded or copied."""
+    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "safety_checker": None}
+    drawing = StableDiffusionPipeline(**pipeline.components | modules, requires_safety_checker=False)
+    drawing.set_progress_bar_config(disable=True)
+    return drawing
+
+
+def draw_picture(index, pipeline, args, accelerator):
+    """The validation picture of prompt `index`, the same noise at every validation."""
+    generator = torch.Generator().manual_seed(args.seed + index)
+    with torch.no_grad(), accelerator.autocast():
+        return pipeline(
+            args.validation_prompts[index], height=args.resolution, width=args.resolution,
+            num_inference_steps=20, generator=generator,
+        ).images[0]  # fmt: skip
+
+
+def export(args, unet, folder):
+    """Write the adapters into `folder`: as diffusers loads them and, if asked for, as other tools do."""
+    lora.save_stable_diffusion(StableDiffusionPipeline, unet, folder)
+    if args.save_kohya:
+        lora.save_kohya(unet, folder / lora.KOHYA_NAME)
+
+
+TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training", "lora"]
+USAGE = """
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("the base model")
+pipe.load_lora_weights("path/to/this/folder")
+pipe("a caption like those it was trained on").images[0].save("picture.png")
+"""
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    accelerator = runtime.start(args)
+    repo_id = hub.create_repository(args, accelerator)
+    folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
+    position = checkpoint.read_manifest(folder)
+    runtime.settle_seed(args, position)
+
+    with accelerator.main_process_first():
+        dataset = data.open_dataset(args)
+        data.check_captions(dataset, args.caption_column)
+    pipeline, unet, noise_scheduler = load_models(args, accelerator)
+    frozen = [runtime.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+
+    progress = metrics.Progress(args, accelerator, dataset)
+    optimizer = runtime.make_optimizer(args, runtime.trainable(unet), accelerator)
+    schedule = runtime.make_schedule(args, optimizer, progress.total)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    network = accelerator.unwrap_model(unet)
+    parameters = runtime.trainable(network)
+
+    checkpoints = checkpoint.CheckpointManager(
+        accelerator, args.output_dir, args.checkpoints_total_limit,
+        partial(lora.save_networks, network), partial(lora.load_networks, network),
+    )  # fmt: skip
+    if folder is not None:
+        checkpoints.restore(folder)
+        runtime.set_schedule(schedule, position["step"])
+    progress.begin(position)
+    stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
+
+    drawing = build_drawing_pipeline(pipeline, network, *frozen) if args.validation_prompts else None
+
+    def validate():
+        draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
+        validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+        progress.restart_clock()
+
+    if args.validation_prompts and progress.step == 0:
+        validate()  # the untouched model: the first row of every grid
+    stopped_by = 0
+    while progress.step < progress.total and not stopped_by:
+        for _ in range(args.gradient_accumulation_steps):
+            with accelerator.accumulate(unet):
+                batch = next(stream)
+                batch |= encode(batch, *frozen)
+                loss = compute_loss(unet, batch, noise_scheduler, args)
+                accelerator.backward(loss)
+                progress.add(loss, batch["index"])
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        progress.update(grad_norm, schedule.get_last_lr()[0])
+        schedule.step()
+        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
+        if args.validation_prompts and progress.validation_due() and not stopped_by:
+            validate()
+        if progress.step % args.checkpointing_steps == 0 or stopped_by:
+            progress.read()  # the losses, so that nothing non-finite is ever saved
+            checkpoints.save(progress.position())
+            progress.restart_clock()
+
+    if progress.step == progress.total:
+        exported = checkpoint.publish(args.output_dir, partial(export, args, network), accelerator)
+    progress.close()
+    if progress.step == progress.total:
+        hub.finish(args, accelerator, repo_id, exported, title="Stable Diffusion LoRA", tags=TAGS, usage=USAGE,
+                   base_model=args.pretrained_model_name_or_path, steps=progress.step)  # fmt: skip
+    runtime.finish(stopped_by)
+
+
+if __name__ == "__main__":
+    main()
