@@ -108,13 +108,16 @@ class Run:
         server.stdin.write(json.dumps({"tokens": tokens, "log": str(log)}) + "\n")
         server.stdin.flush()
         self.pid = int(server.stdout.readline())
+        self.ended = False
 
     def kill(self, number: int) -> None:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
         """Exit status; -n for a process that died of signal n."""
-        return int(self.server.stdout.readline())
+        status = int(self.server.stdout.readline())
+        self.ended = True
+        return status
 
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -126,14 +129,22 @@ class Server:
     def __init__(self):
         command, pipes = [sys.executable, __file__], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, **pipes)
-        self.count = 0
+        self.runs = []
 
     def start(self, tokens: list[str], folder: Path) -> Run:
-        self.count += 1
-        return Run(self.process, tokens, folder / f"run-{self.count}.log")
+        self.end_run()
+        self.runs.append(Run(self.process, tokens, folder / f"run-{len(self.runs)}.log"))
+        return self.runs[-1]
+
+    def end_run(self) -> None:
+        """Kill what a failed test has left running."""
+        if self.runs and not self.runs[-1].ended:
+            self.runs[-1].kill(signal.SIGKILL)
+            self.runs[-1].wait()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.end_run()
+        self.process.kill()  # the end of its input would not reach it, while loader workers forked here hold the pipe
         self.process.wait()
 
 

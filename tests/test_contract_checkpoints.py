@@ -1,4 +1,4 @@
-"""Contract: a checkpoint is whole or absent, "latest" is the newest that verifies, and nothing of the user's is removed."""
+"""Contract: a checkpoint is whole or absent; "latest" is the newest that verifies; what is the user's stays."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
-"""Contract: the same command, interrupted at any moment and resumed, leaves what an uninterrupted run leaves, bit for bit.
+"""Contract: interrupted at any moment and resumed, the same command leaves what it leaves uninterrupted, bit for bit.
 
-Weights, averaged weights and their counters, optimizer state, position, exported pipeline and the rows of metrics.jsonl.
+Weights, averaged weights and their counters, optimizer state, position, exported pipeline, rows of metrics.jsonl.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Contract: a run is decided by its effective batch, however processes, batch size, accumulation and workers share it."""
+"""Contract: a run depends on its effective batch, not on how processes, accumulation and loader workers share it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ RUN = {**ALL_DRAWS, "use_ema": True, "max_train_steps": 5, "checkpointing_steps"
        "learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "train_batch_size": 8}  # fmt: skip
 TWO_PROCESSES = {**RUN, "train_batch_size": 4}
 
-# Sums over a batch are taken in another order. Observed: 1.2e-7, which is one unit in the last place of a number near 1.
+# Sums over a batch are taken in another order. Observed: 1.2e-7, one unit in the last place of a number near 1.
 LOSS = {"rel": 1e-6}
 WEIGHT = {"rtol": 1e-6, "atol": 1e-6}
 

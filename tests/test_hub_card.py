@@ -48,7 +48,8 @@ def test_card_of_a_run_on_hub_names(card):
     changes = {"pretrained_model_name_or_path": "someone/model", "dataset_name": "someone/pictures"}
     head, body = card(changes | {"validation_prompts": ["a red bird"], "learning_rate": 1e-5})
     assert head == {
-        "base_model": "someone/model", "datasets": ["someone/pictures"], "inference": True, "tags": ["a-tag"],
+        "base_model": "someone/model", "datasets": ["someone/pictures"], "inference": True,
+        "tags": ["a-tag", "text-to-image", "diffusers", "diffusers-training"],
         "library_name": "diffusers", "license": "creativeml-openrail-m",
     }  # fmt: skip
     for line in (
@@ -73,7 +74,7 @@ def test_card_is_one_that_the_hub_reads(card, tmp_path):
 
 def test_metadata_adds_and_replaces(card):
     """The decoder names its prior, and has a licence of its own."""
-    head, _ = card(metadata={"prior": ["someone/prior"], "license": "apache-2.0"})
+    head, _ = card(prior=["someone/prior"], license="apache-2.0")
     assert (head["prior"], head["license"]) == (["someone/prior"], "apache-2.0")
 
 
@@ -125,7 +126,7 @@ def test_names_cannot_break_out_of_the_head(card, name, tmp_path):
 
 
 def test_strange_metadata_stays_a_string(card):
-    head, _ = card(metadata={"prior": ["a: b\nlicense: mit", "'\"", "---"]})
+    head, _ = card(prior=["a: b\nlicense: mit", "'\"", "---"])
     assert head["prior"] == ["a: b\nlicense: mit", "'\"", "---"]
     assert head["license"] == "creativeml-openrail-m"
 

@@ -20,8 +20,8 @@ def started(sd_flags, tmp_path):
     def start(position=None, **changes) -> metrics.Progress:
         args = load_script("sd").parse_args(sd_flags(**changes))
         accelerator = runtime.start(args)
-        progress = metrics.Progress(args, accelerator, data.open_dataset(args))
-        progress.begin(position or {})
+        progress = metrics.Progress(args, accelerator, data.open_dataset(args), position or {})
+        progress.begin()
         opened.append(progress)
         return progress
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import load_script
 
-from t2i_training import runtime
+from t2i_training import optim, runtime
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def schedule_of(parse, name, accumulation=1):
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    return optimizer, runtime.make_schedule(args, optimizer, 6)
+    return optimizer, optim.make_schedule(args, optimizer, 6)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -71,7 +71,7 @@ def test_setting_a_schedule_is_stepping_it(parse, name):
     stepped_optimizer, stepped = schedule_of(parse, name)
     for step in range(7):
         optimizer, schedule = schedule_of(parse, name)
-        runtime.set_schedule(schedule, step)
+        optim.set_schedule(schedule, step)
         assert schedule.get_last_lr() == stepped.get_last_lr()
         assert optimizer.param_groups[0]["lr"] == stepped_optimizer.param_groups[0]["lr"]
         schedule.step()
@@ -88,7 +88,7 @@ def test_optimizer_options_reach_adamw(start):
         learning_rate=0.02, adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.03, adam_epsilon=1e-6
     )
     parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = runtime.make_optimizer(args, [parameter], accelerator)
+    optimizer = optim.make_optimizer(args, [parameter], accelerator)
     assert type(optimizer) is torch.optim.AdamW
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter]
@@ -100,21 +100,21 @@ def test_first_adamw_update_by_hand(start):
     args, accelerator = start(learning_rate=0.5, adam_weight_decay=0.25)
     parameter = torch.nn.Parameter(torch.tensor([8.0, -8.0]))
     parameter.grad = torch.tensor([3.0, 0.001])
-    runtime.make_optimizer(args, [parameter], accelerator).step()
+    optim.make_optimizer(args, [parameter], accelerator).step()
     assert parameter.tolist() == pytest.approx([8 - 1 - 0.5, -8 + 1 - 0.5], abs=1e-4)
 
 
 def test_scale_lr(start):
     """Times accumulation, batch and processes."""
     args, accelerator = start(learning_rate=0.01, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4)
-    optimizer = runtime.make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], accelerator)
+    optimizer = optim.make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], accelerator)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.12)
 
 
 def test_trainable_is_a_list_of_what_asks_for_gradients():
     layer = torch.nn.Linear(2, 2)
     layer.bias.requires_grad_(False)
-    parameters = runtime.trainable(layer)
+    parameters = optim.trainable(layer)
     assert isinstance(parameters, list)
     assert [parameter is layer.weight for parameter in parameters] == [True]
 
@@ -221,7 +221,7 @@ def test_failure_while_loading_names_the_flag(capsys):
 HOLD = """
 import sys, time
 from types import SimpleNamespace
-from t2i_training import runtime
+from t2i_training import optim, runtime
 runtime.start(SimpleNamespace(output_dir=sys.argv[1], local_rank=-1, gradient_accumulation_steps=1,
     mixed_precision=None, report_to="none", logging_dir="logs", train_batch_size=1))
 print("locked", flush=True)

@@ -451,7 +451,7 @@ def test_workers_load_and_change_nothing(script, base, run, parse):
     for workers in (0, 2):
         args = parse(dataloader_num_workers=workers)
         accelerator, opened = Accelerator(), data.open_dataset(args)
-        progress = metrics.Progress(args, accelerator, opened)
+        progress = metrics.Progress(args, accelerator, opened, {})
         loader = script.make_dataloader(args, opened, base, base.scheduler, accelerator, progress)
         assert loader.num_workers == workers
 

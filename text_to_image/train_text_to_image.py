@@ -43,7 +43,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
@@ -163,20 +163,23 @@ def export(pipeline, unet, folder):
     hub.keep_vocabulary_files(folder / "tokenizer")
 
 
-TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
-USAGE = """
+CARD = {
+    "title": "Stable Diffusion fine-tuning",
+    "base_model": "pretrained_model_name_or_path",  # the flag that names it
+    "tags": ["stable-diffusion", "stable-diffusion-diffusers"],
+    "usage": """
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
 pipe("a caption like those it was trained on").images[0].save("picture.png")
-"""
+""",
+}
 
 
 def main(argv=None):
     args = parse_args(argv)
     accelerator = runtime.start(args)
-    folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    position = checkpoint.read_manifest(folder)
+    folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
     with accelerator.main_process_first():
@@ -188,21 +191,20 @@ def main(argv=None):
     unet = unet.to(accelerator.device)
     average = ema.make_ema(args, unet, accelerator.device, initial=pipeline.unet) if args.use_ema else None
 
-    progress = metrics.Progress(args, accelerator, dataset)
-    optimizer = runtime.make_optimizer(args, runtime.trainable(unet), accelerator)
-    schedule = runtime.make_schedule(args, optimizer, progress.total)
+    progress = metrics.Progress(args, accelerator, dataset, position)
+    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
+    schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     network = accelerator.unwrap_model(unet)
-    parameters = runtime.trainable(network)
+    parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit,
         partial(ema.save_networks, "unet", network, average), partial(ema.load_networks, "unet", network, average),
     )  # fmt: skip
-    if folder is not None:
-        checkpoints.restore(folder)
-        runtime.set_schedule(schedule, position["step"])
-    progress.begin(position)
+    checkpoints.restore(folder)
+    optim.set_schedule(schedule, progress.step)
+    progress.begin()
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
     drawing = build_drawing_pipeline(pipeline, network, *frozen) if args.validation_prompts else None
@@ -245,8 +247,7 @@ def main(argv=None):
             exported = checkpoint.publish(args.output_dir, partial(export, pipeline, network), accelerator)
     progress.close()
     if progress.step == progress.total:
-        hub.finish(args, accelerator, repo_id, exported, title="Stable Diffusion fine-tuning", tags=TAGS, usage=USAGE,
-                   base_model=args.pretrained_model_name_or_path, steps=progress.step)  # fmt: skip
+        hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 
 

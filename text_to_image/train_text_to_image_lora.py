@@ -1,7 +1,7 @@
 """Fine-tune low-rank adapters (LoRA) of Stable Diffusion 1.x or 2.x on captioned pictures.
 
-Minimises || target - unet(z_t, t, c) ||^2 over latents z_t noised to step t and text states c, as the full run does, but
-trains only a low-rank addition to the UNet's attention matrices (arXiv:2106.09685): the file is about 3 MB.
+Minimises || target - unet(z_t, t, c) ||^2 over latents z_t noised to step t and text states c, like the full run, but
+trains only a low-rank addition to the UNet's attention matrices (arXiv:2106.09685): the file has about 3 MB.
 
     accelerate launch train_text_to_image_lora.py \\
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -29,6 +29,7 @@ def parse_args(argv=None):
     cli.add_scale_lr_arg(parser)
     cli.add_loss_args(parser)
     cli.add_noise_args(parser)
+    cli.add_full_noise_args(parser)
     cli.add_lora_args(parser, kohya=True)
     cli.add_checkpoint_args(parser)
     cli.add_validation_args(parser, single=True)
@@ -43,11 +44,11 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from diffusers import DDPMScheduler, StableDiffusionPipeline  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
-    """The base pipeline; its UNet, frozen in the inference type, with fp32 adapters to train; the training scheduler."""
+    """The base pipeline; its UNet, frozen, with fp32 adapters to train; the training scheduler."""
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
     with runtime.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -60,6 +61,8 @@ def load_models(args, accelerator):
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
+    if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
+        raise SystemExit("error: --dream_training is defined for epsilon prediction only; this model predicts v")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -82,6 +85,8 @@ def make_sample(row, draw, args, tokenizer, latent_shape, num_timesteps):
     }
     if args.noise_offset:
         sample["noise_offset"] = draws.normal(draw("noise_offset"), (latent_shape[0], 1, 1))
+    if args.input_perturbation:
+        sample["input_perturbation"] = draws.normal(draw("input_perturbation"), latent_shape)
     return sample
 
 
@@ -104,8 +109,17 @@ def compute_loss(unet, batch, noise_scheduler, args):
     noise, timesteps, text_states = batch["noise"], batch["timesteps"], batch["text_states"]
     if args.noise_offset:  # lets the model learn pictures darker or brighter than the average
         noise = noise + args.noise_offset * batch["noise_offset"]
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    input_noise = noise
+    if args.input_perturbation:  # arXiv:2301.11706: noise the input a little more than the target says
+        input_noise = noise + args.input_perturbation * batch["input_perturbation"]
+    noisy_latents = noise_scheduler.add_noise(latents, input_noise, timesteps)
     target = losses.prediction_target(noise_scheduler, latents, noise, timesteps)
+    if args.dream_training:
+        with torch.no_grad():
+            prediction = unet(noisy_latents, timesteps, text_states, return_dict=False)[0]
+        noisy_latents, target = losses.dream(
+            noise_scheduler, noisy_latents, target, noise, prediction, timesteps, args.dream_detail_preservation
+        )
     prediction = unet(noisy_latents, timesteps, text_states, return_dict=False)[0]
     return losses.denoising_loss(prediction, target, timesteps, noise_scheduler, args.snr_gamma)
 
@@ -146,45 +160,47 @@ def export(args, unet, folder):
         lora.save_kohya(unet, folder / lora.KOHYA_NAME)
 
 
-TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training", "lora"]
-USAGE = """
+CARD = {
+    "title": "Stable Diffusion LoRA",
+    "base_model": "pretrained_model_name_or_path",  # the flag that names it
+    "tags": ["stable-diffusion", "stable-diffusion-diffusers", "lora"],
+    "usage": """
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("the base model")
 pipe.load_lora_weights("path/to/this/folder")
 pipe("a caption like those it was trained on").images[0].save("picture.png")
-"""
+""",
+}
 
 
 def main(argv=None):
     args = parse_args(argv)
     accelerator = runtime.start(args)
-    repo_id = hub.create_repository(args, accelerator)
-    folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    position = checkpoint.read_manifest(folder)
+    folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
         data.check_captions(dataset, args.caption_column)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
+    repo_id = hub.create_repository(args, accelerator)
     frozen = [runtime.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
 
-    progress = metrics.Progress(args, accelerator, dataset)
-    optimizer = runtime.make_optimizer(args, runtime.trainable(unet), accelerator)
-    schedule = runtime.make_schedule(args, optimizer, progress.total)
+    progress = metrics.Progress(args, accelerator, dataset, position)
+    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
+    schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     network = accelerator.unwrap_model(unet)
-    parameters = runtime.trainable(network)
+    parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit,
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
-    if folder is not None:
-        checkpoints.restore(folder)
-        runtime.set_schedule(schedule, position["step"])
-    progress.begin(position)
+    checkpoints.restore(folder)
+    optim.set_schedule(schedule, progress.step)
+    progress.begin()
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
     drawing = build_drawing_pipeline(pipeline, network, *frozen) if args.validation_prompts else None
@@ -223,8 +239,7 @@ def main(argv=None):
         exported = checkpoint.publish(args.output_dir, partial(export, args, network), accelerator)
     progress.close()
     if progress.step == progress.total:
-        hub.finish(args, accelerator, repo_id, exported, title="Stable Diffusion LoRA", tags=TAGS, usage=USAGE,
-                   base_model=args.pretrained_model_name_or_path, steps=progress.step)  # fmt: skip
+        hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 
 

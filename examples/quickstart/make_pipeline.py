@@ -36,7 +36,7 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, default=HERE / "tiny-emoji-diffusion", help="the finished pipeline")
     parser.add_argument("--stage", choices=["all", "data", "vae", "base", "unet", "check"], default="all")
     parser.add_argument("--vae_minutes", type=float, default=14)
-    parser.add_argument("--unet_steps", type=int, default=6000)
+    parser.add_argument("--unet_steps", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

@@ -47,7 +47,7 @@ from diffusers import (  # noqa: E402
 )
 from transformers import CLIPVisionModelWithProjection  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
@@ -83,7 +83,7 @@ def make_sample(row, draw, args, clip_size, latent_shape, num_timesteps):
 
 @torch.no_grad()
 def encode(batch, movq, image_encoder):
-    """What the frozen networks make of a batch: the latents, which MoVQ neither samples nor scales, and the embedding."""
+    """What the frozen networks make of a batch: MoVQ's latents, neither sampled nor scaled, and the embedding."""
     clip_pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
     # arXiv:2207.12598, guidance: the prior's "no picture" is the embedding of all-zero input.
     clip_pixels = clip_pixels * batch["kept"][:, None, None, None]
@@ -115,7 +115,7 @@ def make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, acc
 
 
 def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
-    """The pipeline that validates: what is in memory, and the rest of the base prior, which is loaded for this alone."""
+    """The pipeline that validates: what is in memory, and the rest of the base prior, loaded for this alone."""
     with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         prior = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, image_encoder=image_encoder, cache_dir=args.cache_dir
@@ -138,22 +138,25 @@ def draw_picture(index, pipeline, args, accelerator):
         ).images[0]  # fmt: skip
 
 
-TAGS = ["kandinsky", "text-to-image", "diffusers", "diffusers-training", "lora"]
-USAGE = """
+CARD = {
+    "title": "Kandinsky 2.2 decoder LoRA",
+    "base_model": "pretrained_decoder_model_name_or_path",  # the flag that names it
+    "tags": ["kandinsky", "lora"],
+    "license": "apache-2.0",
+    "usage": """
 from diffusers import AutoPipelineForText2Image
 
 pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
 pipe.unet.load_lora_adapter("path/to/this/folder", prefix=None, weight_name="pytorch_lora_weights.safetensors")
 pipe("a caption").images[0].save("picture.png")
-"""
+""",
+}
 
 
 def main(argv=None):
     args = parse_args(argv)
     accelerator = runtime.start(args)
-    repo_id = hub.create_repository(args, accelerator)
-    folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    position = checkpoint.read_manifest(folder)
+    folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
     with accelerator.main_process_first():
@@ -161,24 +164,26 @@ def main(argv=None):
         if args.caption_column is not None:
             data.check_captions(dataset, args.caption_column)
     pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
+    repo_id = hub.create_repository(args, accelerator)
     frozen = [runtime.frozen(module, accelerator) for module in (pipeline.movq, image_encoder)]
 
-    progress = metrics.Progress(args, accelerator, dataset)
-    optimizer = runtime.make_optimizer(args, runtime.trainable(unet), accelerator)
-    schedule = runtime.make_schedule(args, optimizer, progress.total)
+    progress = metrics.Progress(args, accelerator, dataset, position)
+    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
+    schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     network = accelerator.unwrap_model(unet)
-    parameters = runtime.trainable(network)
+    parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit,
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
-    if folder is not None:
-        checkpoints.restore(folder)
-        runtime.set_schedule(schedule, position["step"])
-    progress.begin(position)
-    stream = data.batches(make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, accelerator, progress), accelerator)
+    checkpoints.restore(folder)
+    optim.set_schedule(schedule, progress.step)
+    progress.begin()
+    stream = data.batches(
+        make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, accelerator, progress), accelerator
+    )
 
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
@@ -216,8 +221,7 @@ def main(argv=None):
         exported = checkpoint.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
     progress.close()
     if progress.step == progress.total:
-        hub.finish(args, accelerator, repo_id, exported, title="Kandinsky 2.2 decoder LoRA", tags=TAGS, usage=USAGE,
-                   base_model=args.pretrained_decoder_model_name_or_path, metadata={"prior": [args.pretrained_prior_model_name_or_path]}, steps=progress.step)  # fmt: skip
+        hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 
 

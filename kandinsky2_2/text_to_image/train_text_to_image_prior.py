@@ -44,7 +44,7 @@ from diffusers import (  # noqa: E402
     KandinskyV22PriorPipeline,
 )
 
-from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
@@ -81,7 +81,9 @@ def make_sample(row, draw, args, tokenizer, clip_size, embedding_size, num_times
 def freeze(pipeline, accelerator):
     """What `encode` takes besides the batch: both CLIP encoders and the statistics that normalise embeddings."""
     encoders = [runtime.frozen(module, accelerator) for module in (pipeline.image_encoder, pipeline.text_encoder)]
-    statistics = [s.detach().float().to(accelerator.device) for s in (pipeline.prior.clip_mean, pipeline.prior.clip_std)]
+    statistics = [
+        s.detach().float().to(accelerator.device) for s in (pipeline.prior.clip_mean, pipeline.prior.clip_std)
+    ]
     return [*encoders, *statistics]
 
 
@@ -150,8 +152,12 @@ def export(pipeline, prior, folder):
     hub.keep_vocabulary_files(folder / "tokenizer")
 
 
-TAGS = ["kandinsky", "text-to-image", "diffusers", "diffusers-training"]
-USAGE = """
+CARD = {
+    "title": "Kandinsky 2.2 prior",
+    "base_model": "pretrained_prior_model_name_or_path",  # the flag that names it
+    "tags": ["kandinsky"],
+    "license": "apache-2.0",
+    "usage": """
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
@@ -159,40 +165,39 @@ prior = DiffusionPipeline.from_pretrained("path/to/this/folder")
 components = {f"prior_{name}": component for name, component in prior.components.items()}
 pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder", **components)
 pipe("a caption like those it was trained on").images[0].save("picture.png")
-"""
+""",
+}
 
 
 def main(argv=None):
     args = parse_args(argv)
     accelerator = runtime.start(args)
-    repo_id = hub.create_repository(args, accelerator)
-    folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    position = checkpoint.read_manifest(folder)
+    folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
         data.check_captions(dataset, args.caption_column)
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
+    repo_id = hub.create_repository(args, accelerator)
     frozen = freeze(pipeline, accelerator)
     prior = prior.to(accelerator.device)
     average = ema.make_ema(args, prior, accelerator.device) if args.use_ema else None
 
-    progress = metrics.Progress(args, accelerator, dataset)
-    optimizer = runtime.make_optimizer(args, runtime.trainable(prior), accelerator)
-    schedule = runtime.make_schedule(args, optimizer, progress.total)
+    progress = metrics.Progress(args, accelerator, dataset, position)
+    optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
+    schedule = optim.make_schedule(args, optimizer, progress.total)
     prior, optimizer = accelerator.prepare(prior, optimizer)
     network = accelerator.unwrap_model(prior)
-    parameters = runtime.trainable(network)
+    parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit,
         partial(ema.save_networks, "prior", network, average), partial(ema.load_networks, "prior", network, average),
     )  # fmt: skip
-    if folder is not None:
-        checkpoints.restore(folder)
-        runtime.set_schedule(schedule, position["step"])
-    progress.begin(position)
+    checkpoints.restore(folder)
+    optim.set_schedule(schedule, progress.step)
+    progress.begin()
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
@@ -235,8 +240,7 @@ def main(argv=None):
             exported = checkpoint.publish(args.output_dir, partial(export, pipeline, network), accelerator)
     progress.close()
     if progress.step == progress.total:
-        hub.finish(args, accelerator, repo_id, exported, title="Kandinsky 2.2 prior", tags=TAGS, usage=USAGE,
-                   base_model=args.pretrained_prior_model_name_or_path, steps=progress.step)  # fmt: skip
+        hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 
 

@@ -1,8 +1,8 @@
 """Fine-tune low-rank adapters (LoRA) of the prior of Kandinsky 2.2 on captioned pictures.
 
 The prior predicts a picture's CLIP embedding from its caption: it minimises || x_0 - prior(x_t, t, c) ||^2 over
-normalised embeddings x_0 noised to step t (unCLIP, arXiv:2204.06125, section 2.2), as the full run does, but trains only
-a low-rank addition to the attention matrices (arXiv:2106.09685).
+normalised embeddings x_0 noised to step t (unCLIP, arXiv:2204.06125, section 2.2), as the full run does, but trains
+only a low-rank addition to the attention matrices (arXiv:2106.09685).
 
     accelerate launch train_text_to_image_prior_lora.py \
         --train_data_dir=my_pictures --mixed_precision=bf16 --train_batch_size=32 --rank=4 \
@@ -45,7 +45,7 @@ from diffusers import (  # noqa: E402
     KandinskyV22PriorPipeline,
 )
 
-from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
@@ -80,7 +80,9 @@ def make_sample(row, draw, args, tokenizer, clip_size, embedding_size, num_times
 def freeze(pipeline, accelerator):
     """What `encode` takes besides the batch: both CLIP encoders and the statistics that normalise embeddings."""
     encoders = [runtime.frozen(module, accelerator) for module in (pipeline.image_encoder, pipeline.text_encoder)]
-    statistics = [s.detach().float().to(accelerator.device) for s in (pipeline.prior.clip_mean, pipeline.prior.clip_std)]
+    statistics = [
+        s.detach().float().to(accelerator.device) for s in (pipeline.prior.clip_mean, pipeline.prior.clip_std)
+    ]
     return [*encoders, *statistics]
 
 
@@ -142,45 +144,48 @@ def draw_picture(index, pipeline, args, accelerator):
         ).images[0]  # fmt: skip
 
 
-TAGS = ["kandinsky", "text-to-image", "diffusers", "diffusers-training", "lora"]
-USAGE = """
+CARD = {
+    "title": "Kandinsky 2.2 prior LoRA",
+    "base_model": "pretrained_prior_model_name_or_path",  # the flag that names it
+    "tags": ["kandinsky", "lora"],
+    "license": "apache-2.0",
+    "usage": """
 from diffusers import AutoPipelineForText2Image
 
 pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
 pipe.prior_prior.load_lora_adapter("path/to/this/folder", prefix=None, weight_name="pytorch_lora_weights.safetensors")
 pipe("a caption like those it was trained on").images[0].save("picture.png")
-"""
+""",
+}
 
 
 def main(argv=None):
     args = parse_args(argv)
     accelerator = runtime.start(args)
-    repo_id = hub.create_repository(args, accelerator)
-    folder = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    position = checkpoint.read_manifest(folder)
+    folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
         data.check_captions(dataset, args.caption_column)
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
+    repo_id = hub.create_repository(args, accelerator)
     frozen = freeze(pipeline, accelerator)
 
-    progress = metrics.Progress(args, accelerator, dataset)
-    optimizer = runtime.make_optimizer(args, runtime.trainable(prior), accelerator)
-    schedule = runtime.make_schedule(args, optimizer, progress.total)
+    progress = metrics.Progress(args, accelerator, dataset, position)
+    optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
+    schedule = optim.make_schedule(args, optimizer, progress.total)
     prior, optimizer = accelerator.prepare(prior, optimizer)
     network = accelerator.unwrap_model(prior)
-    parameters = runtime.trainable(network)
+    parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit,
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
-    if folder is not None:
-        checkpoints.restore(folder)
-        runtime.set_schedule(schedule, position["step"])
-    progress.begin(position)
+    checkpoints.restore(folder)
+    optim.set_schedule(schedule, progress.step)
+    progress.begin()
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
@@ -219,8 +224,7 @@ def main(argv=None):
         exported = checkpoint.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
     progress.close()
     if progress.step == progress.total:
-        hub.finish(args, accelerator, repo_id, exported, title="Kandinsky 2.2 prior LoRA", tags=TAGS, usage=USAGE,
-                   base_model=args.pretrained_prior_model_name_or_path, steps=progress.step)  # fmt: skip
+        hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 
 

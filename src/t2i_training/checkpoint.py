@@ -76,24 +76,27 @@ class CheckpointManager:
         for folder in [folder for folder in ours if folder != keep][: max(0, surplus)]:
             remove_folder(folder)
 
-    def restore(self, folder: Path) -> None:
-        """Read networks, optimizer and scaler from a checkpoint that `find_checkpoint` returned."""
+    def restore(self, folder: Path | None) -> None:
+        """Read networks, optimizer and scaler from the checkpoint that `find_checkpoint` returned, if there is one."""
+        if folder is None:
+            return
         with readable_errors("checkpoint", str(folder)):
             self.accelerator.load_state(str(folder))
         self.accelerator.step = 0  # accelerate counts micro-batches, and a checkpoint stands between two updates
         logger.info(f"resumed from {folder}")
 
 
-def find_checkpoint(output_dir, wanted: str | None, accelerator) -> Path | None:
-    """The checkpoint to resume from: None, "latest", a name in the output folder, or a path. Same on every process.
+def find_checkpoint(output_dir, wanted: str | None, accelerator) -> tuple[Path | None, dict]:
+    """Folder and manifest of the checkpoint to resume from, or (None, {}); the same on every process.
 
-    Of the numbered ones "latest" takes the newest that verifies, and warns about those it had to pass over. One asked
-    for by name must verify, or the run exits.
+    `wanted` is None, "latest", a name in the output folder, or a path. Of the numbered ones "latest" takes the newest
+    that verifies, and warns about those it had to pass over. One asked for by name must verify, or the run exits.
     """
     found = [None]
     if wanted is not None and accelerator.is_main_process:
         found = [_latest(Path(output_dir)) if wanted == "latest" else _named(Path(output_dir), wanted)]
-    return broadcast_object_list(found)[0]
+    folder = broadcast_object_list(found)[0]
+    return folder, read_manifest(folder) if folder else {}
 
 
 def _latest(output_dir: Path) -> Path | None:
@@ -115,9 +118,9 @@ def _named(output_dir: Path, wanted: str) -> Path:
     return folder
 
 
-def read_manifest(folder: Path | None) -> dict:
-    """The manifest of a checkpoint folder; {} for None."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8")) if folder else {}
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint folder."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def verify(folder: Path) -> str | None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from .runtime import logger
 
+TAGS = ("text-to-image", "diffusers", "diffusers-training")  # every card carries these besides its own
+
 
 def create_repository(args, accelerator) -> str | None:
     """With --push_to_hub create the repository (or find it) before training, so that a bad token shows at once."""
@@ -29,13 +31,17 @@ def _failure(args, error: Exception, consequence: str = "") -> SystemExit:
     return SystemExit(f"error: --push_to_hub: {type(error).__name__}: {reason}{consequence}")
 
 
-def finish(args, accelerator, repo_id: str | None, exported: list[str], **card) -> None:
-    """After the export: write the card (`card` goes to `write_card`) and, if asked for, upload. Main process only.
+def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: int, card: dict) -> None:
+    """After the export: write the card and, if asked for, upload. Main process only.
 
-    Call it after `Progress.close`: the curves are there to be uploaded, and no process waits in a collective meanwhile.
+    `card` goes to `write_card`; its "base_model" and "prior" name the flags that hold them. Call it after
+    `Progress.close`: the curves are there to be uploaded, and no process waits in a collective meanwhile.
     """
     if accelerator.is_main_process:
-        write_card(args, **card)
+        card = card | {"base_model": getattr(args, card["base_model"])}
+        if "prior" in card:  # diffusers looks for a decoder's prior in this list, be it a hub name or a folder
+            card["prior"] = [getattr(args, card["prior"])]
+        write_card(args, steps=steps, **card)
         if repo_id is not None:
             push(args, repo_id, exported)
 
@@ -55,15 +61,25 @@ def push(args, repo_id: str, exported: list[str]) -> None:
     logger.info(f"pushed to {repo_id}")
 
 
-def write_card(args, *, title: str, base_model: str, tags: list[str], usage: str, steps: int, metadata=None) -> None:
+def write_card(
+    args,
+    *,
+    title: str,
+    base_model: str,
+    tags: list[str],
+    usage: str,
+    steps: int,
+    license="creativeml-openrail-m",
+    **head,
+) -> None:
     """README.md of the output folder: what it is, from what and how it was made, how to use it, before/after pictures.
 
-    `metadata` adds entries to the card's YAML head. Local paths are left out: the hub takes names only there, and they
+    `head` adds entries to the card's YAML head. Local paths are left out: the hub takes names only there, and they
     are nobody's business.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    head = {"license": "creativeml-openrail-m", "library_name": "diffusers", "inference": True, "tags": tags}
+    head = {"license": license, "library_name": "diffusers", "inference": True, "tags": [*tags, *TAGS]} | head
     for key, value in (("base_model", base_model), ("datasets", args.dataset_name)):
         if value and is_hub_name(value):
             head[key] = [value] if key == "datasets" else value
@@ -84,7 +100,7 @@ def write_card(args, *, title: str, base_model: str, tags: list[str], usage: str
         "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
         "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
     )
-    data = ModelCardData(**head | (metadata or {}))
+    data = ModelCardData(**head)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir) / "README.md")
 
 

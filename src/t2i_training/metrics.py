@@ -24,15 +24,19 @@ METRICS = "metrics.jsonl"
 class Progress:
     """Where the run stands, and its losses, kept on the device until the logging interval ends.
 
-    `step` counts weight updates up to `total`, `samples_seen` samples over all processes.
+    `step` counts weight updates up to `total`, `samples_seen` samples over all processes. Both start at `position`, the
+    manifest of the checkpoint that is resumed from, or {}.
     """
 
-    def __init__(self, args, accelerator, dataset):
+    def __init__(self, args, accelerator, dataset, position: dict):
         self.args, self.accelerator, self.dataset = args, accelerator, dataset
         self.effective_batch, self.total = data.plan_updates(args, len(dataset), accelerator.num_processes)
-        self.step = self.samples_seen = 0
+        self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
+        if position.get("dataset_size", len(dataset)) != len(dataset):
+            logger.warning("the data set's size has changed since the checkpoint: samples are seen in a new order")
         self._losses, self._grad_norms, self._indices = [], [], []
-        self._unreported = []  # (loss, gradient norm) of each update that is read, but in no row yet
+        # (loss, gradient norm) of each update that is read, but in no row yet
+        self._unreported = list(position.get("unreported", []))
         self._file = Path(args.output_dir) / METRICS
         self._bar = None
 
@@ -53,16 +57,12 @@ class Progress:
         completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
         return completed or self.step == self.total
 
-    def begin(self, position: dict) -> None:
-        """Start counting at `position` (a checkpoint's manifest, or {}), and open bar, metrics file and trackers."""
-        self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
-        self._unreported = list(position.get("unreported", []))
+    def begin(self) -> None:
+        """Open bar, metrics file and trackers: the run is ready to take steps."""
         main = self.accelerator.is_main_process
         if main:
             runtime.write_config(self.args)  # not earlier: what fails before leaves an earlier run's as it was
             _keep_metrics_until(self._file, self.step)
-        if position.get("dataset_size", len(self.dataset)) != len(self.dataset):
-            logger.warning("the data set's size has changed since the checkpoint: samples are seen in a new order")
         config = public_config(self.args)  # trackers take scalars only
         config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
         project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")

@@ -1,0 +1,52 @@
+"""The optimizer over the trained parameters, and the schedule of its learning rate, counted in weight updates."""
+
+import warnings
+
+import torch
+
+
+def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters to train. A list, and to be taken again after `prepare`, which may have replaced them."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(args, parameters: list, accelerator):
+    """AdamW over `parameters`: 8-bit if asked, else torch's fused one where the device has it."""
+    options = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if getattr(args, "scale_lr", False):
+        options["lr"] *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=accelerator.device.type in ("cpu", "cuda"), **options)
+
+
+def make_schedule(args, optimizer, num_updates: int):
+    """A diffusers schedule counted in weight updates, whatever the processes and the accumulation.
+
+    It is not handed to accelerate, which would step it once per process. Its state is the update count alone.
+    """
+    from diffusers.optimization import get_scheduler
+
+    name, _, rules = args.lr_scheduler.partition(":")
+    return get_scheduler(
+        name,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=num_updates,
+        step_rules=rules or None,
+    )
+
+
+def set_schedule(schedule, step: int) -> None:
+    """Put the schedule where it stands after `step` updates; exact, since diffusers' schedules are closed forms."""
+    schedule.last_epoch = step - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a step before the optimizer's first, which is meant here
+        schedule.step()
