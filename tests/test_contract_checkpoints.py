@@ -242,6 +242,16 @@ def test_leftovers_of_dead_runs_are_cleaned(resume, out):
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+def test_death_between_the_two_renames_of_a_replacement_loses_nothing(resume, out, caplog):
+    """A checkpoint is replaced by two renames; here the run died after the first."""
+    before = (out / "checkpoint-4" / "manifest.json").read_bytes()
+    (out / "checkpoint-4").rename(out / ".checkpoint-4.removed")
+    shutil.rmtree(out / "checkpoint-2")
+    resume()
+    assert (out / "checkpoint-4" / "manifest.json").read_bytes() == before
+    assert "starting from the beginning" not in caplog.text
+
+
 def test_resume_without_an_average_that_was_saved(resume, out):
     """Leaving --use_ema out at resume is a choice; the export then holds the raw weights."""
     resume(use_ema=False, max_train_steps=6)

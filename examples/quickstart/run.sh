@@ -11,6 +11,6 @@ exec .venv/bin/accelerate launch --num_processes=1 --num_machines=1 --mixed_prec
     --train_batch_size=16 --max_train_steps=700 \
     --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=20 \
     --use_ema --snr_gamma=5 --caption_dropout=0.1 --seed=0 \
-    --validation_prompts "tiger face" "red apple" "rocket" "sunflower" "octopus" "violin" --validation_epochs=50 \
+    --validation_prompts "sunflower" "rocket" "octopus" "fox face" "red apple" "tiger face" --validation_epochs=50 \
     --checkpointing_steps=350 --resume_from_checkpoint=latest \
     --output_dir=quickstart-output "$@"

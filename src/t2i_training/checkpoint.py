@@ -100,6 +100,10 @@ def find_checkpoint(output_dir, wanted: str | None, accelerator) -> tuple[Path |
 
 
 def _latest(output_dir: Path) -> Path | None:
+    for removed in output_dir.glob(".checkpoint-*.removed"):  # whole: the run died between two renames
+        original = output_dir / removed.name[1:].removesuffix(".removed")
+        if not original.exists() and verify(removed) is None:
+            removed.rename(original)
     for folder in reversed(_numbered(output_dir)):
         fault = verify(folder)
         if fault is None:
