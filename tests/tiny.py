@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
-SCRIPTS = {"sd": REPOSITORY / "text_to_image" / "train_text_to_image.py"}  # the one place that knows where they are
+SCRIPTS = {  # the one place that knows where they are
+    "sd": REPOSITORY / "text_to_image" / "train_text_to_image.py",
+    "sd_lora": REPOSITORY / "text_to_image" / "train_text_to_image_lora.py",
+    "prior": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_prior.py",
+    "prior_lora": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_prior_lora.py",
+    "decoder": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_decoder.py",
+    "decoder_lora": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_decoder_lora.py",
+}
 PICTURES = 6  # of make_pictures; not a multiple of the batch sizes used, so epochs end inside batches
 
 
@@ -22,8 +29,7 @@ def make_tokenizer(folder: Path):
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-    return CLIPTokenizer(**files, model_max_length=16, pad_token="<|endoftext|>")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=16, pad_token="<|endoftext|>")
 
 
 def make_stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
