@@ -14,6 +14,7 @@ os.environ |= {"WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 
 import pytest
 import tiny
+import tiny_kandinsky
 import torch
 
 torch.set_num_threads(1)
@@ -29,6 +30,18 @@ def model(tmp_path_factory) -> Path:
 def v_model(tmp_path_factory) -> Path:
     """Folder of a tiny Stable Diffusion that predicts velocity."""
     return tiny.make_stable_diffusion(tmp_path_factory.mktemp("models") / "sd-v", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def prior_model(tmp_path_factory) -> Path:
+    """Folder of a tiny Kandinsky 2.2 prior."""
+    return tiny_kandinsky.make_prior(tmp_path_factory.mktemp("models") / "prior")
+
+
+@pytest.fixture(scope="session")
+def decoder_model(tmp_path_factory, prior_model) -> Path:
+    """Folder of a tiny Kandinsky 2.2 decoder, whose card names that prior."""
+    return tiny_kandinsky.make_decoder(tmp_path_factory.mktemp("models") / "decoder", prior_model)
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +106,42 @@ def train(sd_flags, tmp_path):
         return Path(changes.get("output_dir", tmp_path / "out"))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def command(model, prior_model, decoder_model, pictures, tmp_path_factory):
+    """command(script, **changes): tokens of a short run of any script; `output_dir` is a new folder unless given."""
+    kandinsky = {
+        "pretrained_model_name_or_path": None, "pretrained_prior_model_name_or_path": prior_model,
+        "pretrained_decoder_model_name_or_path": decoder_model,
+    }  # fmt: skip
+
+    def make(script: str, **changes) -> list[str]:
+        changes.setdefault("output_dir", tmp_path_factory.mktemp("run") / "out")
+        models = {} if script.startswith("sd") else kandinsky
+        rate = {"learning_rate": 1e-2} if script.endswith("lora") else {}
+        return flags(**short_run(model, pictures, changes["output_dir"]) | models | rate | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(command):
+    """finished(script, **changes): output folder of a short run in this process.
+
+    Equal changes share one run: leave its folder as it is.
+    """
+    done = {}
+
+    def make(script: str, **changes) -> Path:
+        key = repr((script, sorted(changes.items())))
+        if key not in done:
+            tokens = command(script, **changes)
+            load_script(script).main(tokens)
+            done[key] = Path(tokens[tokens.index("--output_dir") + 1])
+        return done[key]
+
+    return make
 
 
 def launch(script: str, tokens: list[str], *, processes: int = 0, **options) -> subprocess.CompletedProcess:

@@ -17,10 +17,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # Everything that is drawn for a sample, switched on.
 ALL_DRAWS = {"random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "input_perturbation": 0.1}
+DRAWS = {  # the same, script by script
+    "sd": ALL_DRAWS, "sd_lora": ALL_DRAWS, "prior": {"caption_dropout": 0.5}, "prior_lora": {"caption_dropout": 0.5},
+    "decoder": {"image_embeds_dropout": 0.5}, "decoder_lora": {"image_embeds_dropout": 0.5},
+}  # fmt: skip
+
+ADAPTERS = "pytorch_lora_weights.safetensors"
+TRAINED = {  # script -> where a checkpoint, and the output folder, hold the trained weights
+    "sd": "unet/diffusion_pytorch_model.safetensors", "sd_lora": ADAPTERS,
+    "prior": "prior/diffusion_pytorch_model.safetensors", "prior_lora": ADAPTERS,
+    "decoder": "unet/diffusion_pytorch_model.safetensors", "decoder_lora": ADAPTERS,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -43,14 +55,32 @@ def interrupt(update: int, number: int = signal.SIGTERM):
     assert len(seen) == update, "the run went on after the update that was interrupted"
 
 
+@contextlib.contextmanager
+def in_memory(kind: type):
+    """Yields a list; the network of class `kind` that computes inside, as it stands in memory, is put into it."""
+    found = []
+
+    def look(module, _args, _output):
+        if isinstance(module, kind) and not any(module is other for other in found):
+            found.append(module)
+
+    hook = register_module_forward_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
 def rows(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl without what depends on the clock."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
 
 
-def outcome(folder: Path, step: int) -> dict:
-    """All that a finished run must leave bit for bit: the last checkpoint, the exported pipeline and the metrics.
+def outcome(folder: Path, step: int, trained: str = TRAINED["sd"], tensors: int = 50) -> dict:
+    """All that a finished run must leave bit for bit: the last checkpoint, the exported weights and the metrics.
+
+    `trained` is a file that both must hold, `tensors` a number that the optimizer must know more tensors than.
 
     Of weight files a digest of the bytes; the optimizer's state number by number, for pickles of equal values differ.
     """
@@ -58,13 +88,12 @@ def outcome(folder: Path, step: int) -> dict:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     names = set(manifest.pop("files")) - {"optimizer.bin"}
     digests = {name: _digest(checkpoint / name) for name in sorted(names)}
-    export = {
-        str(path.relative_to(folder)): _digest(path) for path in sorted(folder.glob("[!.cl]*/*")) if path.is_file()
-    }
+    exported = [path for path in (*folder.glob("[!.cl]*/*"), *folder.glob("*.safetensors")) if path.is_file()]
+    export = {str(path.relative_to(folder)): _digest(path) for path in sorted(exported)}
     optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-    assert "unet/diffusion_pytorch_model.safetensors" in digests
-    assert "unet/diffusion_pytorch_model.safetensors" in export
-    assert len(optimizer["state"]) > 50, "an entry for each tensor of the network"
+    assert trained in digests
+    assert trained in export
+    assert len(optimizer["state"]) > tensors, "an entry for each tensor that is trained"
     return {
         "manifest": manifest, "files": digests, "export": export, "optimizer": _plain(optimizer), "rows": rows(folder),
     }  # fmt: skip

@@ -137,7 +137,6 @@ USAGE_ERRORS = {  # refused before torch is imported: exit status 2
     "DREAM's p alone": ({"dream_detail_preservation": 2.0}, "--dream_detail_preservation does nothing without"),
     "offload alone": ({"offload_ema": True}, "--offload_ema does nothing without --use_ema"),
     "foreach alone": ({"foreach_ema": True}, "--foreach_ema does nothing without --use_ema"),
-    "revision alone": ({"non_ema_revision": "main"}, "--non_ema_revision does nothing without --use_ema"),
     "hub name alone": ({"hub_model_id": "me/model"}, "--hub_model_id does nothing without --push_to_hub"),
     "token alone": ({"hub_token": "secret"}, "--hub_token does nothing without --push_to_hub"),
     "tracker": ({"report_to": "tensorbord"}, "--report_to must be one of tensorboard, wandb, comet_ml, all"),

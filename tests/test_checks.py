@@ -204,7 +204,6 @@ def test_seed_fits_a_checkpoint(parse, refused):
     [
         ("offload_ema", True, "use_ema"),
         ("foreach_ema", True, "use_ema"),
-        ("non_ema_revision", "main", "use_ema"),
         ("hub_model_id", "me/model", "push_to_hub"),
         ("hub_token", "hf_secret", "push_to_hub"),
         ("dream_detail_preservation", 0.5, "dream_training"),
@@ -278,3 +277,15 @@ def test_paths_that_are_not_there(parse, refused, tmp_path):
 def test_checks_create_nothing(parse, tmp_path):
     parse()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "tokens", [["--hub-token", "s3cret"], ["--hub_tokn=s3cret"], ["--hub_tokne", "hf_abcdefghijkl"]]
+)
+def test_a_mistyped_token_is_not_repeated(tokens, sd_flags, capsys):
+    with pytest.raises(SystemExit):
+        load_script("sd").parse_args([*sd_flags(), *tokens])
+    message = capsys.readouterr().err
+    assert "unrecognized arguments: --hub" in message
+    assert "s3cret" not in message
+    assert "abcdefghijkl" not in message

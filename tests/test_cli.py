@@ -15,7 +15,15 @@ from t2i_training import checks
 RECORDED = json.loads((Path(__file__).parent / "data" / "recorded_flags.json").read_text())
 OURS = {  # script -> the flags that the published one does not have
     "sd": {"config", "caption_dropout", "logging_steps"},
-}
+    "sd_lora": {
+        "config", "caption_dropout", "logging_steps", "save_kohya",
+        "input_perturbation", "dream_training", "dream_detail_preservation",  # the objective is the full run's
+    },
+    "prior": {"config", "caption_dropout", "logging_steps", "gradient_checkpointing"},
+    "prior_lora": {"config", "caption_dropout", "logging_steps", "gradient_checkpointing"},
+    "decoder": {"config", "caption_column", "image_embeds_dropout", "logging_steps"},
+    "decoder_lora": {"config", "caption_column", "image_embeds_dropout", "logging_steps"},
+}  # fmt: skip
 TYPES = {None: "str", str: "str", int: "int", float: "float"}
 
 
@@ -104,7 +112,8 @@ def test_help_names_every_flag_and_imports_nothing_heavy(script):
 
 
 def test_usage_errors_import_nothing_heavy(script, tmp_path):
-    (tmp_path / "run.yaml").write_text("resolution: 12\ntrain_data_dir: .\npretrained_model_name_or_path: ./\n")
+    model = "pretrained_model_name_or_path" if script.startswith("sd") else "pretrained_prior_model_name_or_path"
+    (tmp_path / "run.yaml").write_text(f"resolution: 12\ntrain_data_dir: .\n{model}: ./\n")
     for tokens in ([], ["--no_such_flag"], ["--config", str(tmp_path / "run.yaml")]):
         run, modules = imported(tokens, script)
         assert run.returncode == 2

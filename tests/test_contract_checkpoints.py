@@ -154,12 +154,13 @@ def test_damaged_one_asked_for_by_name_is_refused(resume, out, how):
     assert message.startswith(f"error: --resume_from_checkpoint checkpoint-4: {DAMAGES[how]}")
 
 
-def test_all_damaged_starts_from_the_beginning(resume, out, trained, caplog):
+def test_all_damaged_is_refused(resume, out):
+    """Not a new beginning, which would overwrite days of work behind one line in a log."""
     for name in ("checkpoint-2", "checkpoint-4"):
-        damage(out / name, "a flipped bit")
-    resume()
-    assert f"no checkpoint in {out}: starting from the beginning" in caplog.text
-    assert outcome(out, 4) == outcome(trained, 4)
+        DAMAGE["truncated"](out / name)
+    before = rows(out)
+    assert "none of the 2 checkpoints in" in refusal(resume)
+    assert rows(out) == before
 
 
 def test_rotation_keeps_the_newest(train):
@@ -178,12 +179,26 @@ def test_rotation_counts_in_numbers_not_letters(resume, out):
     assert checkpoints(out) == ["checkpoint-10", "checkpoint-12", "checkpoint-8"]
 
 
-def test_rotation_of_an_earlier_position_keeps_what_was_just_saved(resume, out, trained):
-    """Resumed before checkpoints that are there: those are the older ones then, whatever their numbers say."""
+def test_going_back_sets_the_later_ones_aside(resume, out, trained):
+    """Neither "latest" nor the rotation may meet the course that was left; nor is it deleted."""
     shutil.copytree(out / "checkpoint-4", out / "checkpoint-1000")
     resume("checkpoint-2", checkpoints_total_limit=1)
-    assert checkpoints(out) == ["checkpoint-4"]
+    assert checkpoints(out) == ["checkpoint-1000.1", "checkpoint-4", "checkpoint-4.1"]
     assert outcome(out, 4) == outcome(trained, 4)
+
+
+def test_flags_of_the_optimizer_act_on_a_resumed_run(resume, out):
+    resume("checkpoint-2", adam_beta1=0.5, adam_beta2=0.7, adam_weight_decay=0.3, adam_epsilon=1e-5)
+    group = torch.load(out / "checkpoint-4" / "optimizer.bin", weights_only=True)["param_groups"][0]
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.7), 0.3, 1e-5)
+
+
+def test_no_local_path_is_written_into_a_model(out, model):
+    """diffusers notes where a network came from; checkpoints and exports are handed on."""
+    files = [path for path in out.rglob("*.json") if path.name != "run_config.yaml"]
+    assert len(files) > 10
+    for path in files:
+        assert str(model.parent) not in path.read_text(), path
 
 
 def test_limit_of_one_always_leaves_a_whole_one(server, sd_flags, tmp_path):

@@ -81,23 +81,23 @@ def test_position(started):
     assert (progress.total, progress.effective_batch) == (10, 4)
 
 
-def test_validation_is_due_when_an_epoch_is_complete_and_at_the_end(started):
-    """Six samples, four an update: epochs end within updates 2, 3, 5 and 6."""
-    progress = started(gradient_accumulation_steps=2, max_train_steps=7, validation_epochs=1)
+def test_validation_is_due_when_an_epoch_is_complete(started):
+    """Six samples, four an update: epochs end within updates 2, 3, 5 and 6. The last is validated after the export."""
+    progress = started(gradient_accumulation_steps=2, max_train_steps=6, validation_epochs=1, validation_prompts=["a"])
     due = []
-    for _ in range(7):
+    for _ in range(6):
         update(progress, 1.0, 1.0)
         due.append(progress.validation_due())
-    assert due == [False, True, True, False, True, True, True]
+    assert due == [False, True, True, False, True, False]
 
 
 def test_validation_every_other_epoch(started):
-    progress = started(train_batch_size=6, max_train_steps=5, validation_epochs=2)
+    progress = started(train_batch_size=6, max_train_steps=5, validation_epochs=2, validation_prompts=["a"])
     due = []
     for _ in range(5):
         update(progress, 1.0)
         due.append(progress.validation_due())
-    assert due == [False, True, False, True, True]
+    assert due == [False, True, False, True, False]
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_written_again(started, tmp_path):

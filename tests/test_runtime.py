@@ -71,7 +71,7 @@ def test_setting_a_schedule_is_stepping_it(parse, name):
     stepped_optimizer, stepped = schedule_of(parse, name)
     for step in range(7):
         optimizer, schedule = schedule_of(parse, name)
-        optim.set_schedule(schedule, step)
+        optim.set_position(parse(), schedule, step)
         assert schedule.get_last_lr() == stepped.get_last_lr()
         assert optimizer.param_groups[0]["lr"] == stepped_optimizer.param_groups[0]["lr"]
         schedule.step()
@@ -258,9 +258,9 @@ def test_folder_that_cannot_be_written(start, tmp_path):
 def test_first_signal_asks_to_stop_the_second_is_pythons(start, number):
     _, accelerator = start()
     runtime.begin_loop()
-    assert runtime.stop_requested(accelerator, 1, 10) == 0
+    assert runtime.stop_requested(accelerator) == 0
     os.kill(os.getpid(), number)
-    assert runtime.stop_requested(accelerator, 1, 10) == number
+    assert runtime.stop_requested(accelerator) == number
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(SystemExit) as stop:
@@ -281,5 +281,5 @@ def test_signal_of_an_earlier_run_is_forgotten(start):
     runtime.begin_loop()
     os.kill(os.getpid(), signal.SIGTERM)
     _, accelerator = start()
-    assert runtime.stop_requested(accelerator, 1, 10) == 0
+    assert runtime.stop_requested(accelerator) == 0
     assert runtime.finish(0) is None

@@ -32,7 +32,8 @@ def make_prior(folder: Path, seed: int = 0) -> Path:
     prior = PriorTransformer(
         num_attention_heads=2, attention_head_dim=12, embedding_dim=EMBEDDING, num_embeddings=16, num_layers=2
     )
-    prior.clip_std = torch.nn.Parameter(torch.ones_like(prior.clip_std))
+    prior.clip_mean.data.normal_(std=0.2)
+    prior.clip_std.data.uniform_(0.5, 1.5)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     KandinskyV22PriorPipeline(
         prior=prior, image_encoder=image_encoder, text_encoder=text_encoder, tokenizer=tokenizer,

@@ -43,7 +43,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, ema, files, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
@@ -65,7 +65,7 @@ def load_models(args, accelerator):
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
-        raise SystemExit("error: --dream_training is defined for epsilon prediction only; this model predicts v")
+        raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -110,7 +110,7 @@ def compute_loss(unet, batch, noise_scheduler, args):
     """The objective, a scalar in fp32. A pure function of weights and batch."""
     latents = batch["latents_mean"] + batch["latents_std"] * batch["posterior_noise"]
     noise, timesteps, text_states = batch["noise"], batch["timesteps"], batch["text_states"]
-    if args.noise_offset:  # lets the model learn pictures darker or brighter than the average
+    if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright pictures
         noise = noise + args.noise_offset * batch["noise_offset"]
     input_noise = noise
     if args.input_perturbation:  # arXiv:2301.11706: noise the input a little more than the target says
@@ -185,8 +185,8 @@ def main(argv=None):
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
         data.check_captions(dataset, args.caption_column)
-    pipeline, unet, noise_scheduler = load_models(args, accelerator)
     repo_id = hub.create_repository(args, accelerator)
+    pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [runtime.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
     unet = unet.to(accelerator.device)
     average = ema.make_ema(args, unet, accelerator.device, initial=pipeline.unet) if args.use_ema else None
@@ -195,7 +195,7 @@ def main(argv=None):
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    network = accelerator.unwrap_model(unet)
+    network = runtime.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -203,7 +203,7 @@ def main(argv=None):
         partial(ema.save_networks, "unet", network, average), partial(ema.load_networks, "unet", network, average),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_schedule(schedule, progress.step)
+    optim.set_position(args, schedule, progress.step)
     progress.begin()
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
@@ -215,8 +215,8 @@ def main(argv=None):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
-    if args.validation_prompts and progress.step == 0:
-        validate()  # the untouched model: the first row of every grid
+    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+        validate()
     stopped_by = 0
     while progress.step < progress.total and not stopped_by:
         for _ in range(args.gradient_accumulation_steps):
@@ -234,19 +234,21 @@ def main(argv=None):
             ema.update(average, network)
         progress.update(grad_norm, schedule.get_last_lr()[0])
         schedule.step()
-        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
-        if args.validation_prompts and progress.validation_due() and not stopped_by:
-            validate()
+        stopped_by = runtime.stop_requested(accelerator)
         if progress.step % args.checkpointing_steps == 0 or stopped_by:
             progress.read()  # the losses, so that nothing non-finite is ever saved
             checkpoints.save(progress.position())
             progress.restart_clock()
+        if progress.validation_due() and not stopped_by:
+            validate()
 
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         with ema.averaged(average, network):
-            exported = checkpoint.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+            exported = files.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+        if args.validation_prompts:
+            validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 

@@ -1,7 +1,8 @@
 """Fine-tune low-rank adapters (LoRA) of Stable Diffusion 1.x or 2.x on captioned pictures.
 
-Minimises || target - unet(z_t, t, c) ||^2 over latents z_t noised to step t and text states c, like the full run, but
-trains only a low-rank addition to the UNet's attention matrices (arXiv:2106.09685): the file has about 3 MB.
+Minimises || target - unet(z_t, t, c) ||^2 over latents z_t noised to step t and text states c; the target is the noise
+or the velocity, as the model was trained (arXiv:2112.10752, arXiv:2202.00512). VAE and text encoder stay frozen.
+Of the UNet only a low-rank addition to its attention matrices is trained (arXiv:2106.09685): the file has about 3 MB.
 
     accelerate launch train_text_to_image_lora.py \\
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -44,25 +45,25 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from diffusers import DDPMScheduler, StableDiffusionPipeline  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, files, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
-    """The base pipeline; its UNet, frozen, with fp32 adapters to train; the training scheduler."""
+    """The base pipeline, unrounded on the CPU; its UNet, to be given adapters; the training scheduler."""
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
     with runtime.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = StableDiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, **source
         )
         pipeline.to(dtype=torch.float32)
-    unet = lora.add_adapters(pipeline.unet, args, accelerator)
+    unet = pipeline.unet
     if args.prediction_type is not None:
         # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
-        raise SystemExit("error: --dream_training is defined for epsilon prediction only; this model predicts v")
+        raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -107,7 +108,7 @@ def compute_loss(unet, batch, noise_scheduler, args):
     """The objective, a scalar in fp32. A pure function of weights and batch."""
     latents = batch["latents_mean"] + batch["latents_std"] * batch["posterior_noise"]
     noise, timesteps, text_states = batch["noise"], batch["timesteps"], batch["text_states"]
-    if args.noise_offset:  # lets the model learn pictures darker or brighter than the average
+    if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright pictures
         noise = noise + args.noise_offset * batch["noise_offset"]
     input_noise = noise
     if args.input_perturbation:  # arXiv:2301.11706: noise the input a little more than the target says
@@ -183,15 +184,16 @@ def main(argv=None):
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
         data.check_captions(dataset, args.caption_column)
-    pipeline, unet, noise_scheduler = load_models(args, accelerator)
     repo_id = hub.create_repository(args, accelerator)
+    pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [runtime.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+    unet = lora.add_adapters(unet, args, accelerator)
 
     progress = metrics.Progress(args, accelerator, dataset, position)
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    network = accelerator.unwrap_model(unet)
+    network = runtime.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -199,7 +201,7 @@ def main(argv=None):
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_schedule(schedule, progress.step)
+    optim.set_position(args, schedule, progress.step)
     progress.begin()
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
@@ -210,8 +212,8 @@ def main(argv=None):
         validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
-    if args.validation_prompts and progress.step == 0:
-        validate()  # the untouched model: the first row of every grid
+    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+        validate()
     stopped_by = 0
     while progress.step < progress.total and not stopped_by:
         for _ in range(args.gradient_accumulation_steps):
@@ -227,18 +229,20 @@ def main(argv=None):
                 optimizer.zero_grad()
         progress.update(grad_norm, schedule.get_last_lr()[0])
         schedule.step()
-        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
-        if args.validation_prompts and progress.validation_due() and not stopped_by:
-            validate()
+        stopped_by = runtime.stop_requested(accelerator)
         if progress.step % args.checkpointing_steps == 0 or stopped_by:
             progress.read()  # the losses, so that nothing non-finite is ever saved
             checkpoints.save(progress.position())
             progress.restart_clock()
+        if progress.validation_due() and not stopped_by:
+            validate()
 
-    if progress.step == progress.total:
-        exported = checkpoint.publish(args.output_dir, partial(export, args, network), accelerator)
+    if progress.step >= progress.total:
+        exported = files.publish(args.output_dir, partial(export, args, network), accelerator)
+        if args.validation_prompts:
+            validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 

@@ -3,9 +3,9 @@
 The decoder draws a picture from its CLIP embedding: it minimises || noise - unet(z_t, t, embedding) ||^2 over MoVQ
 latents z_t noised to step t (unCLIP, arXiv:2204.06125, section 2.1). MoVQ and the CLIP image encoder stay frozen.
 
-    accelerate launch train_text_to_image_decoder.py \
-        --train_data_dir=my_pictures --resolution=768 --mixed_precision=bf16 --train_batch_size=1 \
-        --gradient_accumulation_steps=4 --gradient_checkpointing --image_embeds_dropout=0.1 \
+    accelerate launch train_text_to_image_decoder.py \\
+        --train_data_dir=my_pictures --resolution=768 --mixed_precision=bf16 --train_batch_size=1 \\
+        --gradient_accumulation_steps=4 --gradient_checkpointing --image_embeds_dropout=0.1 \\
         --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_decoder
 
 The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
@@ -46,7 +46,7 @@ from diffusers import (  # noqa: E402
 )
 from transformers import CLIPVisionModelWithProjection  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, ema, files, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
@@ -170,8 +170,8 @@ def main(argv=None):
         dataset = data.open_dataset(args)
         if args.caption_column is not None:
             data.check_captions(dataset, args.caption_column)
-    pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
     repo_id = hub.create_repository(args, accelerator)
+    pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [runtime.frozen(module, accelerator) for module in (pipeline.movq, image_encoder)]
     unet = unet.to(accelerator.device)
     average = ema.make_ema(args, unet, accelerator.device) if args.use_ema else None
@@ -180,7 +180,7 @@ def main(argv=None):
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    network = accelerator.unwrap_model(unet)
+    network = runtime.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -188,7 +188,7 @@ def main(argv=None):
         partial(ema.save_networks, "unet", network, average), partial(ema.load_networks, "unet", network, average),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_schedule(schedule, progress.step)
+    optim.set_position(args, schedule, progress.step)
     progress.begin()
     stream = data.batches(
         make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, accelerator, progress), accelerator
@@ -202,8 +202,8 @@ def main(argv=None):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
-    if args.validation_prompts and progress.step == 0:
-        validate()  # the untouched model: the first row of every grid
+    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+        validate()
     stopped_by = 0
     while progress.step < progress.total and not stopped_by:
         for _ in range(args.gradient_accumulation_steps):
@@ -221,19 +221,21 @@ def main(argv=None):
             ema.update(average, network)
         progress.update(grad_norm, schedule.get_last_lr()[0])
         schedule.step()
-        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
-        if args.validation_prompts and progress.validation_due() and not stopped_by:
-            validate()
+        stopped_by = runtime.stop_requested(accelerator)
         if progress.step % args.checkpointing_steps == 0 or stopped_by:
             progress.read()  # the losses, so that nothing non-finite is ever saved
             checkpoints.save(progress.position())
             progress.restart_clock()
+        if progress.validation_due() and not stopped_by:
+            validate()
 
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         with ema.averaged(average, network):
-            exported = checkpoint.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+            exported = files.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+        if args.validation_prompts:
+            validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 

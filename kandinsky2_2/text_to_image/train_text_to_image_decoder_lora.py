@@ -4,9 +4,9 @@ The decoder draws a picture from its CLIP embedding: it minimises || noise - une
 latents z_t noised to step t (unCLIP, arXiv:2204.06125, section 2.1), as the full run does, but trains only a low-rank
 addition to the attention matrices (arXiv:2106.09685).
 
-    accelerate launch train_text_to_image_decoder_lora.py \
-        --train_data_dir=my_pictures --resolution=768 --mixed_precision=bf16 --train_batch_size=1 \
-        --gradient_accumulation_steps=4 --rank=4 \
+    accelerate launch train_text_to_image_decoder_lora.py \\
+        --train_data_dir=my_pictures --resolution=768 --mixed_precision=bf16 --train_batch_size=1 \\
+        --gradient_accumulation_steps=4 --rank=4 \\
         --learning_rate=1e-4 --max_train_steps=15000 --output_dir=my_decoder_lora
 
 The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
@@ -47,11 +47,11 @@ from diffusers import (  # noqa: E402
 )
 from transformers import CLIPVisionModelWithProjection  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, files, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
-    """The base decoder's pipeline, the CLIP image encoder, the UNet with adapters to train, the training scheduler."""
+    """The base decoder's pipeline and the CLIP image encoder, unrounded; its UNet, to get adapters; the scheduler."""
     with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         pipeline = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path, cache_dir=args.cache_dir
@@ -61,7 +61,7 @@ def load_models(args, accelerator):
         image_encoder = CLIPVisionModelWithProjection.from_pretrained(
             args.pretrained_prior_model_name_or_path, subfolder="image_encoder", cache_dir=args.cache_dir
         )
-    unet = lora.add_adapters(pipeline.unet, args, accelerator, lora.ADDED_KV_ATTENTION)
+    unet = pipeline.unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
@@ -163,15 +163,16 @@ def main(argv=None):
         dataset = data.open_dataset(args)
         if args.caption_column is not None:
             data.check_captions(dataset, args.caption_column)
-    pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
     repo_id = hub.create_repository(args, accelerator)
+    pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [runtime.frozen(module, accelerator) for module in (pipeline.movq, image_encoder)]
+    unet = lora.add_adapters(unet, args, accelerator, lora.ADDED_KV_ATTENTION)
 
     progress = metrics.Progress(args, accelerator, dataset, position)
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    network = accelerator.unwrap_model(unet)
+    network = runtime.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -179,7 +180,7 @@ def main(argv=None):
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_schedule(schedule, progress.step)
+    optim.set_position(args, schedule, progress.step)
     progress.begin()
     stream = data.batches(
         make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, accelerator, progress), accelerator
@@ -192,8 +193,8 @@ def main(argv=None):
         validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
-    if args.validation_prompts and progress.step == 0:
-        validate()  # the untouched model: the first row of every grid
+    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+        validate()
     stopped_by = 0
     while progress.step < progress.total and not stopped_by:
         for _ in range(args.gradient_accumulation_steps):
@@ -209,18 +210,20 @@ def main(argv=None):
                 optimizer.zero_grad()
         progress.update(grad_norm, schedule.get_last_lr()[0])
         schedule.step()
-        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
-        if args.validation_prompts and progress.validation_due() and not stopped_by:
-            validate()
+        stopped_by = runtime.stop_requested(accelerator)
         if progress.step % args.checkpointing_steps == 0 or stopped_by:
             progress.read()  # the losses, so that nothing non-finite is ever saved
             checkpoints.save(progress.position())
             progress.restart_clock()
+        if progress.validation_due() and not stopped_by:
+            validate()
 
-    if progress.step == progress.total:
-        exported = checkpoint.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
+    if progress.step >= progress.total:
+        exported = files.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
+        if args.validation_prompts:
+            validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 

@@ -3,8 +3,8 @@
 The prior predicts a picture's CLIP embedding from its caption: it minimises || x_0 - prior(x_t, t, c) ||^2 over
 normalised embeddings x_0 noised to step t (unCLIP, arXiv:2204.06125, section 2.2). Both CLIP encoders stay frozen.
 
-    accelerate launch train_text_to_image_prior.py \
-        --train_data_dir=my_pictures --mixed_precision=bf16 --train_batch_size=32 --caption_dropout=0.1 \
+    accelerate launch train_text_to_image_prior.py \\
+        --train_data_dir=my_pictures --mixed_precision=bf16 --train_batch_size=32 --caption_dropout=0.1 \\
         --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_prior
 
 The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
@@ -44,7 +44,7 @@ from diffusers import (  # noqa: E402
     KandinskyV22PriorPipeline,
 )
 
-from t2i_training import checkpoint, data, draws, ema, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, ema, files, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
@@ -178,8 +178,8 @@ def main(argv=None):
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
         data.check_captions(dataset, args.caption_column)
-    pipeline, prior, noise_scheduler = load_models(args, accelerator)
     repo_id = hub.create_repository(args, accelerator)
+    pipeline, prior, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(pipeline, accelerator)
     prior = prior.to(accelerator.device)
     average = ema.make_ema(args, prior, accelerator.device) if args.use_ema else None
@@ -188,7 +188,7 @@ def main(argv=None):
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     prior, optimizer = accelerator.prepare(prior, optimizer)
-    network = accelerator.unwrap_model(prior)
+    network = runtime.unwrap(prior, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -196,7 +196,7 @@ def main(argv=None):
         partial(ema.save_networks, "prior", network, average), partial(ema.load_networks, "prior", network, average),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_schedule(schedule, progress.step)
+    optim.set_position(args, schedule, progress.step)
     progress.begin()
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
@@ -208,8 +208,8 @@ def main(argv=None):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
-    if args.validation_prompts and progress.step == 0:
-        validate()  # the untouched model: the first row of every grid
+    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+        validate()
     stopped_by = 0
     while progress.step < progress.total and not stopped_by:
         for _ in range(args.gradient_accumulation_steps):
@@ -227,19 +227,21 @@ def main(argv=None):
             ema.update(average, network)
         progress.update(grad_norm, schedule.get_last_lr()[0])
         schedule.step()
-        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
-        if args.validation_prompts and progress.validation_due() and not stopped_by:
-            validate()
+        stopped_by = runtime.stop_requested(accelerator)
         if progress.step % args.checkpointing_steps == 0 or stopped_by:
             progress.read()  # the losses, so that nothing non-finite is ever saved
             checkpoints.save(progress.position())
             progress.restart_clock()
+        if progress.validation_due() and not stopped_by:
+            validate()
 
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         with ema.averaged(average, network):
-            exported = checkpoint.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+            exported = files.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+        if args.validation_prompts:
+            validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 

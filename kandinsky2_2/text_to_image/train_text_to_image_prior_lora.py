@@ -4,8 +4,8 @@ The prior predicts a picture's CLIP embedding from its caption: it minimises || 
 normalised embeddings x_0 noised to step t (unCLIP, arXiv:2204.06125, section 2.2), as the full run does, but trains
 only a low-rank addition to the attention matrices (arXiv:2106.09685).
 
-    accelerate launch train_text_to_image_prior_lora.py \
-        --train_data_dir=my_pictures --mixed_precision=bf16 --train_batch_size=32 --rank=4 \
+    accelerate launch train_text_to_image_prior_lora.py \\
+        --train_data_dir=my_pictures --mixed_precision=bf16 --train_batch_size=32 --rank=4 \\
         --learning_rate=1e-4 --max_train_steps=15000 --output_dir=my_prior_lora
 
 The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
@@ -45,17 +45,17 @@ from diffusers import (  # noqa: E402
     KandinskyV22PriorPipeline,
 )
 
-from t2i_training import checkpoint, data, draws, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import checkpoint, data, draws, files, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
 
 
 def load_models(args, accelerator):
-    """The base prior's pipeline; its prior, frozen, with fp32 adapters to train; the training scheduler."""
+    """The base prior's pipeline, unrounded on the CPU; its prior, to be given adapters; the training scheduler."""
     with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         pipeline = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, cache_dir=args.cache_dir
         )
         pipeline.to(dtype=torch.float32)
-    prior = lora.add_adapters(pipeline.prior, args, accelerator)
+    prior = pipeline.prior
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
@@ -168,15 +168,16 @@ def main(argv=None):
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
         data.check_captions(dataset, args.caption_column)
-    pipeline, prior, noise_scheduler = load_models(args, accelerator)
     repo_id = hub.create_repository(args, accelerator)
+    pipeline, prior, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(pipeline, accelerator)
+    prior = lora.add_adapters(prior, args, accelerator)
 
     progress = metrics.Progress(args, accelerator, dataset, position)
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     prior, optimizer = accelerator.prepare(prior, optimizer)
-    network = accelerator.unwrap_model(prior)
+    network = runtime.unwrap(prior, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -184,7 +185,7 @@ def main(argv=None):
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_schedule(schedule, progress.step)
+    optim.set_position(args, schedule, progress.step)
     progress.begin()
     stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
 
@@ -195,8 +196,8 @@ def main(argv=None):
         validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
-    if args.validation_prompts and progress.step == 0:
-        validate()  # the untouched model: the first row of every grid
+    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+        validate()
     stopped_by = 0
     while progress.step < progress.total and not stopped_by:
         for _ in range(args.gradient_accumulation_steps):
@@ -212,18 +213,20 @@ def main(argv=None):
                 optimizer.zero_grad()
         progress.update(grad_norm, schedule.get_last_lr()[0])
         schedule.step()
-        stopped_by = runtime.stop_requested(accelerator, progress.step, args.logging_steps)
-        if args.validation_prompts and progress.validation_due() and not stopped_by:
-            validate()
+        stopped_by = runtime.stop_requested(accelerator)
         if progress.step % args.checkpointing_steps == 0 or stopped_by:
             progress.read()  # the losses, so that nothing non-finite is ever saved
             checkpoints.save(progress.position())
             progress.restart_clock()
+        if progress.validation_due() and not stopped_by:
+            validate()
 
-    if progress.step == progress.total:
-        exported = checkpoint.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
+    if progress.step >= progress.total:
+        exported = files.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
+        if args.validation_prompts:
+            validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
-    if progress.step == progress.total:
+    if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)
 

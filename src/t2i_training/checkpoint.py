@@ -1,4 +1,4 @@
-"""Numbered checkpoints that are whole or absent, and the run's exported files.
+"""Numbered checkpoints that are whole or absent.
 
 A checkpoint is written into a hidden sibling folder, synced to disk, described by a manifest (position, seed, versions,
 size and SHA-256 of every file) and put in place by one rename. Old ones are removed after that, and only folders that
@@ -8,7 +8,6 @@ carry such a manifest. Killing a run at any moment therefore leaves the previous
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,19 +15,21 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
+from .files import forget_local_paths, remove_folder, replace_folder, sync
 from .runtime import logger, readable_errors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
+_LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)")
 
 
 class CheckpointManager:
     """Saves, restores and rotates the checkpoints of one run.
 
     `save_models(folder)` is called on the main process and writes the trained networks; `load_models(folder)` is called
-    on every process and reads them back in place. Optimizer and gradient scaler go through accelerate, so that sharded
-    ones (FSDP, DeepSpeed) keep working; loading unpickles nothing without `weights_only`.
+    on every process and reads them back in place. Optimizer and gradient scaler go through accelerate, which unpickles
+    nothing without `weights_only`.
     """
 
     def __init__(self, accelerator, output_dir, total_limit: int | None, save_models: Callable, load_models: Callable):
@@ -47,7 +48,8 @@ class CheckpointManager:
         accelerator.register_load_state_pre_hook(before_load)
         if accelerator.is_main_process:
             for leftover in self.output_dir.glob(".checkpoint-*"):
-                shutil.rmtree(leftover)
+                if _LEFTOVER.fullmatch(leftover.name):
+                    remove_folder(leftover)
 
     def save(self, position: dict) -> Path:
         """Commit checkpoint-<step>. `position` holds step, samples_seen and whatever else resuming has to know."""
@@ -63,15 +65,17 @@ class CheckpointManager:
         if accelerator.is_main_process:
             for random_state in partial.glob("random_states_*.pkl"):
                 random_state.unlink()  # no draw comes from a global generator
+            forget_local_paths(partial)
             _write_manifest(partial, position)
-            _set_foreign_aside(target)
+            if target.exists() and not (target / MANIFEST).is_file():
+                _set_aside(target)  # it is the user's
             replace_folder(partial, target)
             self._rotate(keep=target)
         accelerator.wait_for_everyone()
         return target
 
     def _rotate(self, keep: Path) -> None:
-        ours = [folder for folder in _numbered(self.output_dir) if (folder / MANIFEST).is_file()]
+        ours = _ours(self.output_dir)
         surplus = len(ours) - self.total_limit if self.total_limit else 0
         for folder in [folder for folder in ours if folder != keep][: max(0, surplus)]:
             remove_folder(folder)
@@ -82,6 +86,8 @@ class CheckpointManager:
             return
         with readable_errors("checkpoint", str(folder)):
             self.accelerator.load_state(str(folder))
+        if self.accelerator.is_main_process and folder.resolve().parent == self.output_dir.resolve():
+            _abandon_later_ones(folder)
         self.accelerator.step = 0  # accelerate counts micro-batches, and a checkpoint stands between two updates
         logger.info(f"resumed from {folder}")
 
@@ -109,6 +115,10 @@ def _latest(output_dir: Path) -> Path | None:
         if fault is None:
             return folder
         logger.warning(f"{folder} is not usable ({fault}); trying the one before")
+    if damaged := _ours(output_dir):
+        raise SystemExit(
+            f"error: none of the {len(damaged)} checkpoints in {output_dir} is usable: move them away to start anew"
+        )
     logger.warning(f"no checkpoint in {output_dir}: starting from the beginning")
     return None
 
@@ -174,61 +184,20 @@ def _numbered(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _ours(output_dir: Path) -> list[Path]:
+    """The numbered folders that carry a manifest, oldest first. Only these are ever removed."""
+    return [folder for folder in _numbered(output_dir) if (folder / MANIFEST).is_file()]
 
 
-def _set_foreign_aside(target: Path) -> None:
-    """What stands at `target` without our manifest is the user's: give it a number behind its name."""
-    if target.exists() and not (target / MANIFEST).is_file():
-        names = (target.with_name(f"{target.name}.{i}") for i in itertools.count(1))
-        target.rename(next(name for name in names if not name.exists()))
+def _abandon_later_ones(folder: Path) -> None:
+    """After going back to `folder`, "latest" and the rotation must not meet the course that was left."""
+    ours = _ours(folder.parent)
+    for later in ours[ours.index(folder.parent / folder.name) + 1 :]:
+        _set_aside(later)
+        logger.warning(f"{later} is of the course that was left: renamed")
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Rename folder or file `new` to `target`; what stood there is removed afterwards."""
-    old = target.with_name(f".{target.name}.removed")
-    remove_folder(old)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    sync(target.parent)
-    remove_folder(old)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder (or file) so that a crash half-way never leaves a part of it under its own name."""
-    if folder.is_file():
-        folder.unlink()
-    elif folder.is_dir():
-        doomed = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.removed")
-        if doomed != folder:
-            folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]:
-    """On the main process let `write(folder)` fill a hidden folder, then move its entries into `output_dir`.
-
-    Earlier ones of the same name are replaced. Returns the names. A crash while the files are being written leaves an
-    earlier export as it was.
-    """
-    if not accelerator.is_main_process:
-        return []
-    partial = Path(output_dir) / ".export.partial"
-    remove_folder(partial)
-    partial.mkdir()
-    write(partial)
-    for path in partial.rglob("*"):
-        sync(path)
-    # Folders before files, so that model_index.json never points at what is not there yet.
-    names = [entry.name for entry in sorted(partial.iterdir(), key=lambda entry: (entry.is_file(), entry.name))]
-    for name in names:
-        replace_folder(partial / name, Path(output_dir) / name)
-    partial.rmdir()
-    return names
+def _set_aside(folder: Path) -> None:
+    """Keep what stands there under another name: a number behind its own."""
+    names = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
+    folder.rename(next(name for name in names if not name.exists()))

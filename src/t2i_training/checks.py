@@ -26,7 +26,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 _BELOW_ONE = ["adam_beta1", "adam_beta2", "caption_dropout", "image_embeds_dropout"]
 _NEEDS = {  # flag -> the flag without which it would do nothing
-    "offload_ema": "use_ema", "foreach_ema": "use_ema", "non_ema_revision": "use_ema",
+    "offload_ema": "use_ema", "foreach_ema": "use_ema",
     "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
     "dream_detail_preservation": "dream_training",
 }  # fmt: skip
@@ -181,7 +181,7 @@ def _check_reporting(parser, args):
     package = args.report_to  # the trackers bear the names of their packages
     if package not in ("all", "none") and importlib.util.find_spec(package) is None:
         parser.error(f"--report_to {package} needs the package {package}: pip install {package}")
-    if args.report_to in ("wandb", "all") and args.hub_token is not None:
+    if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} together with --hub_token could publish the token; "
             "log in with `hf auth login` and leave --hub_token out"
@@ -200,6 +200,16 @@ def _check_paths(parser, args):
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         parser.error(f"--output_dir {output_dir} is a file")
+    if args.dataset_name is None and output_dir.resolve().is_relative_to(Path(args.train_data_dir).resolve()):
+        parser.error(f"--output_dir {output_dir} is inside --train_data_dir: its pictures would become training data")
+    for name, value in vars(args).items():
+        if (
+            name.startswith("pretrained_")
+            and value
+            and Path(value).is_dir()
+            and output_dir.resolve() == Path(value).resolve()
+        ):
+            parser.error(f"--output_dir {output_dir} is the model of --{name}, which would be overwritten")
     wanted = args.resume_from_checkpoint
     if wanted not in (None, "latest") and not (output_dir / wanted).is_dir() and not Path(wanted).is_dir():
         parser.error(f"--resume_from_checkpoint {wanted}: no such checkpoint, in {output_dir} or as a path")

@@ -5,6 +5,7 @@ flags may hold, and how they go together, is checked in `checks.py`.
 """
 
 import argparse
+import re
 
 INTERPOLATION_MODES = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
 LR_SCHEDULERS = [
@@ -32,7 +33,10 @@ TRACKERS = [
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print a usage of some forty lines in front of it
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        message = re.sub(r"hf_\w{9,}", "hf_***", " ".join(message.split()))
+        if message.startswith("unrecognized"):  # perhaps a mistyped --hub_token
+            message = re.sub(r"(--\S*tok\S*?[= ])\S+", r"\1***", message)
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:

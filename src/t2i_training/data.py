@@ -193,7 +193,7 @@ def make_loader(dataset, make_sample: Callable[..., dict], args, accelerator, st
 
 def _ignore_stop_signals(_worker: int) -> None:
     """A Ctrl-C reaches the whole process group; the main process still needs its batches to finish the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in runtime.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

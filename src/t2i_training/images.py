@@ -83,4 +83,4 @@ def normalize_for_clip(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 def normalize(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 3, R, R) uint8 in 0..255 to `dtype` in -1..1. Runs on the device: uint8 is a quarter of float32's traffic."""
-    return pixels.to(dtype) / 127.5 - 1
+    return (pixels / 127.5 - 1).to(dtype)  # in fp32: bf16 would lose half a grey level

@@ -30,6 +30,7 @@ def add_adapters(model, args, accelerator, targets: tuple[str, ...] = ATTENTION)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         model.add_adapter(config)
+    model.peft_config["default"].target_modules = sorted(targets)  # peft's set is in another order in every process
     cast_training_params(model, torch.float32)
     return model
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from . import data, runtime
+from . import data, runtime, validation
 from .checks import public_config
 from .runtime import logger
 
@@ -34,6 +34,8 @@ class Progress:
         self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
         if position.get("dataset_size", len(dataset)) != len(dataset):
             logger.warning("the data set's size has changed since the checkpoint: samples are seen in a new order")
+        if position.get("effective_batch", self.effective_batch) != self.effective_batch:
+            logger.warning(f"the effective batch is now {self.effective_batch}, not {position['effective_batch']}")
         self._losses, self._grad_norms, self._indices = [], [], []
         # (loss, gradient norm) of each update that is read, but in no row yet
         self._unreported = list(position.get("unreported", []))
@@ -52,10 +54,10 @@ class Progress:
         }
 
     def validation_due(self) -> bool:
-        """Whether the update just counted was the last, or completed a multiple of --validation_epochs epochs."""
+        """Whether the update just counted completed a multiple of --validation_epochs epochs, and is not the last."""
         period = self.args.validation_epochs * len(self.dataset)
         completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
-        return completed or self.step == self.total
+        return bool(self.args.validation_prompts) and completed and self.step < self.total
 
     def begin(self) -> None:
         """Open bar, metrics file and trackers: the run is ready to take steps."""
@@ -63,6 +65,8 @@ class Progress:
         if main:
             runtime.write_config(self.args)  # not earlier: what fails before leaves an earlier run's as it was
             _keep_metrics_until(self._file, self.step)
+            if self.step == 0:
+                validation.clear(self.args.output_dir)
         config = public_config(self.args)  # trackers take scalars only
         config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
         project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")
@@ -118,7 +122,7 @@ class Progress:
             "epoch": round(self.samples_seen / len(self.dataset), 4),
             "loss": sum(losses) / len(losses),
             "lr": self._learning_rate,
-            "grad_norm": grad_norms[-1],
+            "grad_norm": grad_norms[-1] if math.isfinite(grad_norms[-1]) else None,  # JSON knows no infinity
             "images_per_second": round((self.samples_seen - self._clock_samples) / seconds, 3),
         }
         self._unreported = []
@@ -129,7 +133,7 @@ class Progress:
             shown = f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, images/s={row['images_per_second']:.1f}"
             self._bar.set_postfix_str(shown, refresh=False)
         values = {"train_loss" if name == "loss" else name: value for name, value in row.items() if name != "step"}
-        self.accelerator.log(values, step=self.step)
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=self.step)
 
     def _stop_if_not_finite(self, losses: list[float], grad_norms: list[float]) -> None:
         """A loss scaler skips non-finite gradients by design; elsewhere they, like a non-finite loss, end the run."""
@@ -196,7 +200,7 @@ def draw_curves(output_dir) -> Path | None:
     panels[0].legend(frameon=False)
     for panel, title in zip(panels, ("loss", "lr", "grad_norm"), strict=True):
         if title != "loss":
-            panel.plot(steps, [row[title] for row in rows], color="tab:blue")
+            panel.plot(steps, [math.nan if row[title] is None else row[title] for row in rows], color="tab:blue")
         panel.set(title={"lr": "learning rate", "grad_norm": "gradient norm"}.get(title, title), xlabel="step")
         panel.spines[["top", "right"]].set_visible(False)
     path = Path(output_dir) / "training_curves.png"

@@ -44,8 +44,14 @@ def make_schedule(args, optimizer, num_updates: int):
     )
 
 
-def set_schedule(schedule, step: int) -> None:
-    """Put the schedule where it stands after `step` updates; exact, since diffusers' schedules are closed forms."""
+def set_position(args, schedule, step: int) -> None:
+    """Put the schedule where it stands after `step` updates; exact, since diffusers' schedules are closed forms.
+
+    Restoring an optimizer has put back the checkpoint's settings; here the flags' take their place again.
+    """
+    for group in schedule.optimizer.param_groups:
+        group |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        group["weight_decay"] = args.adam_weight_decay
     schedule.last_epoch = step - 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a step before the optimizer's first, which is meant here

@@ -1,7 +1,8 @@
-"""What surrounds a run: the accelerator, the output folder's lock, the seed, stop signals, optimizer and schedule."""
+"""What surrounds a run: the accelerator, the output folder's lock, the seed, stop signals, precision."""
 
 import contextlib
 import copy
+import errno
 import fcntl
 import functools
 import logging
@@ -20,16 +21,17 @@ import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from tqdm.auto import tqdm
 
 from .checks import public_config
 
 logger = get_logger("t2i_training")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _locks = {}  # open lock files by output folder: closing one would release it
 _stop_signal = None
 _loop_runs = False
+_cpu_group = None  # of torch.distributed, where there are several processes
 progress_bar = None  # of the run under way
 
 
@@ -43,7 +45,8 @@ def start(args) -> Accelerator:
     GradientState._reset_state()
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # As a plugin: given as a number, the environment of `accelerate launch` would have the last word.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=_possible_precision(args.mixed_precision),
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
@@ -51,16 +54,27 @@ def start(args) -> Accelerator:
     _log_above_progress_bars()
     logging.getLogger("t2i_training").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     _quiet_libraries(accelerator)
+    _refuse_sharding(accelerator)
+    args.mixed_precision = accelerator.mixed_precision  # as launched: run_config.yaml and the card say what was done
     if accelerator.is_main_process:
         _lock(output_dir)
     accelerator.wait_for_everyone()
-    if accelerator.state.deepspeed_plugin is not None:  # it would read the size off a prepared loader, and ours is not
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     if getattr(args, "allow_tf32", False):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     _catch_signals()
     return accelerator
+
+
+def _refuse_sharding(accelerator) -> None:
+    global _cpu_group
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        name = accelerator.distributed_type.value
+        raise SystemExit(
+            f"error: {name} shards the weights, which these scripts cannot save yet: use plain --multi_gpu"
+        )
+    if accelerator.num_processes > 1:
+        _cpu_group = torch.distributed.new_group(backend="gloo")
 
 
 def _log_above_progress_bars() -> None:
@@ -106,6 +120,8 @@ def _lock(output_dir: Path) -> None:
     except BlockingIOError:
         raise SystemExit(f"error: --output_dir {output_dir} is in use by another run") from None
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some cluster file systems
+            return logger.warning(f"{output_dir} cannot be locked: do not start a second run on it")
         raise SystemExit(f"error: --output_dir {output_dir} cannot be written: {error.strerror}") from None
     _locks[output_dir.resolve()] = handle
 
@@ -153,7 +169,7 @@ def finish(stopped_by: int) -> None:
 
 
 def _catch_signals() -> None:
-    """SIGTERM and SIGINT let the loop finish its step and save; a second one, or one before the loop, ends the run."""
+    """A stop signal lets the loop finish its step and save; a second one, or one before the loop, ends the run."""
     global _stop_signal, _loop_runs
     _stop_signal, _loop_runs, owner = None, False, os.getpid()
 
@@ -168,7 +184,8 @@ def _catch_signals() -> None:
 
     if threading.current_thread() is threading.main_thread():  # elsewhere signals are the caller's business
         for number in STOP_SIGNALS:
-            signal.signal(number, on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's SIGHUP
+                signal.signal(number, on_signal)
 
 
 def begin_loop() -> None:
@@ -178,22 +195,29 @@ def begin_loop() -> None:
 
 
 def default_signals() -> None:
-    """Give SIGTERM and SIGINT back to Python: the run is over, or is to be aborted by the next one."""
+    """Give the signals back to Python: the run is over, or is to be aborted by the next one."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def stop_requested(accelerator, step: int, every: int) -> int:
+def stop_requested(accelerator) -> int:
     """Number of the signal the run was asked to stop with, 0 for none; equal on all processes.
 
-    Several processes agree only at every `every`-th step, since agreeing makes each of them wait for its device.
+    They agree over the CPU (gloo): no process waits for its device.
     """
     if accelerator.num_processes == 1:
         return _stop_signal or 0
-    if step % every:
-        return 0
-    return int(accelerator.gather(torch.tensor([_stop_signal or 0], device=accelerator.device)).max())
+    number = torch.tensor(_stop_signal or 0)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=_cpu_group)
+    return int(number)
+
+
+def unwrap(model, accelerator) -> torch.nn.Module:
+    """The network itself, without what DDP and torch.compile put around it: its names are those of the files."""
+    model = accelerator.unwrap_model(model)
+    return getattr(model, "_orig_mod", model)
 
 
 def inference_dtype(accelerator) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Validation pictures: drawn by all processes, saved singly and in a grid whose first row is the untouched model."""
 
+import shutil
 import textwrap
 from collections.abc import Callable
 from functools import cache
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from .runtime import logger
 
@@ -25,9 +27,11 @@ def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], ste
     folder = _folder(output_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
-        picture.save(folder / f"{i:02d}.png")
+        note = PngInfo()
+        note.add_itxt("prompt", prompts[i])
+        picture.save(folder / f"{i:02d}.png", pnginfo=note)
     rows = [(f"step {step}", pictures)]
-    if step > 0 and (base := _load(_folder(output_dir, 0), len(prompts))):
+    if step > 0 and (base := _load(_folder(output_dir, 0), prompts)):
         rows.insert(0, ("base model", base))
     elif step == 0:
         rows = [("base model", pictures)]
@@ -41,9 +45,29 @@ def _folder(output_dir, step: int) -> Path:
     return Path(output_dir) / "validation" / f"step-{step:06d}"
 
 
-def _load(folder: Path, count: int) -> list[Image.Image]:
-    paths = [folder / f"{i:02d}.png" for i in range(count)]
-    return [Image.open(path).convert("RGB") for path in paths] if all(path.exists() for path in paths) else []
+def _load(folder: Path, prompts: list[str]) -> list[Image.Image]:
+    """The pictures of a step, if all are there and were drawn for these prompts, else none."""
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        path = folder / f"{i:02d}.png"
+        if not path.exists() or (picture := Image.open(path)).text.get("prompt") != prompt:
+            return []
+        pictures.append(picture.convert("RGB"))
+    return pictures
+
+
+def pending(args, progress) -> bool:
+    """Whether a validation is to be made before the next step: a run's first, or one that the last stop came before."""
+    if not args.validation_prompts:
+        return False
+    grid = _folder(args.output_dir, progress.step).with_suffix(".png")
+    return progress.step == 0 or (progress.validation_due() and not grid.exists())
+
+
+def clear(output_dir) -> None:
+    """Remove the validation pictures of an earlier run, which would end up in this one's grids and card."""
+    for path in (Path(output_dir) / "validation").glob("step-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def make_grid(columns: list[str], rows: list[tuple[str, list[Image.Image]]], cell: int = 160) -> Image.Image:

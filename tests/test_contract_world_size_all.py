@@ -1,0 +1,83 @@
+"""Contract, for every script but the first: a run depends on its effective batch, not on how it is shared."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import free_port, load_script
+from runs import DRAWS, TRAINED, rows
+from safetensors.torch import load_file
+
+# Six pictures and an effective batch of eight: every update crosses the border of an epoch.
+RUN = {"max_train_steps": 3, "checkpointing_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
+       "learning_rate": 1e-4}  # fmt: skip
+
+# Sums over a batch are taken in another order.
+LOSS = {"rel": 2e-5}
+WEIGHT = {"rtol": 1e-5, "atol": 2e-6}
+
+
+@pytest.fixture
+def whole(finished):
+    """whole(script): output folder of one process that takes four times two samples as one batch of eight."""
+    return lambda script: finished(script, train_batch_size=8, **RUN | DRAWS[script])
+
+
+def assert_close(folder, expected, script):
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3]
+    for row, wanted in zip(rows(folder), rows(expected), strict=True):
+        assert row == pytest.approx(wanted, **LOSS)
+    for part in (".", "checkpoint-3"):
+        weights, wanted = (load_file(run / part / TRAINED[script]) for run in (folder, expected))
+        torch.testing.assert_close(weights, wanted, **WEIGHT)
+    positions = [json.loads((run / "checkpoint-3" / "manifest.json").read_text()) for run in (folder, expected)]
+    for name in ("step", "samples_seen", "seed", "effective_batch"):
+        assert positions[0][name] == positions[1][name]
+
+
+@pytest.mark.parametrize("script", list(TRAINED)[1:])
+def test_accumulation(finished, whole, script):
+    """One batch of eight, four times two, and eight times one; but not four times one."""
+    for batch, accumulation in ((2, 4), (1, 8)):
+        sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        assert_close(finished(script, **sizes, **RUN | DRAWS[script]), whole(script), script)
+    other = finished(script, train_batch_size=4, **RUN | DRAWS[script])
+    assert rows(other)[0]["loss"] != pytest.approx(rows(whole(script))[0]["loss"], rel=1e-3)
+
+
+DRIVER = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+from conftest import load_script
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+def keep(optimizer, _args, _kwargs):
+    parameters = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    torch.save(parameters, os.path.join({folder!r}, "rank-" + os.environ["RANK"] + ".pt"))
+
+register_optimizer_step_post_hook(keep)
+load_script({script!r}).main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("script", ["prior", "prior_lora"])
+def test_two_processes(command, whole, script, tmp_path, monkeypatch):
+    """Under DDP, no parameter is waited for in vain, and what is trained is the same on both ranks."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), script=script))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", str(driver)]
+    tokens = command(script, output_dir=tmp_path / "out", train_batch_size=4, **RUN | DRAWS[script])
+    run = subprocess.run([sys.executable, *launcher, *tokens], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert_close(tmp_path / "out", whole(script), script)
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert len(ranks[0]) > 10
+    assert all(torch.equal(*pair) for pair in zip(*ranks, strict=True))
+    trained = load_file(tmp_path / "out" / TRAINED[script]).values()
+    assert all(any(torch.equal(p, tensor) for tensor in trained) for p in ranks[1]), "and the one that is exported"
+    assert load_script(script)
