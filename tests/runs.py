@@ -100,7 +100,11 @@ def outcome(folder: Path, step: int, trained: str = TRAINED["sd"], tensors: int 
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":  # its header is JSON, and holds the metadata in no particular order
+        end = 8 + int.from_bytes(data[:8], "little")
+        data = json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
+    return hashlib.sha256(data).hexdigest()
 
 
 def _plain(value):

@@ -157,7 +157,7 @@ def test_damaged_one_asked_for_by_name_is_refused(resume, out, how):
 def test_all_damaged_is_refused(resume, out):
     """Not a new beginning, which would overwrite days of work behind one line in a log."""
     for name in ("checkpoint-2", "checkpoint-4"):
-        DAMAGE["truncated"](out / name)
+        damage(out / name, "a flipped bit")
     before = rows(out)
     assert "none of the 2 checkpoints in" in refusal(resume)
     assert rows(out) == before

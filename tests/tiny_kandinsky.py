@@ -52,7 +52,7 @@ def make_decoder(folder: Path, prior: Path, seed: int = 0) -> Path:
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn", encoder_hid_dim=EMBEDDING, encoder_hid_dim_type="image_proj",
-        cross_attention_dim=EMBEDDING, attention_head_dim=4, resnet_time_scale_shift="scale_shift",
+        cross_attention_dim=EMBEDDING, attention_head_dim=4, resnet_time_scale_shift="scale_shift", norm_num_groups=8,
     )  # fmt: skip
     movq = VQModel(
         block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
