@@ -63,6 +63,7 @@ def test_interrupted_mid_epoch_with_loader_workers(train, script, tmp_path):
     assert pieces == outcome(whole, 3, TRAINED[script], tensors)
 
 
+@pytest.mark.parametrize("script", ["prior", "decoder_lora"], indirect=True)
 def test_another_seed_is_another_run(train, script, tmp_path):
     """So that the tests above can fail."""
     folders = [train(tmp_path / str(seed), seed=seed) for seed in (3, 4)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port, load_script
+from conftest import free_port
 from runs import DRAWS, TRAINED, rows
 from safetensors.torch import load_file
 
@@ -80,4 +80,3 @@ def test_two_processes(command, whole, script, tmp_path, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(*ranks, strict=True))
     trained = load_file(tmp_path / "out" / TRAINED[script]).values()
     assert all(any(torch.equal(p, tensor) for tensor in trained) for p in ranks[1]), "and the one that is exported"
-    assert load_script(script)

@@ -215,7 +215,7 @@ def test_first_row_of_the_grid_is_the_base(trained, script, decoder_model):
 
 
 def test_validation_cadence(finished, script):
-    """Epochs of three updates; every epoch for LoRA, every fifth for a full run, unless told otherwise."""
+    """Epochs of three updates; every epoch for LoRA, every fifth for a full run."""
     folder = finished(script, max_train_steps=4, **FLAGS[script])
     assert drawn_at(folder) == [f"step-00000{s}.png" for s in ((0, 4) if script == "decoder" else (0, 3, 4))]
 

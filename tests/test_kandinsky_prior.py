@@ -125,12 +125,13 @@ def test_frozen_parts_are_exported_as_they_were(finished, prior_model):
 
 
 def test_statistics_stay_what_they_are_and_everything_else_is_trained(finished, prior_model):
-    """Also with a weight decay, which would shrink them if the optimizer knew them."""
+    """The optimizer does not know them: under DDP it would wait for gradients that never come."""
     folder = finished("prior", adam_weight_decay=0.5, max_train_steps=2, use_ema=True, checkpointing_steps=2)
     before = load_file(prior_model / TRAINED["prior"])
     for part in (folder, folder / "checkpoint-2"):
         after = load_file(part / TRAINED["prior"])
         assert set(before) - set(differ(after, before)) == {"clip_mean", "clip_std"}
+    assert len(optimizer(folder / "checkpoint-2")["param_groups"][0]["params"]) == len(before) - 2
     assert before["clip_mean"].std() > 0.1
     assert before["clip_std"].std() > 0.1
 
@@ -218,11 +219,9 @@ def test_resolution_is_the_validation_pictures_and_nothing_else(finished, script
 
 
 def test_validation_cadence(finished, script):
-    """Epochs of three updates; every epoch for LoRA, every fifth for a full run, unless told otherwise."""
+    """Epochs of three updates; every epoch for LoRA, every fifth for a full run."""
     folder = finished(script, max_train_steps=4, **FLAGS[script])
     assert drawn_at(folder) == [f"step-00000{s}.png" for s in ((0, 4) if script == "prior" else (0, 3, 4))]
-    folder = finished(script, max_train_steps=4, validation_epochs=2, **FLAGS[script])
-    assert drawn_at(folder) == ["step-000000.png", "step-000004.png"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the samples

@@ -287,7 +287,6 @@ def test_number_of_validation_pictures_and_the_base_in_the_first_row(run, pipeli
             cell = grid.crop((x, y, x + 160, y + 160)).resize((32, 32), Image.Resampling.NEAREST)
             assert np.array_equal(np.asarray(cell), wanted)
     assert len(list((folder / "validation" / "step-000000").iterdir())) == 3
-    assert len(list((run(validation_prompt="a dog") / "validation" / "step-000000").iterdir())) == 4, "the default"
 
 
 def test_seed_decides_the_adapters_and_nothing_else_does(run, tmp_path):

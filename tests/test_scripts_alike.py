@@ -1,0 +1,264 @@
+"""The six torch scripts tell one story: what they repeat is equal, and every difference stands here with its reason.
+
+The full Kandinsky runs are compared with Stable Diffusion's, each LoRA run with the full run of its model. A row of
+`DIFFERENCES` is (function, text there, text here, reason), over source that `ast.unparse` lays out anew: comments, line
+breaks and docstrings do not count. The rows applied to the script that is compared with must give the script itself: a
+difference without a row fails, and so does a row without a difference.
+"""
+
+import ast
+import difflib
+import importlib.metadata
+import io
+import subprocess
+import sys
+import tokenize
+
+import pytest
+import tiny
+
+COMPARED_WITH = {"prior": "sd", "decoder": "sd", "sd_lora": "sd", "prior_lora": "prior", "decoder_lora": "decoder"}
+REPEATED = ("imports", "draw_picture", "main")  # between models; between a full run and its LoRA all functions are
+ORDER = (
+    "parse_args", "load_models", "make_sample", "encode", "compute_loss", "make_dataloader", "build_drawing_pipeline",
+    "draw_picture", "export", "main",
+)  # fmt: skip
+
+KANDINSKY = [
+    ("draw_picture", "num_inference_steps=20,", "num_inference_steps=20, prior_num_inference_steps=20,",
+     "two networks draw a picture"),
+    ("main", ", initial=pipeline.unet)", ")", "no --non_ema_revision, so the average starts from what is trained"),
+    ("main", "build_drawing_pipeline(pipeline,", "build_drawing_pipeline(args, pipeline,",
+     "validation loads the half that is not trained"),
+]  # fmt: skip
+LORA = [
+    ("imports", " ema,", "", "no --use_ema"),
+    ("imports", " images,", " images, lora,", "the method"),
+    ("parse_args", "add_validation_args(parser)", "add_validation_args(parser, single=True)", "its flags"),
+    ("parse_args", "add_reporting_args(parser)", "add_reporting_args(parser, project=False)", "its flags"),
+    ("main", "partial(ema.save_networks, 'unet', network, average)", "partial(lora.save_networks, network)",
+     "a checkpoint holds the adapters alone"),
+    ("main", "partial(ema.load_networks, 'unet', network, average)", "partial(lora.load_networks, network)",
+     "a checkpoint holds the adapters alone"),
+    ("main", "        with ema.averaged(average if progress.step else None, network):\n    ", "", "no --use_ema"),
+    ("main", "        if average is not None:\n            ema.update(average, network)\n", "", "no --use_ema"),
+    ("main", "        with ema.averaged(average, network):\n    ", "", "no --use_ema"),
+]  # fmt: skip
+KANDINSKY_LORA = [
+    ("parse_args", "cli.add_ema_args(parser, placement=False)", "cli.add_lora_args(parser)", "its flags"),
+    ("parse_args", "model-finetuned'", "model-finetuned-lora'", "its default"),
+    ("main", "partial(export, pipeline, network)", "partial(lora.save_networks, network)", "exported as it is saved"),
+]  # fmt: skip
+PREPARED = "    unet = unet.to(accelerator.device)\n    average = ema.make_ema(args, unet, accelerator.device{}) if args.use_ema else None\n"  # fmt: skip  # noqa: E501
+EXPORT = "def export(pipeline, unet, folder):\n    pipeline.register_modules(unet=unet)\n    pipeline.save_pretrained(folder)"  # fmt: skip  # noqa: E501
+VOCABULARY = "\n    hub.keep_vocabulary_files(folder / 'tokenizer')"
+
+DIFFERENCES = {
+    "prior": [
+        *KANDINSKY,
+        ("main", "[runtime.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]",
+         "freeze(pipeline, accelerator)", "its frozen parts are not networks alone, and so a function of their own"),
+    ],
+    "decoder": [
+        *KANDINSKY,
+        ("main", "        data.check_captions(",
+         "        if args.caption_column is not None:\n            data.check_captions(", "trains without captions"),
+        ("main", "pipeline, unet, noise_scheduler = load", "pipeline, image_encoder, unet, noise_scheduler = load",
+         "the image encoder is no part of the decoder's pipeline"),
+        ("main", "(pipeline.vae, pipeline.text_encoder)", "(pipeline.movq, image_encoder)", "its frozen parts"),
+        ("main", "dataset, pipeline, noise_scheduler", "dataset, pipeline, image_encoder, noise_scheduler",
+         "the image encoder is no part of the decoder's pipeline"),
+    ],
+    "sd_lora": [
+        *LORA,
+        ("parse_args", "cli.add_ema_args(parser)", "cli.add_lora_args(parser, kohya=True)", "its flags"),
+        ("parse_args", "project=False)",
+         "project=False)\n    parser.set_defaults(output_dir='sd-model-finetuned-lora')", "its default"),
+        ("load_models", "        unet = pipeline.unet\n        if args.non_ema_revision is not None:\n            "
+         "unet = UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, subfolder='unet', "
+         "revision=args.non_ema_revision, **source).float()\n", "    unet = pipeline.unet\n", "no --non_ema_revision"),
+        ("main", PREPARED.format(", initial=pipeline.unet"), "    unet = lora.add_adapters(unet, args, accelerator)\n",
+         "the method"),
+        ("main", "partial(export, pipeline,", "partial(export, args,", "the adapters are exported, not the pipeline"),
+        ("export", EXPORT + VOCABULARY, "def export(args, unet, folder):\n    lora.save_stable_diffusion("
+         "StableDiffusionPipeline, unet, folder)\n    if args.save_kohya:\n        "
+         "lora.save_kohya(unet, folder / lora.KOHYA_NAME)", "the adapters are exported, not the pipeline"),
+    ],
+    "prior_lora": [
+        *LORA, *KANDINSKY_LORA,
+        ("load_models",
+         "    for statistic in (unet.clip_mean, unet.clip_std):\n        statistic.requires_grad_(False)\n", "",
+         "add_adapters freezes all of the base"),
+        ("main", PREPARED.format(""), "    unet = lora.add_adapters(unet, args, accelerator)\n", "the method"),
+        ("export", EXPORT + VOCABULARY, "", "exported as it is saved"),
+    ],
+    "decoder_lora": [
+        *LORA, *KANDINSKY_LORA,
+        ("parse_args", "add_network_args(parser)", "add_network_args(parser, xformers=False)", "its flags"),
+        ("load_models", "    if args.enable_xformers_memory_efficient_attention:\n        "
+         "unet.enable_xformers_memory_efficient_attention()\n", "", "its flags"),
+        ("main", PREPARED.format(""),
+         "    unet = lora.add_adapters(unet, args, accelerator, lora.ADDED_KV_ATTENTION)\n",
+         "the method; its attention reads the embedding through projections of its own"),
+        ("export", EXPORT, "", "exported as it is saved"),
+    ],
+}  # fmt: skip
+
+
+class TrainedNetwork(ast.NodeTransformer):
+    """Gives the network that is trained one name in all scripts, and leaves docstrings out."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        for field in ("id", "arg", "attr", "value"):
+            if getattr(node, field, None) == self.name:
+                setattr(node, field, "unet")
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        return node
+
+
+def story(source: str, trained: str = "unet") -> dict[str, str]:
+    """Function by function a script's source laid out anew; "imports" is what else it runs, models' classes apart."""
+    tree = TrainedNetwork(trained).visit(ast.parse(source))
+    functions = {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    shared = [node for node in tree.body[1:] if not isinstance(node, ast.FunctionDef) and not of_the_model(node)]
+    return {"imports": "\n".join(map(ast.unparse, shared)), **functions}
+
+
+def of_the_model(node) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return node.module in ("diffusers", "transformers")
+    return isinstance(node, ast.Assign) and node.targets[0].id == "CARD"
+
+
+def read(script: str) -> dict[str, str]:
+    return story(tiny.SCRIPTS[script].read_text(), "prior" if script.startswith("prior") else "unet")
+
+
+def compare(script: str, here: dict[str, str], there: dict[str, str], names, rows) -> None:
+    """Fails, showing both sides, unless `rows` turn each of the named functions `there` into that `here`."""
+    expected = {name: there.get(name, "") for name in names}
+    for name, old, new, reason in rows:
+        if expected[name].count(old) != 1:
+            pytest.fail(f"{script}: {name}: this row ({reason}) fits no longer:\n{old}", pytrace=False)
+        expected[name] = expected[name].replace(old, new)
+    for name in names:
+        sides = [text.splitlines() for text in (expected[name], here.get(name, ""))]
+        titles = (f"{COMPARED_WITH[script]}, with the allowed differences", script)
+        difference = "\n".join(difflib.unified_diff(*sides, *titles, lineterm="", n=2))
+        if difference:
+            pytest.fail(f"{name} differs, and no row of DIFFERENCES says why:\n{difference}", pytrace=False)
+
+
+def names_to_compare(script: str, here: dict, there: dict):
+    return sorted(here | there) if script.endswith("_lora") else REPEATED
+
+
+@pytest.mark.parametrize("script", COMPARED_WITH)
+def test_repeated_parts_are_equal(script):
+    here, there = read(script), read(COMPARED_WITH[script])
+    compare(script, here, there, names_to_compare(script, here, there), DIFFERENCES[script])
+
+
+def changed(script: str, old: str, new: str) -> dict[str, str]:
+    source = tiny.SCRIPTS[script].read_text()
+    assert source.count(old) == 1
+    return story(source.replace(old, new), "prior" if script.startswith("prior") else "unet")
+
+
+def test_an_unexplained_difference_is_shown():
+    here, there = changed("prior", "optimizer.zero_grad()", "pass"), read("sd")
+    with pytest.raises(pytest.fail.Exception) as failure:
+        compare("prior", here, there, REPEATED, DIFFERENCES["prior"])
+    message = str(failure.value)
+    assert "main differs" in message
+    assert "\n-                optimizer.zero_grad()\n+                pass\n" in message
+    assert "--- sd, with the allowed differences" in message
+    assert "+++ prior" in message
+
+
+def test_a_row_that_fits_no_longer_is_shown():
+    here, there = read("prior_lora"), changed("prior", "statistic.requires_grad_(False)", "pass")
+    with pytest.raises(pytest.fail.Exception, match="add_adapters freezes all of the base"):
+        compare("prior_lora", here, there, sorted(here | there), DIFFERENCES["prior_lora"])
+
+
+def test_only_the_trained_network_is_renamed():
+    """A prior trained and a prior that only validates are not the same: the decoder's keep their names."""
+    assert "prior = KandinskyV22PriorPipeline" in read("decoder")["build_drawing_pipeline"]
+    assert "prior" not in read("prior")["compute_loss"]
+    assert "compute_loss(unet, batch, noise_scheduler, args)" in read("prior")["main"]
+
+
+def comments(script: str) -> list[str]:
+    """The comments in a script's main, in order."""
+    source = tiny.SCRIPTS[script].read_text().split("\ndef main(")[1]
+    tokens = tokenize.generate_tokens(io.StringIO("def main(" + source).readline)
+    return [token.string for token in tokens if token.type == tokenize.COMMENT]
+
+
+@pytest.mark.parametrize("script", COMPARED_WITH)
+def test_comments_in_main_are_equal(script):
+    assert comments(script) == comments("sd")
+    assert len(comments(script)) >= 3
+
+
+@pytest.mark.parametrize("script", tiny.SCRIPTS)
+def test_the_story_is_told_in_one_order(script):
+    left_out = {"export"} if script in ("prior_lora", "decoder_lora") else set()
+    names = [name for name in read(script) if name not in ("imports", "freeze")]
+    assert names == [name for name in ORDER if name not in left_out]
+
+
+# Sizes
+
+
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("script", tiny.SCRIPTS)
+def test_script_is_short(script):
+    path = tiny.SCRIPTS[script]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions(path)}
+    assert len(path.read_text().splitlines()) <= 300
+    assert lengths.pop("main") <= 80
+    assert {name: length for name, length in lengths.items() if length > 40} == {}
+
+
+def test_shared_files_are_short():
+    paths = list((tiny.REPOSITORY / "src").rglob("*.py"))
+    assert len(paths) >= 15
+    assert {path.name: n for path in paths if (n := len(path.read_text().splitlines())) > 250} == {}
+
+
+@pytest.mark.parametrize("script", [script for script in tiny.SCRIPTS if script.endswith("_lora")])
+def test_lora_differs_from_the_full_run_in_few_lines(script):
+    command = ["diff", tiny.SCRIPTS[COMPARED_WITH[script]], tiny.SCRIPTS[script]]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    assert 30 <= sum(line[0] in "<>" for line in lines) <= 60
+
+
+# What stands beside the scripts
+
+FOLDERS = sorted({path.parent for path in tiny.SCRIPTS.values()})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
+def test_nothing_beside_a_script_shadows_a_library(folder):
+    """The script's folder comes first on the import path: a datasets.py in it would be imported as datasets."""
+    libraries = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions(), "t2i_training"}
+    assert {"datasets", "torch", "json"} <= libraries
+    beside = [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".py"]
+    assert {path.name for path in beside if path.stem in libraries} == set()
+    assert not (folder / "__init__.py").exists()
+
+
+def test_every_script_is_known_here():
+    scripts = {path for folder in FOLDERS for path in folder.glob("*.py") if not path.stem.endswith("_flax")}
+    assert scripts == set(tiny.SCRIPTS.values())
+    assert len(FOLDERS) == 2
