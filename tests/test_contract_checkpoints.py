@@ -193,6 +193,13 @@ def test_flags_of_the_optimizer_act_on_a_resumed_run(resume, out):
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.7), 0.3, 1e-5)
 
 
+def test_files_have_the_modes_that_the_umask_asks_for(out):
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
+
+
 def test_no_local_path_is_written_into_a_model(out, model):
     """diffusers notes where a network came from; checkpoints and exports are handed on."""
     files = [path for path in out.rglob("*.json") if path.name != "run_config.yaml"]

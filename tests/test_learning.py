@@ -50,7 +50,7 @@ def run(script: str, output_dir, **changes):
 
 QUICK = {
     "pretrained_model_name_or_path": BASE, "train_data_dir": QUICKSTART / "pictures", "resolution": 64,
-    "center_crop": True, "train_batch_size": 4, "noise_offset": 0.3,
+    "center_crop": True, "train_batch_size": 4,
 }  # fmt: skip
 
 
@@ -74,14 +74,14 @@ def base_shares():
 def test_full_run_learns_the_style(base_shares, tmp_path):
     """A third of the quickstart's steps on a quarter of its batch; a noise offset moves the ground's colour sooner."""
     assert carried(base_shares) <= 1  # measured: 0
-    folder = run("sd", tmp_path / "out", **QUICK, learning_rate=1.5e-3, max_train_steps=240)
+    folder = run("sd", tmp_path / "out", **QUICK, noise_offset=0.3, learning_rate=1.5e-3, max_train_steps=240)
     assert carried(night_shares(measure.load(folder))) >= 15  # measured: 16
 
 
 def mean_loss(unet) -> float:
     """The objective on all 64 pictures, each at one timestep of an even spread, with fixed noise."""
     script, pipeline = load_script("sd"), measure.load(BASE)
-    args = script.parse_args(flags(pretrained_model_name_or_path=BASE, train_data_dir="x", output_dir="y"))
+    args = script.parse_args(flags(**QUICK))
     sources = [str(QUICKSTART / "pictures" / row["file_name"]) for row in ROWS]
     shape, generator = (len(ROWS), 4, 16, 16), torch.Generator().manual_seed(0)
     batch = {
@@ -97,19 +97,24 @@ def mean_loss(unet) -> float:
 
 
 def test_lora_run_learns_of_the_style(base_shares, tmp_path):
-    """Adapters on this pipeline's attention cannot carry a new ground; what they can learn, they learn.
+    """Less than the full run, whose thresholds adapters on attention cannot reach with this small pipeline.
 
-    Its finest level, half of the decisions on a ground's colour, has no attention: with the full run's steps even all
-    attention matrices, trained whole, give 2 pictures of 16, and adapters on the convolutions as well give 14.
+    The finest of its three levels has no attention. Measured: 240 steps that train all attention matrices whole give 2
+    pictures of 16; adapters of rank 16 give 5 after 2500 steps, adapters on the convolutions as well 14 after 240.
     """
-    base = measure.load(BASE)
-    before = mean_loss(base.unet)
+    pipeline = measure.load(BASE)
+    before = mean_loss(pipeline.unet)
     folder = run(
-        "sd_lora", tmp_path / "out", **QUICK, rank=32, learning_rate=5e-3, adam_weight_decay=0, max_train_steps=200
+        "sd_lora", tmp_path / "out", **QUICK, rank=4, learning_rate=1e-2, adam_weight_decay=0, max_train_steps=240
     )
-    base.load_lora_weights(folder, weight_name=lora.WEIGHTS_NAME)
-    shares = night_shares(base)
-    print("RESULT", before, mean_loss(base.unet), sum(base_shares) / 16, sum(shares) / 16, carried(shares))
+    pipeline.load_lora_weights(folder, weight_name=lora.WEIGHTS_NAME)
+    shares = night_shares(pipeline)
+    assert mean_loss(pipeline.unet) < before / 3  # measured: 0.22 of 0.83; the full run reaches 0.13
+    assert sum(base_shares) / 16 < 0.01  # measured: 0.0002
+    assert sum(shares) / 16 > 0.12  # measured: 0.21; the full run reaches 0.46
+    assert carried(shares) >= 4  # measured: 7
+    sizes = [sum(file.stat().st_size for file in path.rglob("*.safetensors")) for path in (folder, BASE)]
+    assert sizes[0] < 0.03 * sizes[1]  # measured: 0.021; below 0.01 at rank 1, and see the next test
 
 
 def test_lora_file_is_small():
@@ -295,6 +300,6 @@ def test_decoder_redraws_its_pictures(decoder_model, tmp_path):
         train_data_dir=copy_pictures(tmp_path / "pictures", DRAWN),
     )  # fmt: skip
     redrawn = redraw(prior, folder)
-    assert psnr(redrawn, pixels()) > 20
+    assert psnr(redrawn, pixels()) > 20  # measured: 26.6
     # Each from its own embedding, and not one picture for all.
     assert psnr(redrawn, pixels().roll(1, 0)) < 15

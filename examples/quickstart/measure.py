@@ -20,7 +20,10 @@ UNSEEN = (
 def load(folder, lora=None):
     """The pipeline in `folder`, with the adapters in folder `lora` if there are any."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
     if lora is not None:
         pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")

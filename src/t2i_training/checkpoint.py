@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from .files import forget_local_paths, remove_folder, replace_folder, sync
+from .files import forget_local_paths, make_readable, remove_folder, replace_folder, sync
 from .runtime import logger, readable_errors
 
 MANIFEST = "manifest.json"
@@ -66,6 +66,7 @@ class CheckpointManager:
             for random_state in partial.glob("random_states_*.pkl"):
                 random_state.unlink()  # no draw comes from a global generator
             forget_local_paths(partial)
+            make_readable(partial)
             _write_manifest(partial, position)
             if target.exists() and not (target / MANIFEST).is_file():
                 _set_aside(target)  # it is the user's

@@ -49,6 +49,15 @@ def forget_local_paths(folder: Path) -> None:
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def make_readable(folder: Path) -> None:
+    """Give files the modes that the umask asks for: safetensors writes its own for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]:
     """On the main process let `write(folder)` fill a hidden folder, then move its entries into `output_dir`.
 
@@ -62,6 +71,7 @@ def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]
     partial.mkdir()
     write(partial)
     forget_local_paths(partial)
+    make_readable(partial)
     for path in partial.rglob("*"):
         sync(path)
     # Folders before files, so that model_index.json never points at what is not there yet.
