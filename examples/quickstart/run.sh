@@ -3,8 +3,7 @@
 # Further flags are passed on, e.g. `bash examples/quickstart/run.sh --max_train_steps=100`. Run again, it continues.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../environment.sh"
-exec .venv/bin/accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
-    text_to_image/train_text_to_image.py \
+exec .venv/bin/python text_to_image/train_text_to_image.py \
     --pretrained_model_name_or_path=examples/quickstart/tiny-emoji-diffusion \
     --train_data_dir=examples/quickstart/pictures \
     --resolution=64 --center_crop \

@@ -72,6 +72,7 @@ class CheckpointManager:
                 _set_aside(target)  # it is the user's
             replace_folder(partial, target)
             self._rotate(keep=target)
+            logger.info(f"saved {target}")
         accelerator.wait_for_everyone()
         return target
 
@@ -120,7 +121,7 @@ def _latest(output_dir: Path) -> Path | None:
         raise SystemExit(
             f"error: none of the {len(damaged)} checkpoints in {output_dir} is usable: move them away to start anew"
         )
-    logger.warning(f"no checkpoint in {output_dir}: starting from the beginning")
+    logger.info(f"no checkpoint in {output_dir}: starting from the beginning")
     return None
 
 

@@ -28,13 +28,14 @@ def open_dataset(args):
 
     where = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
     try:
-        if args.dataset_name is not None:
+        folder = args.train_data_dir if args.dataset_name is None else args.dataset_name
+        if args.dataset_name is not None and not os.path.exists(os.path.join(folder, "metadata.jsonl")):
             splits = datasets.load_dataset(
                 args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, data_dir=args.train_data_dir
             )
         else:
-            # Not data_dir: with that, names of subfolders would become splits.
-            files = {"train": os.path.join(args.train_data_dir, "**")}
+            # Not data_dir: with that, names of files and subfolders (steam_train.png) would become splits.
+            files = {"train": os.path.join(folder, "**")}
             splits = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
     except Exception as error:  # datasets raises some twenty kinds here, for files, hub, formats and metadata
         raise SystemExit(f"error: {where}: {_one_line(error)}") from error

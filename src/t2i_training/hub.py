@@ -42,6 +42,11 @@ def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: i
         if "prior" in card:  # diffusers looks for a decoder's prior in this list, be it a hub name or a folder
             card["prior"] = [getattr(args, card["prior"])]
         write_card(args, steps=steps, **card)
+        grids = sorted((Path(args.output_dir) / "validation").glob("step-*.png"))
+        where = f"; before and after: {grids[-1]}" if grids else ""
+        logger.info(
+            f"done after {steps} updates: the result and how to use it are in {args.output_dir}/README.md{where}"
+        )
         if repo_id is not None:
             push(args, repo_id, exported)
 

@@ -74,7 +74,13 @@ class Progress:
         if main:
             logs.mkdir(parents=True, exist_ok=True)
         wandb = {"dir": os.environ.get("WANDB_DIR", str(logs))}  # by itself it writes into the working directory
-        self.accelerator.init_trackers(project, config=config, init_kwargs={"wandb": wandb})
+        with runtime.readable_errors("--report_to", self.args.report_to):
+            self.accelerator.init_trackers(project, config=config, init_kwargs={"wandb": wandb})
+        logger.info(
+            f"{len(self.dataset)} samples, {self.effective_batch} an update, {self.total} updates "
+            f"({self.total * self.effective_batch / len(self.dataset):.1f} epochs); "
+            f"{self.accelerator.num_processes} x {self.accelerator.device}, mixed precision {self.args.mixed_precision}"
+        )
         interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants lines, not an animation
         self._bar = runtime.progress_bar = tqdm(
             total=self.total, initial=self.step, disable=not main, mininterval=interval, unit="step", dynamic_ncols=True
@@ -189,10 +195,10 @@ def draw_curves(output_dir) -> Path | None:
     from matplotlib.figure import Figure  # not pyplot: it would pick a display and a global state
 
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    smooth, smoothed = losses[0], []
-    for loss in losses:
+    smooth, smoothed = 0.0, []
+    for i, loss in enumerate(losses, 1):
         smooth = 0.9 * smooth + 0.1 * loss
-        smoothed.append(smooth)
+        smoothed.append(smooth / (1 - 0.9**i))  # as Adam corrects it: the first values do not linger
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
     panels[0].plot(steps, losses, color="0.75", linewidth=0.8, label="interval mean")

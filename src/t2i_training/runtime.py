@@ -165,6 +165,7 @@ def finish(stopped_by: int) -> None:
     while _locks:
         _locks.popitem()[1].close()
     if stopped_by:
+        logger.info("stopped; the same command with --resume_from_checkpoint=latest continues")
         raise SystemExit(128 + stopped_by)
 
 
