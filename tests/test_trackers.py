@@ -66,6 +66,8 @@ def wandb_records(folder) -> list:
         if 32768 - position % 32768 < 7:  # no room for a header: the block's end is padding
             position += 32768 - position % 32768
             continue
+        if position + 7 > len(data):
+            break  # still being written
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
