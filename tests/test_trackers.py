@@ -69,6 +69,8 @@ def wandb_records(folder) -> list:
         if position + 7 > len(data):
             break  # still being written
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
+            break
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
