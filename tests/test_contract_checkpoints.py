@@ -187,6 +187,13 @@ def test_going_back_sets_the_later_ones_aside(resume, out, trained):
     assert outcome(out, 4) == outcome(trained, 4)
 
 
+def test_the_course_that_was_left_can_be_taken_up_again(resume, out, trained):
+    resume("checkpoint-2", learning_rate=5e-4)
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-4.1"]
+    resume("checkpoint-4.1", max_train_steps=6)
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4.1", "checkpoint-4.2", "checkpoint-6"]
+
+
 def test_flags_of_the_optimizer_act_on_a_resumed_run(resume, out):
     resume("checkpoint-2", adam_beta1=0.5, adam_beta2=0.7, adam_weight_decay=0.3, adam_epsilon=1e-5)
     group = torch.load(out / "checkpoint-4" / "optimizer.bin", weights_only=True)["param_groups"][0]

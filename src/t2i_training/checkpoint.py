@@ -60,7 +60,7 @@ class CheckpointManager:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))  # every process: sharded optimizers hold a part each
+        accelerator.save_state(str(partial))  # a call for every process; the main one writes
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             for random_state in partial.glob("random_states_*.pkl"):
@@ -183,7 +183,11 @@ def _sha256(path: Path) -> str:
 
 def _numbered(output_dir: Path) -> list[Path]:
     folders = [folder for folder in output_dir.glob("checkpoint-*") if _NAME.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))
+    return sorted(folders, key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def _ours(output_dir: Path) -> list[Path]:
@@ -193,10 +197,11 @@ def _ours(output_dir: Path) -> list[Path]:
 
 def _abandon_later_ones(folder: Path) -> None:
     """After going back to `folder`, "latest" and the rotation must not meet the course that was left."""
-    ours = _ours(folder.parent)
-    for later in ours[ours.index(folder.parent / folder.name) + 1 :]:
-        _set_aside(later)
-        logger.warning(f"{later} is of the course that was left: renamed")
+    step = read_manifest(folder)["step"]  # not its name's: it may itself have been set aside
+    for other in _ours(folder.parent):
+        if other.name != folder.name and _number(other) >= step:
+            _set_aside(other)
+            logger.warning(f"{other} is of the course that was left: renamed")
 
 
 def _set_aside(folder: Path) -> None:
