@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Stable Diffusion 1.5, whole UNet, in JAX on all devices of this machine. Usage: bash examples/recipes/sd_flax.sh FOLDER_OF_CAPTIONED_PICTURES OUTPUT_FOLDER [more flags]
+# Interrupted, the same command continues.
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")/../..
+exec python "$here/text_to_image/train_text_to_image_flax.py" --mixed_precision="${PRECISION:-bf16}" \
+    --train_data_dir="${1:?usage: sd_flax.sh PICTURES OUTPUT [flags]}" \
+    --output_dir="${2:?usage: sd_flax.sh PICTURES OUTPUT [flags]}" --resume_from_checkpoint=latest --checkpoints_total_limit=3 \
+    --pretrained_model_name_or_path="${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}" \
+    --resolution=512 --random_flip --train_batch_size=4 --gradient_accumulation_steps=4 \
+    --gradient_checkpointing --use_ema --snr_gamma=5 --caption_dropout=0.1 --learning_rate=1e-5 \
+    --lr_warmup_steps=100 --max_train_steps=15000 \
+    "${@:3}"

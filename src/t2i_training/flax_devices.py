@@ -1,0 +1,130 @@
+"""JAX's devices, and arrays on them.
+
+The devices form a grid, hosts x devices of a host. Batches are spread over all of them; what is trained is on each, or,
+with --shard_parameters, spread over the devices of each host. So every host holds all of it: saving and drawing need no
+communication. The books (lock, data, metrics, trackers) are kept by accelerate on the CPU, as in the other scripts.
+"""
+
+import functools
+import os
+import socket
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from . import runtime
+
+
+def start(args):
+    """(accelerator, mesh). Several hosts are joined where torchrun or `accelerate launch` started several processes."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # loader workers leave JAX alone
+    wanted, args.mixed_precision = args.mixed_precision, "no"  # which is JAX's business
+    accelerator = runtime.start(args)
+    if accelerator.num_processes > 1 and not jax.distributed.is_initialized():
+        _join_hosts(accelerator)
+    if jax.process_count() != accelerator.num_processes:
+        runtime.fail("these devices belong to several hosts: start a process on each with torchrun")
+    args.mixed_precision = _possible_precision(wanted)
+    jax.config.update("jax_default_matmul_precision", "default" if args.allow_tf32 else "highest")
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return accelerator, Mesh(np.array(devices).reshape(accelerator.num_processes, -1), ("hosts", "devices"))
+
+
+def _join_hosts(accelerator) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address = f"{os.environ['MASTER_ADDR']}:{probe.getsockname()[1]}"
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    jax.distributed.initialize(
+        broadcast_object_list([address])[0], accelerator.num_processes, accelerator.process_index,
+        local_device_ids=[accelerator.local_process_index] if several else None,
+    )  # fmt: skip
+
+
+def _possible_precision(wanted: str) -> str:
+    possible = {"cpu": "no", "tpu": "bf16"}.get(jax.default_backend(), "fp16")
+    if wanted != "fp16" or possible == "fp16":
+        return wanted
+    warnings.warn(f"fp16 needs a GPU: training in {'bf16' if possible == 'bf16' else 'fp32'}", stacklevel=3)
+    return possible
+
+
+def describe(mesh: Mesh) -> tuple[int, str]:
+    """Devices of a host, and what they are."""
+    return mesh.shape["devices"], mesh.devices.flat[0].device_kind
+
+
+def compute_dtype(args):
+    return {"fp16": jnp.float16, "bf16": jnp.bfloat16}.get(args.mixed_precision, jnp.float32)
+
+
+# Arrays on the devices
+
+
+def place(tree, mesh: Mesh, shard: bool = False):
+    """Arrays of the host on the devices: whole on each, or, with `shard`, in as many parts as a host has devices."""
+
+    def put(array):
+        sharding = NamedSharding(mesh, _split_axis(array.shape, mesh.shape["devices"]) if shard else P())
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: np.array(array[part]))
+
+    return jax.tree.map(put, tree)
+
+
+def _split_axis(shape: tuple[int, ...], parts: int) -> P:
+    """Cut the longest axis that can be cut evenly."""
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    return P(*[None] * max(axes, key=lambda axis: shape[axis]), "devices") if axes else P()
+
+
+def fetch(tree):
+    """Arrays of the devices, wherever their parts are on this host, as NumPy arrays."""
+
+    def get(array):
+        whole = np.empty(array.shape, array.dtype)
+        for part in array.addressable_shards:
+            whole[part.index] = part.data
+        return whole
+
+    return jax.tree.map(get, tree)
+
+
+def place_batch(micro_batches: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's micro-batches on the devices: each entry (micro-batches, samples of all hosts, ...)."""
+    sharding = NamedSharding(mesh, P(None, ("hosts", "devices")))
+    names = [name for name in micro_batches[0] if name != "index"]  # which is for the books
+    stacked = {name: np.stack([to_numpy(batch[name]) for batch in micro_batches]) for name in names}
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in stacked.items()}
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return (tensor.int() if tensor.dtype == torch.int64 else tensor).numpy()
+
+
+def to_torch(array: jax.Array) -> torch.Tensor:
+    array = np.array(array)
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+_jit = functools.cache(jax.jit)
+
+
+def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial, dtype: str) -> dict[str, torch.Tensor]:
+    """What `encodings` calls: `encode(batch)` by the devices of this host. Its networks are bound to it."""
+    devices, size = np.array(jax.local_devices()), len(next(iter(batch.values())))
+    mesh = Mesh(devices if size % len(devices) == 0 else devices[:1], "devices")
+    samples = {name: to_numpy(tensor) for name, tensor in batch.items()}
+    samples = jax.device_put(samples, NamedSharding(mesh, P("devices")))
+    networks = jax.device_put(encode.keywords, NamedSharding(mesh, P()))
+    return {name: to_torch(array) for name, array in _jit(encode.func)(samples, **networks).items()}

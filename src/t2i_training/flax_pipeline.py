@@ -1,0 +1,147 @@
+"""A Stable Diffusion pipeline's folder: read into Flax networks, and written so that diffusers loads it.
+
+PyTorch's classes lend the tokenizer and the sampler's formulas; no network of theirs is built.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import jax
+import jax.numpy as jnp
+from transformers import CLIPTokenizer
+
+from . import flax_models, hub
+from .flax_models.weights import find_files
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+ALL_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "diffusion_flax_model", "flax_model")
+
+
+@dataclass
+class Pipeline:
+    """The parts of a Stable Diffusion. The networks' weights are unrounded, and in host memory."""
+
+    folder: Path
+    tokenizer: CLIPTokenizer
+    scheduler: diffusers.SchedulerMixin  # of the pipeline, which draws
+    unet: flax_models.UNet2DConditionModel
+    vae: flax_models.AutoencoderKL
+    text_encoder: flax_models.CLIPTextModel
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture's latents."""
+        side = resolution // 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.vae.config["latent_channels"], side, side
+
+
+def load(args, dtype) -> Pipeline:
+    """The pipeline --pretrained_model_name_or_path; its networks compute in `dtype`."""
+    folder = local_folder(args)
+    files = [find_files(folder / part, stem, args.variant) for part, stem in STEMS.items()]
+    if args.from_pt and any(file.suffix == ".msgpack" for found in files for file in found):
+        raise FileNotFoundError("there are Flax weights only: leave --from_pt out")
+    scheduler_class = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    options = {"variant": args.variant, "dtype": dtype}
+    unet = flax_models.load_unet(folder / "unet", gradient_checkpointing=args.gradient_checkpointing, **options)
+    return Pipeline(
+        folder,
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        getattr(diffusers, scheduler_class.removeprefix("Flax")).from_pretrained(folder / "scheduler"),
+        jax.device_get(unet),
+        jax.device_get(flax_models.load_vae(folder / "vae", **options)),
+        jax.device_get(flax_models.load_text_encoder(folder / "text_encoder", **options)),
+    )
+
+
+def local_folder(args) -> Path:
+    """The pipeline's folder; of a hub's repository, what is needed of it, downloaded.
+
+    Weights of one kind are asked for after the other, until all networks have theirs.
+    """
+    name, mark = args.pretrained_model_name_or_path, f".{args.variant}" if args.variant else ""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    for kind in ("safetensors", "bin", "msgpack"):
+        endings = [f"{stem}{mark}{shard}.{kind}" for stem in ALL_STEMS for shard in ("", "-?????-of-?????")]
+        wanted = ["model_index.json", "*/*.json", "*/*.txt", *(f"*/{ending}" for ending in endings)]
+        folder = Path(snapshot_download(name, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=wanted))
+        if all(_has_weights(folder / part, stem, args.variant) for part, stem in STEMS.items()):
+            break
+    return folder
+
+
+def _has_weights(folder: Path, stem: str, variant: str | None) -> bool:
+    try:
+        return all(file.is_file() for file in find_files(folder, stem, variant))
+    except FileNotFoundError:
+        return False
+
+
+def rounded(network, dtype):
+    """A frozen network, its matrices in the type that it computes in. Vectors, of normalisations too, stay float32."""
+    return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, network)
+
+
+def save(pipeline: Pipeline, unet, folder: Path, variant: str | None) -> None:
+    """Write the pipeline with the trained `unet` in it, for StableDiffusionPipeline.from_pretrained."""
+    for part, network in {"unet": unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}.items():
+        flax_models.save(network, folder / part)
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    hub.keep_vocabulary_files(folder / "tokenizer")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__], "image_encoder": [None, None],
+        "feature_extractor": [None, None], "safety_checker": [None, None],
+    }  # fmt: skip
+    if _copy(pipeline.folder / "feature_extractor", folder, []):
+        index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+        checker = pipeline.folder / "safety_checker"
+        if _has_weights(checker, "model", variant):
+            weights = find_files(checker, "model", variant)
+            if weights[0].suffix != ".msgpack" and _copy(checker, folder, weights, variant):
+                index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["requires_safety_checker"] = index["safety_checker"] != [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy(part: Path, folder: Path, weights: list[Path], variant: str | None = None) -> bool:
+    """Whether the base has this part, whose JSON files and `weights` are then copied, without the variant's name."""
+    if not part.is_dir():
+        return False
+    (folder / part.name).mkdir()
+    for file in [*part.glob("*.json"), *weights]:
+        name = file.name.replace(f".{variant}", "") if variant else file.name
+        shutil.copyfile(file, folder / part.name / name)
+    return True
+
+
+@jax.jit
+def read(text_encoder, input_ids):
+    """Text states of token numbers."""
+    return text_encoder(input_ids)
+
+
+@jax.jit
+def guided(unet, latents, timestep, text_states, scale):
+    """Classifier-free guidance, arXiv:2207.12598 equation 6; `text_states` are those of no caption and of a caption.
+
+    (1, C, h, w) to (1, C, h, w) float32.
+    """
+    both = jnp.moveaxis(jnp.concatenate([latents, latents]), 1, -1)
+    without, prompted = jnp.split(unet(both, jnp.full(2, timestep), text_states).astype(jnp.float32), 2)
+    return jnp.moveaxis(without + scale * (prompted - without), -1, 1)
+
+
+@jax.jit
+def paint(vae, latents):
+    """Latents (1, C, h, w), as they are trained on, to pixels (R, R, 3), 0..1."""
+    pixels = vae.decode(jnp.moveaxis(latents, 1, -1) / vae.config["scaling_factor"])[0]
+    return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)

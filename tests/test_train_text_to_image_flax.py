@@ -1,0 +1,451 @@
+"""The Flax script: the torch script's losses, on any number of devices, resumed bit for bit; diffusers loads it.
+
+Compiling is most of the time here, so nearly all runs are of one program, which a cache on disk keeps.
+"""
+
+import ast
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import flags, load_script, short_run
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from runs import _digest, checkpoints, rows, wait_until, weights
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+jax = pytest.importorskip("jax")
+flax = pytest.importorskip("flax")
+pytest.importorskip("optax")
+
+import jax.numpy as jnp  # noqa: E402
+from test_flax_models import old_flax_tree  # noqa: E402
+
+from t2i_training import flax_devices, flax_models, flax_training  # noqa: E402
+
+RUN = {  # six pictures, four an update
+    "resolution": 16, "max_train_steps": 6, "gradient_accumulation_steps": 2, "use_ema": True, "snr_gamma": 5,
+    "random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
+    "checkpointing_steps": 6,
+}  # fmt: skip
+JAX = {  # setting -> its value here, and its default
+    "jax_disable_most_optimizations": (True, False), "jax_persistent_cache_min_compile_time_secs": (0, 1.0),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
+    """Programs are compiled quickly, and once: here and in the processes that are started here."""
+    settings = JAX | {"jax_compilation_cache_dir": (str(tmp_path_factory.mktemp("programs")), None)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (value, _) in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        yield
+    for name, (_, default) in settings.items():
+        jax.config.update(name, default)
+
+
+@pytest.fixture(scope="module")
+def tokens(model, pictures):
+    return lambda output_dir, **changes: flags(**short_run(model, pictures, output_dir) | RUN | changes)
+
+
+@pytest.fixture(scope="module")
+def train(tokens):
+    """train(output_dir, **changes): a short run in this process; returns its output folder."""
+
+    def run(output_dir, script="sd_flax", **changes):
+        load_script(script).main(tokens(output_dir, **changes))
+        return output_dir
+
+    return run
+
+
+programs = []  # how many there were of the step, after each update of `whole`
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """An uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        after_steps(patch, lambda trained: programs.append(trained.train_step._cache_size()))
+        return train(tmp_path_factory.mktemp("whole") / "out")
+
+
+def after_steps(patch, look):
+    """Let `look(trained)` be called after each update."""
+    step = flax_training.Trained.step
+
+    def stepped(self, *inputs):
+        result = step(self, *inputs)
+        look(self)
+        return result
+
+    patch.setattr(flax_training.Trained, "step", stepped)
+
+
+def outcome(folder: Path, step: int = 6) -> dict:
+    """All that a finished run must leave bit for bit: the last checkpoint, the exported pipeline and the metrics."""
+    checkpoint = folder / f"checkpoint-{step}"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    names = {"unet/diffusion_pytorch_model.safetensors", "unet_ema/diffusion_pytorch_model.safetensors"}
+    assert names | {"optimizer.safetensors"} <= set(manifest["files"])
+    saved = {name: _digest(checkpoint / name) for name in sorted(manifest.pop("files"))}
+    exported = [path for path in folder.glob("[!.cl]*/*") if path.is_file()]
+    exported = {str(path.relative_to(folder)): _digest(path) for path in sorted(exported)}
+    assert "unet/diffusion_pytorch_model.safetensors" in exported
+    return {"manifest": manifest, "saved": saved, "exported": exported, "rows": rows(folder)}
+
+
+def distance(ours: dict, theirs: dict) -> float:
+    """Of weights, relative to their norm."""
+    assert ours.keys() == theirs.keys()
+    squares = [[(ours[name] - theirs[name]).square().sum(), theirs[name].square().sum()] for name in ours]
+    difference, norm = torch.tensor(squares).sum(0)
+    return float((difference / norm).sqrt())
+
+
+# The same training as in torch
+
+
+def test_same_losses_and_weights_as_the_torch_script(train, tmp_path):
+    """Of one command line, for fifty updates: with accumulation, average, Min-SNR, flips and dropped captions."""
+    torch_run = train(tmp_path / "torch", script="sd", max_train_steps=50, checkpointing_steps=50)
+    ours = train(tmp_path / "flax", max_train_steps=50, checkpointing_steps=50)
+    assert len(rows(ours)) == 50
+    for row, wanted in zip(rows(ours), rows(torch_run), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4), "step, epoch, loss, learning rate, gradient norm"
+    assert rows(ours)[-1]["loss"] < 0.8 * rows(ours)[0]["loss"]
+    for folder in ("unet", "checkpoint-50/unet", "checkpoint-50/unet_ema"):
+        assert distance(weights(ours, folder), weights(torch_run, folder)) < 1e-5
+        config, wanted = (json.loads((run / folder / "config.json").read_text()) for run in (ours, torch_run))
+        assert {name: config.get(name) for name in wanted} == wanted
+    assert distance(weights(ours), weights(ours, "checkpoint-50/unet")) > 1e-4, "the average is exported"
+
+
+def test_what_the_torch_script_leaves(train, whole, tmp_path):
+    folder = train(tmp_path / "torch", script="sd", max_train_steps=1, checkpointing_steps=9)
+    here, there = ({path.name for path in run.iterdir()} for run in (whole, folder))
+    assert here - {"checkpoint-6"} == there
+    for part in ("vae", "scheduler", "tokenizer"):
+        names = {path.name for path in (folder / part).iterdir()}
+        assert {path.name for path in (whole / part).iterdir()} == names
+        for name in names - {"config.json"}:
+            assert _digest(whole / part / name) == _digest(folder / part / name), f"{part}/{name}"
+    ours, theirs = (CLIPTextModel.from_pretrained(run / "text_encoder").state_dict() for run in (whole, folder))
+    assert distance(ours, theirs) == 0
+    ours, theirs = (json.loads((run / "model_index.json").read_text()) for run in (whole, folder))
+    assert ours == theirs
+
+
+# The result
+
+
+def test_exported_pipeline_loads_and_is_what_was_trained(whole):
+    pipeline = StableDiffusionPipeline.from_pretrained(whole)
+    averaged = weights(whole, "checkpoint-6/unet_ema")
+    state = pipeline.unet.state_dict()
+    assert state.keys() == averaged.keys()
+    assert all(torch.equal(state[name], averaged[name]) for name in averaged)
+    trained = UNet2DConditionModel.from_pretrained(whole / "checkpoint-6" / "unet")
+    assert any(not torch.equal(tensor, state[name]) for name, tensor in trained.state_dict().items())
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("picture 1", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
+
+
+def test_no_program_is_compiled_after_the_first_step(whole):
+    assert programs == [1] * 6
+
+
+def test_validation_draws_what_the_pipeline_draws(train, model, tmp_path):
+    prompts = ["picture 1", "a green one"]
+    options = {"validation_prompts": prompts, "max_train_steps": 2, "checkpointing_steps": 2}
+    ours = train(tmp_path / "flax", **options)
+    theirs = train(tmp_path / "torch", script="sd", **options)
+    for step in (0, 2):
+        assert (ours / "validation" / f"step-00000{step}.png").is_file()
+        for i in range(len(prompts)):
+            name = f"validation/step-00000{step}/{i:02d}.png"
+            picture, wanted = (np.asarray(Image.open(run / name)).astype(int) for run in (ours, theirs))
+            assert wanted.std() > 5
+            assert np.abs(picture - wanted).max() <= 1
+
+
+# Interrupted
+
+
+@contextlib.contextmanager
+def interrupted(update: int, number: int):
+    """Inside, this process gets a signal after update `update`, and the run must end because of it."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:  # noqa: PT012
+        after_steps(patch, lambda trained: trained.updates == update and os.kill(os.getpid(), number))
+        yield
+    assert stop.value.code == 128 + number
+
+
+def test_resumed_after_a_signal(train, whole, tmp_path):
+    """The step is finished, a checkpoint saved; the same command continues bit for bit."""
+    pieces = tmp_path / "pieces"
+    for update, number in ((1, signal.SIGTERM), (4, signal.SIGINT)):
+        with interrupted(update, number):
+            train(pieces, resume_from_checkpoint="latest")
+        assert f"checkpoint-{update}" in checkpoints(pieces)
+        assert not (pieces / "model_index.json").exists()
+    train(pieces, resume_from_checkpoint="latest", dataloader_num_workers=2)
+    assert outcome(pieces) == outcome(whole)
+
+
+def test_resumed_after_being_killed(train, whole, tokens, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(tiny.FLAX_SCRIPT), *tokens(out, checkpointing_steps=1)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until((out / "checkpoint-3").is_dir, 120)
+    finally:
+        run.kill()
+    assert run.wait() == -signal.SIGKILL
+    assert not (out / "model_index.json").exists()
+    newest = max(out.glob("checkpoint-?"))
+    (newest / "optimizer.safetensors").write_bytes(b"half of a fi")  # passed over for the one before
+    train(out, resume_from_checkpoint="latest", checkpointing_steps=6)
+    assert outcome(out) == outcome(whole)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(whole, tokens, tmp_path):
+    folder = shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    args = load_script("sd_flax").parse_args(tokens(tmp_path / "out"))
+    args.mixed_precision = "no"
+    _, mesh = flax_devices.start(args)
+    trained = flax_training.Trained(args, flax_models.load_unet(folder / "unet"), mesh)
+    trained.load(folder)
+    assert trained.updates == 6
+    file = folder / "optimizer.safetensors"
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if "conv_in.bias" in name)]
+    save_file(tensors, file)
+    with pytest.raises(SystemExit, match=r"does not fit this model: .*conv_in\.bias"):
+        trained.load(folder)
+    file.unlink()
+    with pytest.raises(SystemExit, match=r"was not saved by this script: there is no optimizer\.safetensors"):
+        trained.load(folder)
+    shutil.rmtree(folder / "unet_ema")
+    with pytest.raises(SystemExit, match=r"--use_ema: .* was saved without it"):
+        trained.load(folder)
+
+
+# Devices
+
+
+def test_four_devices_sharded_or_not_and_one_give_the_same_losses(whole, tokens, tmp_path):
+    """One sample on each of four devices at a time; on one device, two times two."""
+    options = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
+    runs = [
+        tokens(tmp_path / "plain", **options), tokens(tmp_path / "sharded", shard_parameters=True, **options),
+    ]  # fmt: skip
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    program = f"from conftest import load_script\nfor tokens in {runs!r}: load_script('sd_flax').main(tokens)"
+    program += "\nimport jax; assert jax.device_count() == 4"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 x cpu" in done.stderr
+    for name in ("plain", "sharded"):
+        for row, wanted in zip(rows(tmp_path / name), rows(whole), strict=True):
+            assert row == pytest.approx(wanted, rel=1e-4)
+        assert distance(weights(tmp_path / name), weights(whole)) < 1e-5
+
+
+# Cached encodings
+
+
+def test_cached_training_is_the_same_training(train, tmp_path):
+    options = {"center_crop": True, "max_train_steps": 3, "checkpointing_steps": 3}
+    plain = train(tmp_path / "plain", **options)
+    cached = train(tmp_path / "cached", cache_encodings=True, **options)
+    for row, wanted in zip(rows(cached), rows(plain), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)
+    assert distance(weights(cached), weights(plain)) < 1e-5
+    shards = list((cached / "encodings").glob("*/*.safetensors"))
+    assert len(shards) == 2
+
+
+# The guide
+
+
+GUIDE = """
+python train_text_to_image_flax.py \
+  --pretrained_model_name_or_path=$MODEL_NAME \
+  --dataset_name=$dataset_name \
+  --resolution=512 --center_crop --random_flip \
+  --train_batch_size=1 \
+  --mixed_precision="fp16" \
+  --max_train_steps=15000 \
+  --learning_rate=1e-05 \
+  --max_grad_norm=1 \
+  --output_dir="sd-pokemon-model"
+"""
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="fp16 would be another run")
+def test_guides_command_on_an_old_flax_repository(model, pictures, tmp_path, monkeypatch):
+    """As written, but for names of model and data, size and length. The model has msgpack files alone."""
+    base = shutil.copytree(model, tmp_path / "flax-model")
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    for part in ("unet", "vae", "text_encoder"):
+        (weight_file,) = (base / part).glob("*.safetensors")
+        weight_file.unlink()
+        name = "flax_model.msgpack" if part == "text_encoder" else "diffusion_flax_model.msgpack"
+        tree = old_flax_tree(getattr(pipeline, part))
+        (base / part / name).write_bytes(flax.serialization.msgpack_serialize(tree))
+    command = GUIDE.replace("$MODEL_NAME", str(base)).replace("$dataset_name", str(pictures))
+    command = command.replace("--resolution=512", "--resolution=16").replace("15000", "2")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="fp16 needs a GPU: training in fp32"):
+        load_script("sd_flax").main(shlex.split(command)[2:])
+    out = tmp_path / "sd-pokemon-model"
+    assert [row["step"] for row in rows(out)] == [2]
+    trained = StableDiffusionPipeline.from_pretrained(out)
+    assert 0 < distance(trained.unet.state_dict(), pipeline.unet.state_dict()) < 1e-2
+    assert distance(trained.vae.state_dict(), pipeline.vae.state_dict()) == 0
+    assert "mixed_precision: 'no'" in (out / "run_config.yaml").read_text()
+    assert list((out / "logs").rglob("events.*"))
+    with pytest.raises(SystemExit, match="there are Flax weights only: leave --from_pt out"):
+        load_script("sd_flax").main([*flags(**short_run(base, pictures, tmp_path / "out")), "--from_pt"])
+
+
+def test_readme_shows_the_guides_command():
+    readme = (tiny.FLAX_SCRIPT.parent / "README.md").read_text()
+    shown = [block.split("```")[0] for block in readme.split("```bash")[1:]]
+    wanted = [token for token in shlex.split(GUIDE) if not token.startswith(("--dataset", "--output", "\n"))]
+    blocks = [shlex.split(block.replace("\\\n", " ")) for block in shown if tiny.FLAX_SCRIPT.name in block]
+    assert any(set(wanted) <= set(block) for block in blocks)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_dir": None, "train_data_dir": None}, "no data"),
+        ({"snr_gamma": -1}, "--snr_gamma must be positive"),
+        ({"torch_compile": True}, "unrecognized arguments: --torch_compile"),
+        ({"lr_scheduler": "sine"}, "--lr_scheduler must be one of"),
+    ],
+)
+def test_usage_errors(tokens, changes, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_script("sd_flax").parse_args(tokens(**{"output_dir": tmp_path / "out"} | changes))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_jax(tokens, tmp_path):
+    hide = "import importlib.util as u, runpy, sys; find = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *rest: None if name == 'jax' else find(name, *rest)\n"
+    hide += f"sys.argv = {['x', *tokens(tmp_path / 'out')]!r}\n"
+    hide += f"runpy.run_path({str(tiny.FLAX_SCRIPT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("error: jax not installed: pip install -r requirements_flax.txt")
+
+
+def test_model_that_does_not_load(tokens, model, tmp_path):
+    base = shutil.copytree(model, tmp_path / "model")
+    shutil.rmtree(base / "vae")
+    with pytest.raises(SystemExit, match=r"^error: --pretrained_model_name_or_path .*FileNotFoundError: .*vae"):
+        load_script("sd_flax").main(tokens(tmp_path / "out", pretrained_model_name_or_path=base))
+
+
+def test_non_finite_loss_names_step_and_samples(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"step 2.*samples: row \d \(.*png, metadata.jsonl line \d\)"):
+        train(tmp_path / "out", learning_rate=1e30, lr_warmup_steps=0, lr_scheduler="constant", logging_steps=3)
+    assert checkpoints(tmp_path / "out") == []
+
+
+# Formulas
+
+
+def test_update_is_torchs_and_skips_what_overflows():
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=(3, 2)).astype(np.float32), rng.normal(size=(4, 3, 2)).astype(np.float32)
+    twin = torch.nn.Parameter(torch.tensor(start))
+    reference = torch.optim.AdamW([twin], lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)
+    args = load_script("sd_flax").parse_args(
+        ["--pretrained_model_name_or_path=x", "--train_data_dir=.", "--output_dir=/nowhere/x", "--adam_beta1=0.8",
+         "--adam_beta2=0.95", "--adam_epsilon=1e-3", "--adam_weight_decay=0.2"]
+    )  # fmt: skip
+    optimizer = flax_training.make_optimizer(args)
+    parameters = {"w": jnp.asarray(start)}
+    state = {"parameters": parameters, "optimizer": optimizer.init(parameters)}
+    state["scaling"] = {"scale": jnp.float32(2.0**16), "good": jnp.int32(1997)}
+
+    def loss(parameters, batch):
+        return (parameters["w"] * batch["g"][0]).sum()
+
+    scales = []
+    for number, gradient in enumerate(gradients):
+        if number == 1:
+            overflow = {"g": jnp.full((2, 1, 3, 2), 1e35)}
+            _, found, norm = flax_training.gradient_of(loss, state, overflow, 1.0)
+            assert not jnp.isfinite(norm)
+            state = flax_training.update(state, found, norm, optimizer, 0.1, 0.0)
+        batch = {"g": jnp.asarray(np.stack([2 * gradient, 0 * gradient])[:, None])}
+        _, found, norm = flax_training.gradient_of(loss, state, batch, 1.0)
+        state = flax_training.update(state, found, norm, optimizer, 0.1, 0.0)
+        twin.grad = torch.tensor(gradient)
+        assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_([twin], 1.0)), rel=1e-5)
+        reference.step()
+        np.testing.assert_allclose(state["parameters"]["w"], twin.detach().numpy(), rtol=1e-5)
+        scales.append((float(state["scaling"]["scale"]), int(state["scaling"]["good"])))
+    assert scales == [(2.0**16, 1998), (2.0**15, 1), (2.0**15, 2), (2.0**15, 3)]
+
+
+def test_bfloat16_passes_to_torch_and_back():
+    tensor = torch.randn(3, 2).bfloat16()
+    assert torch.equal(flax_devices.to_torch(jnp.asarray(flax_devices.to_numpy(tensor))), tensor)
+    assert flax_devices.to_numpy(torch.tensor([7])).dtype == np.int32
+
+
+# Sizes
+
+
+def test_script_is_short():
+    functions = [
+        node for node in ast.walk(ast.parse(tiny.FLAX_SCRIPT.read_text())) if isinstance(node, ast.FunctionDef)
+    ]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert len(tiny.FLAX_SCRIPT.read_text().splitlines()) <= 300
+    assert lengths.pop("main") <= 80
+    assert {name: length for name, length in lengths.items() if length > 40} == {}
+
+
+def test_its_story_is_the_torch_scripts():
+    """The functions are named and ordered alike; those of the data are equal."""
+
+    def story(path):
+        return {n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
+
+    here, there = story(tiny.FLAX_SCRIPT), story(tiny.SCRIPTS["sd"])
+    assert [name for name in here if name in there] == [name for name in there if name in here]
+    assert set(there) - set(here) == {"build_drawing_pipeline"}
+    assert set(here) - set(there) == {"make_train_step"}
+    for name in ("read_picture", "read_caption", "make_sample", "encode"):
+        assert ast.unparse(here[name].body) == ast.unparse(there[name].body), name

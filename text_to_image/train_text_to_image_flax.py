@@ -1,0 +1,300 @@
+"""Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned pictures, in JAX: on GPUs, TPUs or a CPU.
+
+Minimises || target - unet(z_t, t, c) ||^2 over latents z_t noised to step t and text states c; the target is the noise
+or the velocity, as the model was trained (arXiv:2112.10752, arXiv:2202.00512). VAE and text encoder stay frozen.
+
+    python train_text_to_image_flax.py \\
+        --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --train_data_dir=my_pictures --use_ema --resolution=512 --random_flip \\
+        --train_batch_size=4 --gradient_checkpointing --mixed_precision=bf16 \\
+        --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_model
+
+Each device of the machine takes --train_batch_size samples at a time. --resume_from_checkpoint=latest continues.
+"""
+
+from functools import partial
+
+from t2i_training import checks, cli, flax_cli
+
+
+def parse_args(argv=None):
+    parser = cli.make_parser(__doc__)
+    cli.add_stable_diffusion_args(parser)
+    cli.add_data_args(parser)
+    cli.add_caption_args(parser)
+    cli.add_image_args(parser)
+    cli.add_training_args(parser)
+    flax_cli.add_flax_args(parser)
+    cli.add_optimizer_args(parser, eight_bit=False)
+    cli.add_scale_lr_arg(parser)
+    cli.add_loss_args(parser)
+    cli.add_noise_args(parser)
+    cli.add_full_noise_args(parser)
+    cli.add_ema_args(parser, placement=False)
+    cli.add_encoding_args(parser, crops=True)
+    cli.add_checkpoint_args(parser)
+    cli.add_validation_args(parser)
+    cli.add_reporting_args(parser)
+    args = checks.parse(parser, argv)
+    flax_cli.need_packages(parser)
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
+
+import copy  # noqa: E402
+import inspect  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402  # for the loader, tokens and the sampler's formulas
+from diffusers import DDPMScheduler  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from t2i_training import (  # noqa: E402
+    checkpoint,
+    data,
+    draws,
+    encodings,
+    files,
+    flax_devices,
+    flax_models,
+    flax_pipeline,
+    flax_training,
+    hub,
+    images,
+    inspection,
+    loading,
+    losses,
+    metrics,
+    optim,
+    runtime,
+    validation,
+)
+
+
+def load_models(args):
+    """The base pipeline, unrounded in host memory, with the UNet to train in it; the training scheduler."""
+    with runtime.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        pipeline = flax_pipeline.load(args, flax_devices.compute_dtype(args))
+    if args.prediction_type is not None:
+        # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
+        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
+    noise_scheduler = flax_training.NoiseScheduler(DDPMScheduler.from_config(pipeline.scheduler.config))
+    if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
+        raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
+    return pipeline, noise_scheduler
+
+
+def read_picture(source, crop_draw, mirror, resolution, interpolation):
+    """What the VAE reads of a picture file: the square that is trained on."""
+    picture = images.decode(source, resolution)
+    return {"pixels": images.square(picture, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
+
+
+def read_caption(caption, tokenizer):
+    """What the text encoder reads of a caption."""
+    return {"input_ids": data.tokenize(tokenizer, caption)}  # (tokens,)
+
+
+def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_timesteps):
+    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    crop_draw = None if args.center_crop else draw("crop")
+    mirror = args.random_flip and draw("flip").random() < 0.5
+    sample = {
+        **read_picture(data.picture_source(row, args), crop_draw, mirror),
+        **read_caption(data.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
+        "noise": draws.normal(draw("noise"), latent_shape),
+        "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
+    }
+    if args.noise_offset:
+        sample["noise_offset"] = draws.normal(draw("noise_offset"), (latent_shape[0], 1, 1))
+    if args.input_perturbation:
+        sample["input_perturbation"] = draws.normal(draw("input_perturbation"), latent_shape)
+    return sample
+
+
+def encode_pictures(batch, vae):
+    """The posteriors of the pictures' latents."""
+    pixels = jnp.moveaxis(batch["pixels"], 1, -1) / 127.5 - 1  # networks have channels last, all else channels first
+    mean, std = (jnp.moveaxis(moment * vae.config["scaling_factor"], -1, 1) for moment in vae.encode(pixels))
+    return {"latents_mean": mean, "latents_std": std}  # (B, C, R/f, R/f)
+
+
+def encode_captions(batch, text_encoder):
+    """One state per caption token."""
+    return {"text_states": text_encoder(batch["input_ids"])}  # (B, tokens, D)
+
+
+def encode(batch, vae, text_encoder):
+    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    return encode_pictures(batch, vae) | encode_captions(batch, text_encoder)
+
+
+def compute_loss(unet, batch, noise_scheduler, args):
+    """The objective, a scalar in fp32. A pure function of weights and batch."""
+
+    def predict(noisy_latents):
+        return jnp.moveaxis(unet(jnp.moveaxis(noisy_latents, 1, -1), timesteps, text_states), -1, 1)
+
+    latents = batch["latents_mean"] + batch["latents_std"] * batch["posterior_noise"]
+    noise, timesteps, text_states = batch["noise"], batch["timesteps"], batch["text_states"]
+    if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright pictures
+        noise = noise + args.noise_offset * batch["noise_offset"]
+    input_noise = noise
+    if args.input_perturbation:  # arXiv:2301.11706: noise the input a little more than the target says
+        input_noise = noise + args.input_perturbation * batch["input_perturbation"]
+    noisy_latents = noise_scheduler.add_noise(latents, input_noise, timesteps)
+    target = losses.prediction_target(noise_scheduler, latents, noise, timesteps)
+    if args.dream_training:
+        prediction = jax.lax.stop_gradient(predict(noisy_latents))
+        noisy_latents, target = losses.dream(
+            noise_scheduler, noisy_latents, target, noise, prediction, timesteps, args.dream_detail_preservation
+        )
+    return losses.denoising_loss(predict(noisy_latents), target, timesteps, noise_scheduler, args.snr_gamma)
+
+
+def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh):
+    """The run's batches of samples, from where it stands to its end."""
+    readers = [
+        partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+        partial(read_caption, tokenizer=pipeline.tokenizer),
+    ]
+    if args.cache_encodings:
+        dtype = flax_devices.compute_dtype(args)
+        vae, text_encoder = jax.device_put(flax_pipeline.rounded((pipeline.vae, pipeline.text_encoder), dtype))
+        encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
+        encoders = [partial(flax_devices.encode_on_host, encode=encoder, dtype=dtype.__name__) for encoder in encoders]
+        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders)
+    sample = partial(
+        make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
+        latent_shape=pipeline.latent_shape(args.resolution), num_timesteps=noise_scheduler.config.num_train_timesteps,
+    )  # fmt: skip
+    updates, devices = progress.total - progress.step, mesh.shape["devices"]
+    return loading.make_loader(dataset, sample, args, accelerator, progress.samples_seen, updates, devices)
+
+
+def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
+    """(train_step, frozen): a weight update as a pure function, and the weights it reads besides those it trains."""
+    optimizer, frozen, merge = flax_training.make_optimizer(args), {}, {}
+    for name in () if args.cache_encodings else ("vae", "text_encoder"):
+        network = flax_pipeline.rounded(getattr(pipeline, name), flax_devices.compute_dtype(args))
+        weights, merge[name] = flax_models.split(network)
+        frozen[name] = flax_devices.place(weights, mesh)
+
+    def train_step(state, batch, frozen, rate, ema_decay):
+        def loss_of(parameters, batch):
+            if not args.cache_encodings:
+                batch = batch | encode(batch, **{name: merge[name](weights) for name, weights in frozen.items()})
+            return compute_loss(trained.merge(parameters), batch, noise_scheduler, args)
+
+        loss, gradient, grad_norm = flax_training.gradient_of(loss_of, state, batch, args.max_grad_norm)
+        return flax_training.update(state, gradient, grad_norm, optimizer, rate, ema_decay), loss, grad_norm
+
+    return train_step, frozen
+
+
+def draw_picture(index, pipeline, unet, vae, text_encoder, args):
+    """The validation picture of prompt `index`, the same noise at every validation: StableDiffusionPipeline's way."""
+    generator = torch.Generator().manual_seed(args.seed + index)
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(20)
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    captions = torch.stack([data.tokenize(pipeline.tokenizer, text) for text in ("", args.validation_prompts[index])])
+    text_states = flax_pipeline.read(text_encoder, captions.numpy())
+    noise = torch.randn((1, *pipeline.latent_shape(args.resolution)), generator=generator)
+    latents = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        noisy_latents = scheduler.scale_model_input(latents, timestep).numpy()
+        prediction = flax_pipeline.guided(unet, noisy_latents, timestep.numpy(), text_states, 7.5)
+        latents = scheduler.step(flax_devices.to_torch(prediction), timestep, latents, **options).prev_sample
+    pixels = np.asarray(flax_pipeline.paint(vae, latents.numpy()))
+    return Image.fromarray((255 * pixels).round().astype(np.uint8))
+
+
+def export(pipeline, trained, args, folder):
+    """Write the loadable pipeline, its frozen parts as they were loaded, into `folder`."""
+    flax_pipeline.save(pipeline, trained.export(), folder, args.variant)
+
+
+CARD = {
+    "title": "Stable Diffusion fine-tuning",
+    "base_model": "pretrained_model_name_or_path",  # the flag that names it
+    "tags": ["stable-diffusion", "stable-diffusion-diffusers"],
+    "usage": """
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipe("a caption like those it was trained on").images[0].save("picture.png")
+""",
+}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    accelerator, mesh = flax_devices.start(args)
+    folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
+    runtime.settle_seed(args, position)
+
+    with accelerator.main_process_first():
+        dataset = data.open_dataset(args)
+    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
+    repo_id = hub.create_repository(args, accelerator)
+    pipeline, noise_scheduler = load_models(args)
+    progress = metrics.Progress(args, accelerator, dataset, position, *flax_devices.describe(mesh))
+    loader = make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh)
+
+    schedule = flax_training.make_schedule(args, mesh, progress.total)
+    trained = flax_training.Trained(args, pipeline.unet, mesh)
+    train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
+    trained.begin(train_step)
+
+    checkpoints = checkpoint.CheckpointManager(
+        accelerator, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
+    )
+    checkpoints.restore(folder)
+    optim.set_position(args, schedule, progress.step)
+    progress.begin(None, None)
+    stream = loading.batches(loader, accelerator)
+
+    def validate():
+        networks = {"unet": trained.export() if progress.step else trained.network()}
+        networks |= {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+        networks = jax.device_put(networks, jax.local_devices()[0])
+        draw = partial(draw_picture, pipeline=pipeline, args=args, **networks)
+        validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+        progress.restart_clock()
+
+    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+        validate()
+    stopped_by = 0
+    while progress.step < progress.total and not stopped_by:
+        micro_batches = [next(stream) for _ in range(args.gradient_accumulation_steps)]
+        rate = schedule.get_last_lr()[0]
+        loss, grad_norm = trained.step(flax_devices.place_batch(micro_batches, mesh), frozen, rate)
+        progress.add(loss, {"index": torch.cat([batch["index"] for batch in micro_batches])})
+        progress.update(grad_norm, rate)
+        schedule.step()
+        stopped_by = runtime.stop_requested(accelerator)
+        if progress.step % args.checkpointing_steps == 0 or stopped_by:
+            progress.read()  # the losses, so that nothing non-finite is ever saved
+            checkpoints.save(progress.position())
+            progress.restart_clock()
+        if progress.validation_due() and not stopped_by:
+            validate()
+
+    if progress.step >= progress.total:
+        exported = files.publish(args.output_dir, partial(export, pipeline, trained, args), accelerator)
+        if args.validation_prompts:
+            validate()  # after the export: whatever fails from here on, the weights are safe
+    progress.close()
+    if progress.step >= progress.total:
+        hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
+    runtime.finish(stopped_by)
+
+
+if __name__ == "__main__":
+    main()
