@@ -32,6 +32,7 @@ def parse_args(argv=None):
     cli.add_noise_args(parser)
     cli.add_full_noise_args(parser)
     cli.add_lora_args(parser, kohya=True)
+    cli.add_encoding_args(parser, crops=True)
     cli.add_checkpoint_args(parser)
     cli.add_validation_args(parser, single=True)
     cli.add_reporting_args(parser, project=False)
@@ -45,7 +46,24 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from diffusers import DDPMScheduler, StableDiffusionPipeline  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, files, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import (  # noqa: E402
+    checkpoint,
+    data,
+    draws,
+    encodings,
+    files,
+    hub,
+    images,
+    inspection,
+    loading,
+    lora,
+    losses,
+    metrics,
+    networks,
+    optim,
+    runtime,
+    validation,
+)
 
 
 def load_models(args, accelerator):
@@ -68,18 +86,27 @@ def load_models(args, accelerator):
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    return pipeline, unet.train(), noise_scheduler
+    return pipeline, networks.tune(unet.train(), args, accelerator), noise_scheduler
 
 
-def make_sample(row, draw, args, tokenizer, latent_shape, num_timesteps):
+def read_picture(source, crop_draw, mirror, resolution, interpolation):
+    """What the VAE reads of a picture file: the square that is trained on."""
+    picture = images.decode(source, resolution)
+    return {"pixels": images.square(picture, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
+
+
+def read_caption(caption, tokenizer):
+    """What the text encoder reads of a caption."""
+    return {"input_ids": data.tokenize(tokenizer, caption)}  # (tokens,)
+
+
+def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_timesteps):
     """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
-    picture = images.decode(data.picture_source(row[args.image_column]), args.resolution)
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
-    caption = data.pick_caption(row[args.caption_column], draw, args.caption_dropout)
     sample = {
-        "pixels": images.square(picture, args.resolution, args.image_interpolation_mode, crop_draw, mirror),
-        "input_ids": data.tokenize(tokenizer, caption),  # (tokens,)
+        **read_picture(data.picture_source(row, args), crop_draw, mirror),
+        **read_caption(data.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
         "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
@@ -91,17 +118,22 @@ def make_sample(row, draw, args, tokenizer, latent_shape, num_timesteps):
     return sample
 
 
+def encode_pictures(batch, vae):
+    """The posteriors of the pictures' latents, in the precision of the VAE."""
+    posterior = vae.encode(images.normalize(batch["pixels"], vae.dtype)).latent_dist
+    scale = vae.config.scaling_factor
+    return {"latents_mean": posterior.mean * scale, "latents_std": posterior.std * scale}  # (B, C, R/f, R/f)
+
+
+def encode_captions(batch, text_encoder):
+    """One state per caption token."""
+    return {"text_states": text_encoder(batch["input_ids"])[0]}  # (B, tokens, D)
+
+
 @torch.no_grad()
 def encode(batch, vae, text_encoder):
-    """What the frozen networks make of a batch: the latents' posterior, and one state per caption token."""
-    pixels = images.normalize(batch["pixels"], vae.dtype)  # (B, 3, R, R) in -1..1
-    posterior = vae.encode(pixels).latent_dist
-    scale = vae.config.scaling_factor
-    return {
-        "latents_mean": posterior.mean.float() * scale,  # (B, C, R/f, R/f)
-        "latents_std": posterior.std.float() * scale,
-        "text_states": text_encoder(batch["input_ids"])[0],  # (B, tokens, D)
-    }
+    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    return encode_pictures(batch, vae) | encode_captions(batch, text_encoder)
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
@@ -125,15 +157,24 @@ def compute_loss(unet, batch, noise_scheduler, args):
     return losses.denoising_loss(prediction, target, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress):
-    """Endless batches of samples, from where the run stands."""
+def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress):
+    """The run's batches of samples, from where it stands to its end."""
+    readers = [
+        partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+        partial(read_caption, tokenizer=pipeline.tokenizer),
+    ]
+    if args.cache_encodings:
+        vae, text_encoder = frozen
+        encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
+        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders)
     side = args.resolution // pipeline.vae_scale_factor
     sample = partial(
-        make_sample, args=args, tokenizer=pipeline.tokenizer,
+        make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
         latent_shape=(pipeline.vae.config.latent_channels, side, side),
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
-    return data.make_loader(dataset, sample, args, accelerator, start=progress.samples_seen)
+    updates = progress.total - progress.step
+    return loading.make_loader(dataset, sample, args, accelerator, progress.samples_seen, updates)
 
 
 def build_drawing_pipeline(pipeline, unet, vae, text_encoder):
@@ -183,17 +224,18 @@ def main(argv=None):
 
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
-        data.check_captions(dataset, args.caption_column)
+    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
-    frozen = [runtime.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+    frozen = [networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+    progress = metrics.Progress(args, accelerator, dataset, position)
+    loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = lora.add_adapters(unet, args, accelerator)
 
-    progress = metrics.Progress(args, accelerator, dataset, position)
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    network = runtime.unwrap(unet, accelerator)
+    network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -202,14 +244,15 @@ def main(argv=None):
     )  # fmt: skip
     checkpoints.restore(folder)
     optim.set_position(args, schedule, progress.step)
-    progress.begin()
-    stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
+    progress.begin(network, partial(compute_loss, noise_scheduler=noise_scheduler, args=args))
+    stream = loading.batches(loader, accelerator)
 
     drawing = build_drawing_pipeline(pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
         draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
-        validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+        with networks.lend_device(drawing, accelerator):
+            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
@@ -219,10 +262,11 @@ def main(argv=None):
         for _ in range(args.gradient_accumulation_steps):
             with accelerator.accumulate(unet):
                 batch = next(stream)
-                batch |= encode(batch, *frozen)
+                if not args.cache_encodings:
+                    batch |= encode(batch, *frozen)
                 loss = compute_loss(unet, batch, noise_scheduler, args)
                 accelerator.backward(loss)
-                progress.add(loss, batch["index"])
+                progress.add(loss, batch)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()

@@ -27,6 +27,7 @@ def parse_args(argv=None):
     cli.add_optimizer_args(parser)
     cli.add_loss_args(parser)
     cli.add_ema_args(parser, placement=False)
+    cli.add_encoding_args(parser)
     cli.add_checkpoint_args(parser)
     cli.add_validation_args(parser)
     cli.add_reporting_args(parser)
@@ -46,7 +47,24 @@ from diffusers import (  # noqa: E402
 )
 from transformers import CLIPVisionModelWithProjection  # noqa: E402
 
-from t2i_training import checkpoint, data, draws, ema, files, hub, images, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import (  # noqa: E402
+    checkpoint,
+    data,
+    draws,
+    ema,
+    encodings,
+    files,
+    hub,
+    images,
+    inspection,
+    loading,
+    losses,
+    metrics,
+    networks,
+    optim,
+    runtime,
+    validation,
+)
 
 
 def load_models(args, accelerator):
@@ -67,52 +85,83 @@ def load_models(args, accelerator):
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    return pipeline, image_encoder, unet.train(), noise_scheduler
+    return pipeline, image_encoder, networks.tune(unet.train(), args, accelerator), noise_scheduler
 
 
-def make_sample(row, draw, args, clip_size, latent_shape, num_timesteps):
-    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
-    picture = images.decode(data.picture_source(row[args.image_column]), max(args.resolution, clip_size))
+def read_picture(source, crop_draw, mirror, resolution, clip_size):
+    """What MoVQ and the image encoder read of a picture file: the square in its middle, in two sizes."""
+    picture = images.decode(source, max(resolution, clip_size))
     return {
-        "pixels": images.square(picture, args.resolution, "bicubic"),  # (3, R, R) uint8
-        "clip_pixels": images.square(picture, clip_size, "bicubic"),  # (3, S, S) uint8
-        "kept": torch.tensor(draw("image_embeds_dropout").random() >= args.image_embeds_dropout),  # () bool
+        "pixels": images.square(picture, resolution, "bicubic", crop_draw, mirror),  # (3, R, R) uint8
+        "clip_pixels": images.square(picture, clip_size, "bicubic", crop_draw, mirror),  # (3, S, S) uint8
+    }
+
+
+def make_sample(row, draw, args, read_picture, empty_embeds, latent_shape, num_timesteps):
+    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    sample = {
+        **read_picture(data.picture_source(row, args), crop_draw=None, mirror=False),
         "noise": draws.normal(draw("noise"), latent_shape),  # (C, R/f, R/f)
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
+    }
+    if args.image_embeds_dropout:  # arXiv:2207.12598: without such samples fine-tuning erodes guidance
+        sample["dropped"] = torch.tensor(draw("image_embeds_dropout").random() < args.image_embeds_dropout)  # ()
+        sample["empty_embeds"] = empty_embeds  # (D,)
+    return sample
+
+
+def encode_pictures(batch, movq, image_encoder):
+    """MoVQ's latents, neither sampled nor scaled, and the pictures' embeddings."""
+    clip_pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
+    return {
+        "latents": movq.encode(images.normalize(batch["pixels"], movq.dtype)).latents,  # (B, C, R/f, R/f)
+        "image_embeds": image_encoder(clip_pixels).image_embeds,  # (B, D)
     }
 
 
 @torch.no_grad()
 def encode(batch, movq, image_encoder):
-    """What the frozen networks make of a batch: MoVQ's latents, neither sampled nor scaled, and the embedding."""
-    clip_pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
-    # arXiv:2207.12598, guidance: the prior's "no picture" is the embedding of all-zero input.
-    clip_pixels = clip_pixels * batch["kept"][:, None, None, None]
-    return {
-        "latents": movq.encode(images.normalize(batch["pixels"], movq.dtype)).latents.float(),  # (B, C, R/f, R/f)
-        "image_embeds": image_encoder(clip_pixels).image_embeds,  # (B, D)
-    }
+    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    return encode_pictures(batch, movq, image_encoder)
+
+
+@torch.no_grad()
+def embed_nothing(image_encoder):
+    """The prior's "no picture", which guidance steers away from: the embedding (D,) of all-zero input."""
+    side = image_encoder.config.image_size
+    pixels = torch.zeros(1, 3, side, side, device=image_encoder.device, dtype=image_encoder.dtype)
+    return image_encoder(pixels).image_embeds[0].cpu()
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
     """The objective, a scalar in fp32. A pure function of weights and batch."""
-    latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
+    latents, noise, timesteps = batch["latents"].float(), batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    condition = {"image_embeds": batch["image_embeds"]}
+    image_embeds = batch["image_embeds"]
+    if args.image_embeds_dropout:
+        image_embeds = torch.where(batch["dropped"][:, None], batch["empty_embeds"], image_embeds)
+    condition = {"image_embeds": image_embeds}
     prediction = unet(noisy_latents, timesteps, None, added_cond_kwargs=condition, return_dict=False)[0]
     prediction = prediction[:, : latents.shape[1]]  # the other half of the channels is the learned variance
     return losses.denoising_loss(prediction, noise, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, accelerator, progress):
-    """Endless batches of samples, from where the run stands."""
+def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress):
+    """The run's batches of samples, from where it stands to its end."""
+    movq, image_encoder = frozen
+    empty_embeds = embed_nothing(image_encoder) if args.image_embeds_dropout else None
+    readers = [partial(read_picture, resolution=args.resolution, clip_size=image_encoder.config.image_size)]
+    if args.cache_encodings:
+        encoders = [partial(encode_pictures, movq=movq, image_encoder=image_encoder)]
+        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders)
     side = args.resolution // pipeline.movq_scale_factor
     sample = partial(
-        make_sample, args=args, clip_size=image_encoder.config.image_size,
+        make_sample, args=args, read_picture=readers[0], empty_embeds=empty_embeds,
         latent_shape=(pipeline.movq.config.latent_channels, side, side),
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
-    return data.make_loader(dataset, sample, args, accelerator, start=progress.samples_seen)
+    updates = progress.total - progress.step
+    return loading.make_loader(dataset, sample, args, accelerator, progress.samples_seen, updates)
 
 
 def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
@@ -168,19 +217,19 @@ def main(argv=None):
 
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
-        if args.caption_column is not None:
-            data.check_captions(dataset, args.caption_column)
+    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
-    frozen = [runtime.frozen(module, accelerator) for module in (pipeline.movq, image_encoder)]
+    frozen = [networks.frozen(module, accelerator) for module in (pipeline.movq, image_encoder)]
+    progress = metrics.Progress(args, accelerator, dataset, position)
+    loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
     average = ema.make_ema(args, unet, accelerator.device) if args.use_ema else None
 
-    progress = metrics.Progress(args, accelerator, dataset, position)
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    network = runtime.unwrap(unet, accelerator)
+    network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -189,16 +238,14 @@ def main(argv=None):
     )  # fmt: skip
     checkpoints.restore(folder)
     optim.set_position(args, schedule, progress.step)
-    progress.begin()
-    stream = data.batches(
-        make_dataloader(args, dataset, pipeline, image_encoder, noise_scheduler, accelerator, progress), accelerator
-    )
+    progress.begin(network, partial(compute_loss, noise_scheduler=noise_scheduler, args=args))
+    stream = loading.batches(loader, accelerator)
 
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
         draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
-        with ema.averaged(average if progress.step else None, network):
+        with networks.lend_device(drawing, accelerator), ema.averaged(average if progress.step else None, network):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
@@ -209,10 +256,11 @@ def main(argv=None):
         for _ in range(args.gradient_accumulation_steps):
             with accelerator.accumulate(unet):
                 batch = next(stream)
-                batch |= encode(batch, *frozen)
+                if not args.cache_encodings:
+                    batch |= encode(batch, *frozen)
                 loss = compute_loss(unet, batch, noise_scheduler, args)
                 accelerator.backward(loss)
-                progress.add(loss, batch["index"])
+                progress.add(loss, batch)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()

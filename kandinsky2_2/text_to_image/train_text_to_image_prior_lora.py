@@ -27,6 +27,7 @@ def parse_args(argv=None):
     cli.add_optimizer_args(parser)
     cli.add_loss_args(parser)
     cli.add_lora_args(parser)
+    cli.add_encoding_args(parser)
     cli.add_checkpoint_args(parser)
     cli.add_validation_args(parser, single=True)
     cli.add_reporting_args(parser, project=False)
@@ -45,7 +46,24 @@ from diffusers import (  # noqa: E402
     KandinskyV22PriorPipeline,
 )
 
-from t2i_training import checkpoint, data, draws, files, hub, images, lora, losses, metrics, optim, runtime, validation  # noqa: E402
+from t2i_training import (  # noqa: E402
+    checkpoint,
+    data,
+    draws,
+    encodings,
+    files,
+    hub,
+    images,
+    inspection,
+    loading,
+    lora,
+    losses,
+    metrics,
+    networks,
+    optim,
+    runtime,
+    validation,
+)
 
 
 def load_models(args, accelerator):
@@ -59,19 +77,27 @@ def load_models(args, accelerator):
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
-        runtime.checkpoint_blocks(prior.transformer_blocks)
-    return pipeline, prior.train(), noise_scheduler
+        networks.checkpoint_blocks(prior.transformer_blocks)
+    return pipeline, networks.tune(prior.train(), args, accelerator), noise_scheduler
 
 
-def make_sample(row, draw, args, tokenizer, clip_size, embedding_size, num_timesteps):
+def read_picture(source, crop_draw, mirror, clip_size):
+    """What the image encoder reads of a picture file: the square in its middle."""
+    picture = images.decode(source, clip_size)
+    return {"clip_pixels": images.square(picture, clip_size, "bicubic", crop_draw, mirror)}  # (3, S, S) uint8
+
+
+def read_caption(caption, tokenizer):
+    """What the text encoder reads of a caption, and the mask that the prior reads with its states."""
+    input_ids = data.tokenize(tokenizer, caption)  # (tokens,)
+    return {"input_ids": input_ids, "text_mask": data.text_mask(tokenizer, input_ids)}  # (tokens,) bool
+
+
+def make_sample(row, draw, args, read_picture, read_caption, embedding_size, num_timesteps):
     """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
-    picture = images.decode(data.picture_source(row[args.image_column]), clip_size)
-    caption = data.pick_caption(row[args.caption_column], draw, args.caption_dropout)
-    input_ids = data.tokenize(tokenizer, caption)
     return {
-        "clip_pixels": images.square(picture, clip_size, "bicubic"),  # (3, S, S) uint8
-        "input_ids": input_ids,  # (tokens,)
-        "text_mask": data.text_mask(tokenizer, input_ids),  # (tokens,) bool
+        **read_picture(data.picture_source(row, args), crop_draw=None, mirror=False),
+        **read_caption(data.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
         "noise": draws.normal(draw("noise"), (embedding_size,)),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
@@ -79,24 +105,30 @@ def make_sample(row, draw, args, tokenizer, clip_size, embedding_size, num_times
 
 def freeze(pipeline, accelerator):
     """What `encode` takes besides the batch: both CLIP encoders and the statistics that normalise embeddings."""
-    encoders = [runtime.frozen(module, accelerator) for module in (pipeline.image_encoder, pipeline.text_encoder)]
+    encoders = [networks.frozen(module, accelerator) for module in (pipeline.image_encoder, pipeline.text_encoder)]
     statistics = [
         s.detach().float().to(accelerator.device) for s in (pipeline.prior.clip_mean, pipeline.prior.clip_std)
     ]
     return [*encoders, *statistics]
 
 
-@torch.no_grad()
-def encode(batch, image_encoder, text_encoder, clip_mean, clip_std):
-    """What the frozen networks make of a batch: normalised picture embeddings; the captions' embeddings and states."""
+def encode_pictures(batch, image_encoder, clip_mean, clip_std):
+    """The pictures' embeddings, normalised."""
     pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
     image_embeds = image_encoder(pixels).image_embeds.float()
+    return {"image_embeds": (image_embeds - clip_mean) / clip_std}  # (B, D)
+
+
+def encode_captions(batch, text_encoder):
+    """The captions' embeddings (B, D) and states (B, tokens, D), with the mask of the states that count."""
     text = text_encoder(batch["input_ids"])
-    return {
-        "image_embeds": (image_embeds - clip_mean) / clip_std,  # (B, D)
-        "text_embeds": text.text_embeds,  # (B, D)
-        "text_states": text.last_hidden_state,  # (B, tokens, D)
-    }
+    return {"text_embeds": text.text_embeds, "text_states": text.last_hidden_state, "text_mask": batch["text_mask"]}
+
+
+@torch.no_grad()
+def encode(batch, image_encoder, text_encoder, clip_mean, clip_std):
+    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    return encode_pictures(batch, image_encoder, clip_mean, clip_std) | encode_captions(batch, text_encoder)
 
 
 def compute_loss(prior, batch, noise_scheduler, args):
@@ -110,13 +142,25 @@ def compute_loss(prior, batch, noise_scheduler, args):
     return losses.denoising_loss(prediction, image_embeds, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress):
-    """Endless batches of samples, from where the run stands."""
+def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress):
+    """The run's batches of samples, from where it stands to its end."""
+    image_encoder, text_encoder, clip_mean, clip_std = frozen
+    readers = [
+        partial(read_picture, clip_size=image_encoder.config.image_size),
+        partial(read_caption, tokenizer=pipeline.tokenizer),
+    ]
+    if args.cache_encodings:
+        encoders = [
+            partial(encode_pictures, image_encoder=image_encoder, clip_mean=clip_mean, clip_std=clip_std),
+            partial(encode_captions, text_encoder=text_encoder),
+        ]
+        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders)
     sample = partial(
-        make_sample, args=args, tokenizer=pipeline.tokenizer, clip_size=pipeline.image_encoder.config.image_size,
+        make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
         embedding_size=pipeline.prior.config.embedding_dim, num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
-    return data.make_loader(dataset, sample, args, accelerator, start=progress.samples_seen)
+    updates = progress.total - progress.step
+    return loading.make_loader(dataset, sample, args, accelerator, progress.samples_seen, updates)
 
 
 def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
@@ -167,17 +211,18 @@ def main(argv=None):
 
     with accelerator.main_process_first():
         dataset = data.open_dataset(args)
-        data.check_captions(dataset, args.caption_column)
+    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(pipeline, accelerator)
+    progress = metrics.Progress(args, accelerator, dataset, position)
+    loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     prior = lora.add_adapters(prior, args, accelerator)
 
-    progress = metrics.Progress(args, accelerator, dataset, position)
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     prior, optimizer = accelerator.prepare(prior, optimizer)
-    network = runtime.unwrap(prior, accelerator)
+    network = networks.unwrap(prior, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
@@ -186,14 +231,15 @@ def main(argv=None):
     )  # fmt: skip
     checkpoints.restore(folder)
     optim.set_position(args, schedule, progress.step)
-    progress.begin()
-    stream = data.batches(make_dataloader(args, dataset, pipeline, noise_scheduler, accelerator, progress), accelerator)
+    progress.begin(network, partial(compute_loss, noise_scheduler=noise_scheduler, args=args))
+    stream = loading.batches(loader, accelerator)
 
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
         draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
-        validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+        with networks.lend_device(drawing, accelerator):
+            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
@@ -203,10 +249,11 @@ def main(argv=None):
         for _ in range(args.gradient_accumulation_steps):
             with accelerator.accumulate(prior):
                 batch = next(stream)
-                batch |= encode(batch, *frozen)
+                if not args.cache_encodings:
+                    batch |= encode(batch, *frozen)
                 loss = compute_loss(prior, batch, noise_scheduler, args)
                 accelerator.backward(loss)
-                progress.add(loss, batch["index"])
+                progress.add(loss, batch)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()

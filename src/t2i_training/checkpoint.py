@@ -6,20 +6,22 @@ carry such a manifest. Killing a run at any moment therefore leaves the previous
 """
 
 import hashlib
-import itertools
 import json
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 
 from accelerate.utils import broadcast_object_list
 
-from .files import forget_local_paths, make_readable, remove_folder, replace_folder, sync
+from . import texts
+from .files import forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside, sync
 from .runtime import logger, readable_errors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_COUNTS = ("samples_seen", "seed", "effective_batch", "dataset_size")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)")
 
@@ -56,20 +58,22 @@ class CheckpointManager:
         accelerator, target = self.accelerator, self.output_dir / f"checkpoint-{position['step']}"
         partial = target.with_name(f".{target.name}.partial")
         accelerator.wait_for_everyone()
+        with saving(target.name, partial):
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(partial))  # a call for every process; the main one writes
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                for random_state in partial.glob("random_states_*.pkl"):
+                    random_state.unlink()  # no draw comes from a global generator
+                forget_local_paths(partial)
+                make_readable(partial)
+                _write_manifest(partial, position)
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))  # a call for every process; the main one writes
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            for random_state in partial.glob("random_states_*.pkl"):
-                random_state.unlink()  # no draw comes from a global generator
-            forget_local_paths(partial)
-            make_readable(partial)
-            _write_manifest(partial, position)
             if target.exists() and not (target / MANIFEST).is_file():
-                _set_aside(target)  # it is the user's
+                set_aside(target)  # it is the user's
             replace_folder(partial, target)
             self._rotate(keep=target)
             logger.info(f"saved {target}")
@@ -77,7 +81,7 @@ class CheckpointManager:
         return target
 
     def _rotate(self, keep: Path) -> None:
-        ours = _ours(self.output_dir)
+        ours = [folder for folder in _ours(self.output_dir) if not folder.is_symlink()]
         surplus = len(ours) - self.total_limit if self.total_limit else 0
         for folder in [folder for folder in ours if folder != keep][: max(0, surplus)]:
             remove_folder(folder)
@@ -90,6 +94,7 @@ class CheckpointManager:
             self.accelerator.load_state(str(folder))
         if self.accelerator.is_main_process and folder.resolve().parent == self.output_dir.resolve():
             _abandon_later_ones(folder)
+            self._rotate(keep=folder)  # which a run that was killed after its last save has not done
         self.accelerator.step = 0  # accelerate counts micro-batches, and a checkpoint stands between two updates
         logger.info(f"resumed from {folder}")
 
@@ -143,27 +148,54 @@ def verify(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None if every file has the size and the hash that its manifest states."""
     try:
         manifest = read_manifest(folder)
-        if manifest["format"] != FORMAT or not isinstance(manifest["step"], int):
+        number = re.fullmatch(r"\.?checkpoint-(\d+)(\..+)?", folder.name)  # or it was given another name
+        if not _is_ours(manifest) or (number and int(number[1]) != manifest["step"]):
             return f"{MANIFEST} is of another format"
+        if "digest" in manifest and manifest["digest"] != _digest(manifest):
+            return f"{MANIFEST} is damaged"
         for name, (size, digest) in manifest["files"].items():
             path = folder / name
             if not path.is_file():
-                return f"{name} is missing"
+                return f"{texts.printable(name)} is missing"
             if path.stat().st_size != size or _sha256(path) != digest:
-                return f"{name} is damaged"
+                return f"{texts.printable(name)} is damaged"
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not written by these scripts or not completely"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
 
 
+def _is_ours(manifest: dict) -> bool:
+    """Whether a run can have written it: counts that are counts, and files that lie in the checkpoint's folder."""
+    counts = [manifest[name] for name in ("step", *_COUNTS) if name == "step" or name in manifest]
+    pairs = [pair for pair in manifest.get("unreported", []) if len(pair) != 2 or {*map(type, pair)} - {int, float}]
+    paths = [PurePosixPath(name) for name in manifest["files"]]
+    inside = paths and all(path.parts and not path.is_absolute() and ".." not in path.parts for path in paths)
+    sound = all(type(n) is int and n >= 0 for n in counts) and not pairs and inside
+    return manifest["format"] == FORMAT and bool(sound)
+
+
+def _digest(manifest: dict) -> str:
+    """A hash of all of a manifest but this entry."""
+    rest = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _write_manifest(folder: Path, position: dict) -> None:
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        sync(path)
-        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
+    """Flush every file to the disk, then the manifest that describes them. All processes wait meanwhile.
+
+    Files are hashed, out of memory, while the disk writes them, each in a thread of its own.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(2 * len(paths)) as pool:
+        synced, digests = pool.map(sync, paths), pool.map(_sha256, paths)
+        files = {
+            path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
+            for path, digest, _ in zip(paths, digests, synced, strict=True)
+        }
     manifest = {"format": FORMAT, **position, "versions": _versions(), "files": files}
+    manifest["digest"] = _digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(folder / MANIFEST)
     for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
@@ -191,7 +223,7 @@ def _number(folder: Path) -> int:
 
 
 def _ours(output_dir: Path) -> list[Path]:
-    """The numbered folders that carry a manifest, oldest first. Only these are ever removed."""
+    """The numbered folders that carry a manifest, oldest first. Only these are ever removed, but for links."""
     return [folder for folder in _numbered(output_dir) if (folder / MANIFEST).is_file()]
 
 
@@ -200,11 +232,5 @@ def _abandon_later_ones(folder: Path) -> None:
     step = read_manifest(folder)["step"]  # not its name's: it may itself have been set aside
     for other in _ours(folder.parent):
         if other.name != folder.name and _number(other) >= step:
-            _set_aside(other)
+            set_aside(other)
             logger.warning(f"{other} is of the course that was left: renamed")
-
-
-def _set_aside(folder: Path) -> None:
-    """Keep what stands there under another name: a number behind its own."""
-    names = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
-    folder.rename(next(name for name in names if not name.exists()))

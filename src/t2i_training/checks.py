@@ -8,17 +8,21 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import re
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
+from . import settings
 from .cli import LR_SCHEDULERS, TRACKERS
+from .settings import SECRETS
 
-SECRETS = ("hub_token",)  # never written to a file, a tracker, a log or an error text
 _POSITIVE = (
     "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "rank",
     "max_train_samples", "checkpointing_steps", "checkpoints_total_limit", "validation_epochs", "logging_steps",
-    "snr_gamma", "adam_epsilon", "max_grad_norm",
+    "snr_gamma", "adam_epsilon", "max_grad_norm", "cache_crops",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "input_perturbation", "seed",
@@ -28,7 +32,7 @@ _BELOW_ONE = ["adam_beta1", "adam_beta2", "caption_dropout", "image_embeds_dropo
 _NEEDS = {  # flag -> the flag without which it would do nothing
     "offload_ema": "use_ema", "foreach_ema": "use_ema",
     "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
-    "dream_detail_preservation": "dream_training",
+    "dream_detail_preservation": "dream_training", "encodings_dir": "cache_encodings", "cache_crops": "cache_encodings",
 }  # fmt: skip
 _PACKAGES = {  # flag -> the package that it needs
     "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
@@ -41,7 +45,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     With `--config FILE` the file's values stand in front of the command line's, so the command line wins.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(_config_tokens(parser, argv) + argv)
+    args = parser.parse_args(settings.tokens(parser, argv) + argv)
     check(parser, args)
     if hasattr(args, "validation_prompt"):  # several pictures of one prompt are validated like several prompts
         args.validation_prompts = (
@@ -56,68 +60,29 @@ def public_config(args: argparse.Namespace) -> dict:
     return {name: value for name, value in sorted(vars(args).items()) if name not in left_out}
 
 
-def _config_tokens(parser, argv) -> list[str]:
-    """A YAML file as command-line tokens: argparse then checks its types and choices as it would the user's own."""
-    finder = argparse.ArgumentParser(prog=parser.prog, add_help=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
-    if path is None:
-        return []
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
-    tokens = []
-    for name, value in _read_config(parser, path).items():
-        if name not in actions:
-            parser.error(f"--config {path}: this script has no flag {name!r}")
-        try:
-            tokens += _tokens(parser, actions[name], value)
-        except (ValueError, argparse.ArgumentError) as error:
-            parser.error(f"--config {path}: {error}")
-    return tokens
-
-
-def _read_config(parser, path: str) -> dict:
-    import yaml
-
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        parser.error(f"--config {path}: {error.strerror}")
-    except (UnicodeDecodeError, yaml.YAMLError) as error:  # whose text quotes the file, which may hold a token
-        line = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        parser.error(f"--config {path}: not readable as YAML{line}")
-    if not isinstance(config, dict):
-        parser.error(f"--config {path}: expected lines of the form `flag: value`")
-    return config
-
-
-def _tokens(parser, action, value) -> list[str]:
-    """One flag of a config file as command-line tokens; a list becomes the flag's default instead."""
-    is_switch, is_list = action.nargs == 0, action.nargs == "+"
-    if value is None:
-        return []
-    if value is False and "no" in (action.choices or ()):
-        value = "no"  # YAML reads an unquoted no as false
-    items = value if is_list and isinstance(value, list) else [value]
-    if isinstance(value, bool) != is_switch or any(isinstance(item, list | dict) for item in items):
-        wanted = "true or false" if is_switch else "a list of values" if is_list else "one value"
-        shown = "***" if action.dest in SECRETS else repr(value)
-        raise ValueError(f"{action.dest} must be {wanted}, not {shown}")
-    if is_switch:
-        return [action.option_strings[0]] if value else []
-    parser._get_values(action, [str(item) for item in items])  # checks type and choices
-    if is_list:  # a default, not tokens: a prompt may begin with a dash
-        parser.set_defaults(**{action.dest: [str(item) for item in items]})
-        return []
-    return [f"{action.option_strings[0]}={value}"]
-
-
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what cannot work, through `parser.error`. Opens no model and no data set."""
+    _check_texts(parser, args)
     _check_numbers(parser, args)
     _check_combinations(parser, args)
+    _check_compiler(parser, args)
     _check_objective(parser, args)
     _check_reporting(parser, args)
     _check_paths(parser, args)
+
+
+def _check_texts(parser, args):
+    """Characters that no path can hold, no tokenizer reads, and no request to the hub may carry."""
+    for name, value in vars(args).items():
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, str) and "\0" in item for item in items):
+            parser.error(f"--{name} holds a null character")
+        if name.startswith("validation_prompt") and re.search("[\ud800-\udfff]", " ".join(items if value else [])):
+            parser.error(f"--{name} holds bytes that are not UTF-8")
+    if args.hub_token is not None:
+        args.hub_token = args.hub_token.strip()
+        if not re.fullmatch("[!-~]+", args.hub_token):
+            parser.error("--hub_token holds characters that no token has")
 
 
 def _check_numbers(parser, args):
@@ -144,6 +109,8 @@ def _check_combinations(parser, args):
         is_set = value is not None and value is not False and value != parser.get_default(name)
         if is_set and not getattr(args, needed):
             parser.error(f"--{name} does nothing without --{needed}: add --{needed}, or leave --{name} out")
+    if getattr(args, "center_crop", False) and getattr(args, "cache_crops", None) != parser.get_default("cache_crops"):
+        parser.error("--cache_crops does nothing with --center_crop: leave one of them out")
     for name, package in _PACKAGES.items():
         if getattr(args, name, False) and importlib.util.find_spec(package) is None:
             parser.error(f"--{name} needs the package {package}: pip install {package}, or leave the flag out")
@@ -156,6 +123,23 @@ def _check_combinations(parser, args):
             )
     elif args.lr_scheduler not in LR_SCHEDULERS:
         parser.error(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}")
+
+
+def _check_compiler(parser, args):
+    """What torch.compile needs besides torch: it would find out in the first step, and say so in hundreds of lines."""
+    if not getattr(args, "torch_compile", None):
+        return
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()[0]
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    if shutil.which(compiler) is None:
+        lacks = f"a C++ compiler, and there is no {compiler}: install it, name another in CXX"
+    elif not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        lacks = "Python.h, which comes with Python's development files: install those (python3-dev)"
+    elif (torch / "lib" / "libtorch_cuda.so").exists() and importlib.util.find_spec("triton") is None:
+        lacks = "the package triton: pip install triton"
+    else:
+        return
+    parser.error(f"--torch_compile needs {lacks}, or leave the flag out")
 
 
 def _check_objective(parser, args):

@@ -7,35 +7,20 @@ flags may hold, and how they go together, is checked in `checks.py`.
 import argparse
 import re
 
+from . import texts
+
 INTERPOLATION_MODES = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
-LR_SCHEDULERS = [
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-]
+LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TRACKERS = [
-    "tensorboard",
-    "wandb",
-    "comet_ml",
-    "all",
-    "none",
-    "aim",
-    "clearml",
-    "dvclive",
-    "mlflow",
-    "swanlab",
-    "trackio",
-]
+    "tensorboard", "wandb", "comet_ml", "all", "none", "aim", "clearml", "dvclive", "mlflow", "swanlab", "trackio",
+]  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print a usage of some forty lines in front of it
-        message = re.sub(r"hf_\w{9,}", "hf_***", " ".join(message.split()))
-        if message.startswith("unrecognized"):  # perhaps a mistyped --hub_token
-            message = re.sub(r"(--\S*tok\S*?[= ])\S+", r"\1***", message)
+        message = re.sub(r"hf_\w{9,}", "hf_***", texts.printable(" ".join(message.split())))
+        if re.search("^unrecognized|has no flag", message):  # perhaps a mistyped --hub_token
+            message = re.sub(r"(\S*tok\S*?[= ])\S+", r"\1***", message)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -71,9 +56,14 @@ def add_data_args(parser):
     )
     group.add_argument("--image_column", default="image", help="Column that holds the picture.")
     group.add_argument("--max_train_samples", type=int, help="Train on this many samples, chosen by the seed.")
+    group.add_argument(
+        "--skip_bad_samples", action="store_true", help="Train without the samples that cannot be used, and list them."
+    )
     group.add_argument("--cache_dir", help="Where downloaded models and datasets are kept.")
     group.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="Loader processes; results do not depend on it."
+        "--dataloader_num_workers",
+        type=int,
+        help="Loader processes; default: as the cores allow, 8 at most. Results do not depend on it.",
     )
 
 
@@ -128,6 +118,13 @@ def add_training_args(parser):
 
 def add_network_args(parser, *, xformers=True, checkpointing=True):
     group = parser.add_argument_group("network")
+    group.add_argument(
+        "--torch_compile",
+        nargs="?",
+        const="regional",
+        choices=["regional", "whole"],
+        help="Compile the trained network: block by block (the default), or as one, which takes minutes longer.",
+    )
     if checkpointing:
         group.add_argument(
             "--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower."
@@ -140,14 +137,15 @@ def add_network_args(parser, *, xformers=True, checkpointing=True):
         )
 
 
-def add_optimizer_args(parser):
+def add_optimizer_args(parser, *, eight_bit=True):
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
     group.add_argument(
         "--lr_scheduler", default="constant", help=", ".join([*LR_SCHEDULERS, "piecewise_constant:RULES"])
     )
     group.add_argument("--lr_warmup_steps", type=int, default=500, help="Warm-up, in weight updates.")
-    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
+    if eight_bit:
+        group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
     group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the second moment.")
     group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
@@ -192,6 +190,20 @@ def add_ema_args(parser, *, placement=True):
         )
 
 
+def add_encoding_args(parser, *, crops=False):
+    group = parser.add_argument_group("encodings")
+    group.add_argument(
+        "--cache_encodings",
+        action="store_true",
+        help="Run the frozen networks once, before training, and keep what they make of pictures and captions on disk.",
+    )
+    group.add_argument("--encodings_dir", help="Where; runs may share it. Default: encodings, in the output folder.")
+    if crops:
+        group.add_argument(
+            "--cache_crops", type=int, default=4, help="Random crops to keep of each picture that is not square."
+        )
+
+
 def add_checkpoint_args(parser):
     group = parser.add_argument_group("checkpoints")
     group.add_argument("--checkpointing_steps", type=int, default=500, help="Save every this many updates.")
@@ -231,5 +243,5 @@ def add_reporting_args(parser, *, project=True):
             "--tracker_project_name", default="text2image-fine-tune", help="Project name in the trackers."
         )
     group.add_argument("--push_to_hub", action="store_true", help="Upload weights, card and pictures at the end.")
-    group.add_argument("--hub_token", help="Token for the hub; better: `hf auth login`.")
+    group.add_argument("--hub_token", help="Token for the hub; better: `hf auth login`. Others see command lines.")
     group.add_argument("--hub_model_id", help="Repository to push to; default: the output folder's name.")

@@ -1,12 +1,18 @@
 """Putting files and folders in place so that a crash leaves the old or the new, and exporting the trained model."""
 
+import contextlib
+import ctypes
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .hub import is_hub_name
+from .runtime import fail
 
 
 def sync(path: Path) -> None:
@@ -22,16 +28,39 @@ def replace_folder(new: Path, target: Path) -> None:
     """Rename folder or file `new` to `target`; what stood there is removed afterwards."""
     old = target.with_name(f".{target.name}.removed")
     remove_folder(old)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
+    if target.is_dir() and _exchange(new, target):
+        new.rename(old)
+    elif target.is_file() and new.is_file():
+        new.replace(target)
+    else:
+        if os.path.lexists(target):
+            target.rename(old)
+        new.rename(target)
     sync(target.parent)
     remove_folder(old)
 
 
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names at once, where the system can: there is no moment at which either is missing."""
+    with contextlib.suppress(OSError, AttributeError):
+        here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        rename = ctypes.CDLL(None).renameat2  # of Linux; elsewhere two renames do
+        return rename(here, os.fsencode(first), here, os.fsencode(second), both) == 0
+    return False
+
+
+def set_aside(folder: Path) -> None:
+    """Keep what stands there under another name: a number behind its own."""
+    names = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
+    folder.rename(next(name for name in names if not name.exists()))
+
+
 def remove_folder(folder: Path) -> None:
-    """Delete a folder (or file) so that a crash half-way never leaves a part of it under its own name."""
-    if folder.is_file():
+    """Delete a folder (or file) so that a crash half-way never leaves a part of it under its own name.
+
+    Of a link nothing but itself.
+    """
+    if folder.is_file() or folder.is_symlink():
         folder.unlink()
     elif folder.is_dir():
         doomed = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.removed")
@@ -50,10 +79,10 @@ def forget_local_paths(folder: Path) -> None:
 
 
 def make_readable(folder: Path) -> None:
-    """Give files the modes that the umask asks for: safetensors writes its own for the owner alone."""
+    """Give files (one, or all in a folder) the modes that the umask asks for: safetensors' are for the owner alone."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.rglob("*"):
+    for path in [folder, *folder.rglob("*")]:
         if path.is_file():
             path.chmod(0o666 & ~umask)
 
@@ -67,16 +96,53 @@ def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]
     if not accelerator.is_main_process:
         return []
     partial = Path(output_dir) / ".export.partial"
-    remove_folder(partial)
-    partial.mkdir()
-    write(partial)
-    forget_local_paths(partial)
-    make_readable(partial)
-    for path in partial.rglob("*"):
-        sync(path)
+    with saving("the trained model", partial):
+        remove_folder(partial)
+        partial.mkdir()
+        write(partial)
+        forget_local_paths(partial)
+        make_readable(partial)
+        for path in partial.rglob("*"):
+            sync(path)
     # Folders before files, so that model_index.json never points at what is not there yet.
     names = [entry.name for entry in sorted(partial.iterdir(), key=lambda entry: (entry.is_file(), entry.name))]
     for name in names:
-        replace_folder(partial / name, Path(output_dir) / name)
+        new, target = partial / name, Path(output_dir) / name
+        if _files(target) - _files(new) or (target.is_file() and new.is_dir()):
+            set_aside(target)  # it is, or holds, what is the user's
+        replace_folder(new, target)
     partial.rmdir()
     return names
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def saving(what: str, partial: Path):
+    """A disk that is full, or that cannot be written, ends the run in one line; `partial` is not left to fill it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises the second kind
+        with contextlib.suppress(OSError):
+            remove_folder(partial)
+        free = shutil.disk_usage(partial.parent).free / 2**20
+        reason = " ".join(str(error).split())[:300]
+        fail(f"{what} cannot be saved in {partial.parent}, where {free:.0f} MiB are free: {reason}")
+
+
+@contextlib.contextmanager
+def whole(path: Path):
+    """Yields a temporary path that takes the place of `path`: a crash leaves the earlier file or the whole new one."""
+    temporary = path.with_name(f".{path.name.removeprefix('.')}.partial")
+    with saving(path.name, temporary):
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the earlier one or the whole new one."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

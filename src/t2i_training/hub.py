@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from . import texts
 from .runtime import logger
 
 TAGS = ("text-to-image", "diffusers", "diffusers-training")  # every card carries these besides its own
@@ -24,10 +25,7 @@ def create_repository(args, accelerator) -> str | None:
 
 def _failure(args, error: Exception, consequence: str = "") -> SystemExit:
     """The one line that a failed call to the hub ends the run with, without the token that its text may hold."""
-    from huggingface_hub import get_token
-
-    token = args.hub_token or get_token() or "\0"
-    reason = " ".join(str(error).replace(token, "***").split()).rstrip(".")
+    reason = texts.reason(error, args.hub_token).rstrip(".")
     return SystemExit(f"error: --push_to_hub: {type(error).__name__}: {reason}{consequence}")
 
 
@@ -84,6 +82,8 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    from .files import write_text
+
     head = {"license": license, "library_name": "diffusers", "inference": True, "tags": [*tags, *TAGS]} | head
     for key, value in (("base_model", base_model), ("datasets", args.dataset_name)):
         if value and is_hub_name(value):
@@ -106,7 +106,8 @@ def write_card(
         "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
     )
     data = ModelCardData(**head)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(Path(args.output_dir) / "README.md")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    write_text(Path(args.output_dir) / "README.md", str(card))
 
 
 def is_hub_name(name: str) -> bool:
@@ -120,7 +121,7 @@ def _public_name(name: str) -> str:
 
 def escape(text: str) -> str:
     """Text from a prompt or a caption as inert Markdown on one line."""
-    text = " ".join(text.split())
+    text = texts.printable(" ".join(text.split()))
     return re.sub(r"([\\`*_{}\[\]<>()#+!|&~$:@-])", lambda match: f"&#{ord(match[1])};", text)
 
 

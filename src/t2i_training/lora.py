@@ -23,7 +23,7 @@ def add_adapters(model, args, accelerator, targets: tuple[str, ...] = ATTENTION)
     precision, which fp16's loss scaler refuses and bf16 trains badly. The start is that of the paper with a Gaussian A,
     drawn from the seed, so that all processes begin with the same adapters; B = 0, and alpha = rank makes the scale 1.
     """
-    from .runtime import inference_dtype
+    from .networks import inference_dtype
 
     model.requires_grad_(False).to(accelerator.device, inference_dtype(accelerator))
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=list(targets))

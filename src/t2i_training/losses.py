@@ -1,12 +1,26 @@
-"""What a denoiser is asked to predict, and how its error is weighed. Every formula names its source."""
+"""What a denoiser is asked to predict, and how its error is weighed. Every formula names its source.
+
+Each is written once for PyTorch's tensors and JAX's arrays, with the operators that both have.
+"""
 
 from torch import Tensor
 
 
 def signal_to_noise_ratio(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     """SNR(t) = alpha_bar / (1 - alpha_bar), arXiv:2303.09556 section 3.1. (B,) float32; 0 at zero terminal SNR."""
-    alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps].float()
+    alpha_bar = _at(alphas_cumprod, timesteps)
     return alpha_bar / (1 - alpha_bar)
+
+
+def _at(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """alpha_bar at each timestep: (B,) float32."""
+    if isinstance(timesteps, Tensor):
+        alphas_cumprod = alphas_cumprod.to(timesteps.device)
+    return _float32(alphas_cumprod[timesteps])
+
+
+def _float32(tensor):
+    return tensor.float() if isinstance(tensor, Tensor) else tensor.astype("float32")
 
 
 def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
@@ -16,11 +30,11 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
     v_prediction: min(SNR, gamma) / (SNR + 1); sample (x0): min(SNR, gamma).
     """
     if prediction_type == "epsilon":
-        return (gamma / snr).clamp(max=1)
+        return (gamma / snr).clip(max=1)
     if prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
+        return snr.clip(max=gamma) / (snr + 1)
     if prediction_type == "sample":
-        return snr.clamp(max=gamma)
+        return snr.clip(max=gamma)
     raise ValueError(f"unknown prediction type {prediction_type!r}")
 
 
@@ -46,15 +60,14 @@ def dream(noise_scheduler, noisy_latents, target, noise, prediction, timesteps, 
     `prediction` comes from a first pass without gradients; lambda_t = sqrt(1 - alpha_bar) ** p. Epsilon only.
     Returns the rectified (noisy_latents, target).
     """
-    alpha_bar = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
-    sigma = (1 - alpha_bar).sqrt()[:, None, None, None]
-    correction = sigma**detail_preservation * (noise - prediction.float())
+    sigma = ((1 - _at(noise_scheduler.alphas_cumprod, timesteps)) ** 0.5)[:, None, None, None]
+    correction = sigma**detail_preservation * (noise - _float32(prediction))
     return noisy_latents + sigma * correction, target + correction
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, timesteps: Tensor, noise_scheduler, snr_gamma=None) -> Tensor:
     """Mean squared error in float32, a scalar; with `snr_gamma` each sample is weighed by Min-SNR."""
-    per_sample = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
+    per_sample = ((_float32(prediction) - _float32(target)) ** 2).reshape(len(target), -1).mean(1)  # (B,)
     if snr_gamma is not None:
         snr = signal_to_noise_ratio(noise_scheduler.alphas_cumprod, timesteps)
         per_sample = per_sample * min_snr_weights(snr, snr_gamma, noise_scheduler.config.prediction_type)

@@ -7,14 +7,14 @@ import json
 import math
 import os
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from . import data, runtime, validation
+from . import data, files, loading, readouts, runtime, validation
 from .checks import public_config
 from .runtime import logger
 
@@ -25,12 +25,13 @@ class Progress:
     """Where the run stands, and its losses, kept on the device until the logging interval ends.
 
     `step` counts weight updates up to `total`, `samples_seen` samples over all processes. Both start at `position`, the
-    manifest of the checkpoint that is resumed from, or {}.
+    manifest of the checkpoint that is resumed from, or {}. Each process drives `devices` of the kind `device`.
     """
 
-    def __init__(self, args, accelerator, dataset, position: dict):
+    def __init__(self, args, accelerator, dataset, position: dict, devices: int = 1, device: str | None = None):
         self.args, self.accelerator, self.dataset = args, accelerator, dataset
-        self.effective_batch, self.total = data.plan_updates(args, len(dataset), accelerator.num_processes)
+        self.devices, self.device = devices * accelerator.num_processes, device or accelerator.device
+        self.effective_batch, self.total = loading.plan_updates(args, len(dataset), self.devices)
         self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
         if position.get("dataset_size", len(dataset)) != len(dataset):
             logger.warning("the data set's size has changed since the checkpoint: samples are seen in a new order")
@@ -59,11 +60,15 @@ class Progress:
         completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
         return bool(self.args.validation_prompts) and completed and self.step < self.total
 
-    def begin(self) -> None:
-        """Open bar, metrics file and trackers: the run is ready to take steps."""
+    def begin(self, network, objective: Callable | None) -> None:
+        """Open bar, metrics file and trackers: the run is ready to take steps on `objective(network, batch)`.
+
+        Without an `objective` no FLOPs are counted.
+        """
         main = self.accelerator.is_main_process
         if main:
-            runtime.write_config(self.args)  # not earlier: what fails before leaves an earlier run's as it was
+            # Not earlier: what fails before leaves an earlier run's as it was.
+            runtime.write_config(self.args, resumed=self.step > 0)
             _keep_metrics_until(self._file, self.step)
             if self.step == 0:
                 validation.clear(self.args.output_dir)
@@ -79,28 +84,30 @@ class Progress:
         logger.info(
             f"{len(self.dataset)} samples, {self.effective_batch} an update, {self.total} updates "
             f"({self.total * self.effective_batch / len(self.dataset):.1f} epochs); "
-            f"{self.accelerator.num_processes} x {self.accelerator.device}, mixed precision {self.args.mixed_precision}"
+            f"{self.devices} x {self.device}, mixed precision {self.args.mixed_precision}"
         )
         interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants lines, not an animation
         self._bar = runtime.progress_bar = tqdm(
             total=self.total, initial=self.step, disable=not main, mininterval=interval, unit="step", dynamic_ncols=True
         )
+        self._speed = readouts.Speedometer(network, objective, self.args, self.accelerator)
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out what just happened (a checkpoint, validation) from the images per second."""
-        self._clock, self._clock_samples = time.perf_counter(), self.samples_seen
+        """Leave out what just happened (a checkpoint, validation) from the readouts of speed."""
+        self._speed.restart(self.samples_seen)
 
-    def add(self, loss: torch.Tensor, indices: torch.Tensor) -> None:
-        """Take one micro-batch's loss and the indices (B,) of its samples. Waits for nothing."""
-        self._losses.append(loss.detach())
-        self._indices.append(indices)
+    def add(self, loss, batch: dict[str, torch.Tensor]) -> None:
+        """Take one micro-batch and its loss, a scalar on the device, PyTorch's or JAX's. Waits for nothing."""
+        self._losses.append(_detached(loss))
+        self._indices.append(batch["index"])
+        self._speed.count(batch)
 
-    def update(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
+    def update(self, grad_norm, learning_rate: float) -> None:
         """Count one weight update; at the end of a logging interval read the device and report."""
         self.step += 1
         self.samples_seen += self.effective_batch
-        self._grad_norms.append(grad_norm.detach())
+        self._grad_norms.append(_detached(grad_norm))
         self._learning_rate = learning_rate
         if self.step % self.args.logging_steps == 0 or self.step == self.total:
             self._report()
@@ -111,9 +118,9 @@ class Progress:
         if not self._grad_norms:
             return
         updates = len(self._grad_norms)
-        losses = torch.stack(self._losses).float().view(updates, -1).mean(1)  # (updates,)
+        losses = _stack(self._losses).view(updates, -1).mean(1)  # (updates,)
         losses = self.accelerator.reduce(losses, reduction="mean")
-        values = torch.stack([losses, torch.stack(self._grad_norms).float()]).tolist()  # the only wait for the device
+        values = torch.stack([losses, _stack(self._grad_norms)]).tolist()  # the only wait for the device
         self._stop_if_not_finite(*values)
         self._unreported += zip(*values, strict=True)
         self._losses, self._grad_norms, self._indices = [], [], []
@@ -122,28 +129,27 @@ class Progress:
         """Read the losses, and write down those of the logging interval that ends here."""
         self.read()
         losses, grad_norms = zip(*self._unreported, strict=True)
-        seconds = max(time.perf_counter() - self._clock, 1e-9)
         row = {
             "step": self.step,
             "epoch": round(self.samples_seen / len(self.dataset), 4),
             "loss": sum(losses) / len(losses),
             "lr": self._learning_rate,
             "grad_norm": grad_norms[-1] if math.isfinite(grad_norms[-1]) else None,  # JSON knows no infinity
-            "images_per_second": round((self.samples_seen - self._clock_samples) / seconds, 3),
+            **self._speed.row(self.samples_seen, self.effective_batch),
         }
         self._unreported = []
         self.restart_clock()
         if self.accelerator.is_main_process:
-            with open(self._file, "a", encoding="utf-8") as file:
+            with files.saving(METRICS, self._file.with_suffix(".partial")), open(self._file, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            shown = f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, images/s={row['images_per_second']:.1f}"
+            shown = f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, {readouts.shown(row)}"
             self._bar.set_postfix_str(shown, refresh=False)
         values = {"train_loss" if name == "loss" else name: value for name, value in row.items() if name != "step"}
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=self.step)
 
     def _stop_if_not_finite(self, losses: list[float], grad_norms: list[float]) -> None:
         """A loss scaler skips non-finite gradients by design; elsewhere they, like a non-finite loss, end the run."""
-        scaled = self.accelerator.mixed_precision == "fp16"
+        scaled = self.args.mixed_precision == "fp16"
         for i, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True)):
             if math.isfinite(loss) and (scaled or math.isfinite(grad_norm)):
                 continue
@@ -166,25 +172,42 @@ class Progress:
         self.accelerator.end_training()
 
 
+def _detached(scalar):
+    return scalar.detach() if isinstance(scalar, torch.Tensor) else scalar
+
+
+def _stack(scalars: list) -> torch.Tensor:
+    """(N,) float32, on the device that PyTorch's scalars are on; JAX's are waited for, and read."""
+    if isinstance(scalars[0], torch.Tensor):
+        return torch.stack(scalars).float()
+    return torch.tensor([float(scalar) for scalar in scalars])
+
+
 def _keep_metrics_until(file: Path, step: int) -> None:
     """Drop the rows after `step`, which a resumed run writes again, and a half-written last line."""
     rows = []
     if file.exists() and step > 0:
         rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
-    temporary = file.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, file)
+    files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(output_dir) -> list[dict]:
-    """The rows of metrics.jsonl, in order; a last line cut short by a crash is left out."""
+    """The rows of metrics.jsonl, in order; a last line cut short by a crash is left out, as is what is no row."""
     rows = []
-    for line in (Path(output_dir) / METRICS).read_text(encoding="utf-8").splitlines():
+    for line in (Path(output_dir) / METRICS).read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            norm = row["grad_norm"]
+            if type(row["step"]) is not int or not all(map(_is_number, (row["loss"], row["lr"], norm or 0.0))):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
             logger.logger.warning(f"{METRICS}: left out a damaged line")  # accelerate's adapter wants a run under way
     return rows
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # and not nan
 
 
 def draw_curves(output_dir) -> Path | None:
@@ -210,5 +233,6 @@ def draw_curves(output_dir) -> Path | None:
         panel.set(title={"lr": "learning rate", "grad_norm": "gradient norm"}.get(title, title), xlabel="step")
         panel.spines[["top", "right"]].set_visible(False)
     path = Path(output_dir) / "training_curves.png"
-    figure.savefig(path, dpi=100)
+    with files.whole(path) as file:
+        figure.savefig(file, dpi=100, format="png")
     return path

@@ -10,6 +10,11 @@ def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def scaled_rate(args, devices: int) -> float:
+    """What --scale_lr makes of --learning_rate."""
+    return args.learning_rate * args.gradient_accumulation_steps * args.train_batch_size * devices
+
+
 def make_optimizer(args, parameters: list, accelerator):
     """AdamW over `parameters`: 8-bit if asked, else torch's fused one where the device has it."""
     options = {
@@ -19,8 +24,8 @@ def make_optimizer(args, parameters: list, accelerator):
         "eps": args.adam_epsilon,
     }
     if getattr(args, "scale_lr", False):
-        options["lr"] *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
-    if args.use_8bit_adam:
+        options["lr"] = scaled_rate(args, accelerator.num_processes)
+    if getattr(args, "use_8bit_adam", False):
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
@@ -47,8 +52,16 @@ def make_schedule(args, optimizer, num_updates: int):
 def set_position(args, schedule, step: int) -> None:
     """Put the schedule where it stands after `step` updates; exact, since diffusers' schedules are closed forms.
 
-    Restoring an optimizer has put back the checkpoint's settings; here the flags' take their place again.
+    Restoring an optimizer has put back the checkpoint's settings; here the flags' take their place again. Its moments
+    take the memory layout of their parameters: fused AdamW goes through both as they lie, and a checkpoint written on
+    CUDA (channels-last) and read on a CPU, or the other way round, would be updated with another weight's moments.
     """
+    for parameter, state in schedule.optimizer.state.items():
+        for name, moment in state.items():
+            # Of bitsandbytes' state neither the count, a plain number, nor the bytes, which are in blocks.
+            is_moment = isinstance(moment, torch.Tensor) and moment.is_floating_point()
+            if is_moment and moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
     for group in schedule.optimizer.param_groups:
         group |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         group["weight_decay"] = args.adam_weight_decay

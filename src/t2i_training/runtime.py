@@ -1,10 +1,9 @@
 """What surrounds a run: the accelerator, the output folder's lock, the seed, stop signals, precision."""
 
 import contextlib
-import copy
+import datetime
 import errno
 import fcntl
-import functools
 import logging
 import os
 import secrets
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.utils.checkpoint
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -24,12 +22,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from tqdm.auto import tqdm
 
+from . import texts
 from .checks import public_config
 
 logger = get_logger("t2i_training")
+logger.logger.addFilter(lambda record: _make_printable(record))
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _locks = {}  # open lock files by output folder: closing one would release it
-_stop_signal = None
+FAILED = 127  # stands for a stop signal when the run cannot go on; above them all
+_stop_signal = _failure = None
 _loop_runs = False
 _cpu_group = None  # of torch.distributed, where there are several processes
 progress_bar = None  # of the run under way
@@ -66,6 +67,11 @@ def start(args) -> Accelerator:
     return accelerator
 
 
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = texts.printable(record.getMessage()), ()
+    return True
+
+
 def _refuse_sharding(accelerator) -> None:
     global _cpu_group
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -74,7 +80,7 @@ def _refuse_sharding(accelerator) -> None:
             f"error: {name} shards the weights, which these scripts cannot save yet: use plain --multi_gpu"
         )
     if accelerator.num_processes > 1:
-        _cpu_group = torch.distributed.new_group(backend="gloo")
+        _cpu_group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
 
 def _log_above_progress_bars() -> None:
@@ -130,7 +136,13 @@ def fail(message: str) -> NoReturn:
     """End a run under way with one line, below the progress bar as it last stood."""
     if progress_bar is not None:
         progress_bar.close()
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {texts.printable(message)}")
+
+
+def fail_after_step(message: str) -> None:
+    """As `fail`, but as a stop signal would: the processes finish the step under way together, and save."""
+    global _stop_signal, _failure
+    _stop_signal, _failure = FAILED, f"error: {texts.printable(message)}"
 
 
 def settle_seed(args, position: dict) -> None:
@@ -143,10 +155,19 @@ def settle_seed(args, position: dict) -> None:
     logger.info(f"seed {args.seed}")
 
 
-def write_config(args) -> None:
-    """Write run_config.yaml, which --config takes."""
-    text = yaml.safe_dump(public_config(args), allow_unicode=True)
-    (Path(args.output_dir) / "run_config.yaml").write_text(text, encoding="utf-8")
+def write_config(args, resumed: bool) -> None:
+    """Write run_config.yaml, which --config takes. A resumed run names the flags that are others than they were."""
+    from .files import write_text
+
+    file, config = Path(args.output_dir) / "run_config.yaml", public_config(args)
+    if resumed:
+        with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # none there, or the user's
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            names = before.keys() & config.keys() - {"output_dir", "resume_from_checkpoint"}
+            changed = [f"--{n} {before[n]} -> {config[n]}" for n in sorted(names) if before[n] != config[n]]
+            if changed:
+                logger.warning(f"flags that have changed since the run before: {', '.join(changed)}")
+    write_text(file, yaml.safe_dump(config, allow_unicode=True))
 
 
 @contextlib.contextmanager
@@ -155,24 +176,26 @@ def readable_errors(flag: str, value: str):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise SystemExit(f"error: {flag} {value}: {type(error).__name__}: {reason[:500]}") from error
+        if _stop_signal and not _loop_runs:  # torch's C++ makes an error of its own of the exit that a signal raises
+            raise SystemExit(128 + _stop_signal) from None
+        line = f"{flag} {texts.printable(str(value))}: {type(error).__name__}: {texts.reason(error)[:500]}"
+        raise SystemExit(f"error: {line}") from error
 
 
 def finish(stopped_by: int) -> None:
-    """Unlock the output folder. If a signal ended the run, leave with status 128 + signal, as the shell would say."""
+    """Unlock the output folder. If the run was stopped, leave with the error, or with status 128 + signal."""
     default_signals()
     while _locks:
         _locks.popitem()[1].close()
     if stopped_by:
         logger.info("stopped; the same command with --resume_from_checkpoint=latest continues")
-        raise SystemExit(128 + stopped_by)
+        raise SystemExit(_failure or 128 + stopped_by)
 
 
 def _catch_signals() -> None:
     """A stop signal lets the loop finish its step and save; a second one, or one before the loop, ends the run."""
-    global _stop_signal, _loop_runs
-    _stop_signal, _loop_runs, owner = None, False, os.getpid()
+    global _stop_signal, _failure, _loop_runs
+    _stop_signal, _failure, _loop_runs, owner = None, None, False, os.getpid()
 
     def on_signal(number, _frame):
         global _stop_signal
@@ -203,6 +226,12 @@ def default_signals() -> None:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+def wait(accelerator) -> None:
+    """Wait for all processes, however long it takes: a collective on the device gives up after ten minutes."""
+    if accelerator.num_processes > 1:
+        torch.distributed.barrier(group=_cpu_group)
+
+
 def stop_requested(accelerator) -> int:
     """Number of the signal the run was asked to stop with, 0 for none; equal on all processes.
 
@@ -213,30 +242,3 @@ def stop_requested(accelerator) -> int:
     number = torch.tensor(_stop_signal or 0)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=_cpu_group)
     return int(number)
-
-
-def unwrap(model, accelerator) -> torch.nn.Module:
-    """The network itself, without what DDP and torch.compile put around it: its names are those of the files."""
-    model = accelerator.unwrap_model(model)
-    return getattr(model, "_orig_mod", model)
-
-
-def inference_dtype(accelerator) -> torch.dtype:
-    """What frozen networks are cast to: the mixed precision's type, from the flag or from `accelerate launch`."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
-def frozen(module: torch.nn.Module, accelerator) -> torch.nn.Module:
-    """`module` for inference: without gradients, on the device, in the mixed precision's type.
-
-    In half precision it is a copy, so that the export can write the original unrounded.
-    """
-    dtype = inference_dtype(accelerator)
-    module = module if module.dtype == dtype else copy.deepcopy(module)
-    return module.requires_grad_(False).eval().to(accelerator.device, dtype)
-
-
-def checkpoint_blocks(blocks) -> None:
-    """Gradient checkpointing for a network that diffusers gives none: each block recomputes its activations."""
-    for block in blocks:
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

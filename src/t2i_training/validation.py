@@ -1,5 +1,6 @@
 """Validation pictures: drawn by all processes, saved singly and in a grid whose first row is the untouched model."""
 
+import re
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from .files import whole
+from .networks import eager
 from .runtime import logger
 
 
@@ -20,7 +23,9 @@ def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], ste
     validation/step-<n>/<i>.png and validation/step-<n>.png.
     """
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    drawn = dict(gather_object([(i, draw_picture(i)) for i in mine]))
+    with eager():  # other batch sizes: compiling for them would take longer than drawing
+        pictures = [(i, draw_picture(i)) for i in mine]
+    drawn = dict(gather_object(pictures))
     if not accelerator.is_main_process:
         return
     pictures = [drawn[i] for i in range(len(prompts))]
@@ -29,14 +34,16 @@ def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], ste
     for i, picture in enumerate(pictures):
         note = PngInfo()
         note.add_itxt("prompt", prompts[i])
-        picture.save(folder / f"{i:02d}.png", pnginfo=note)
+        with whole(folder / f"{i:02d}.png") as file:
+            picture.save(file, "png", pnginfo=note)
     rows = [(f"step {step}", pictures)]
     if step > 0 and (base := _load(_folder(output_dir, 0), prompts)):
         rows.insert(0, ("base model", base))
     elif step == 0:
         rows = [("base model", pictures)]
     grid = make_grid(prompts, rows)
-    grid.save(folder.with_suffix(".png"))
+    with whole(folder.with_suffix(".png")) as file:
+        grid.save(file, "png")
     log_pictures(accelerator, prompts, pictures, step)
     logger.info(f"validation pictures: {folder.with_suffix('.png')}")
 
@@ -67,7 +74,8 @@ def pending(args, progress) -> bool:
 def clear(output_dir) -> None:
     """Remove the validation pictures of an earlier run, which would end up in this one's grids and card."""
     for path in (Path(output_dir) / "validation").glob("step-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if re.fullmatch(r"step-\d{6,}(\.png)?", path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def make_grid(columns: list[str], rows: list[tuple[str, list[Image.Image]]], cell: int = 160) -> Image.Image:

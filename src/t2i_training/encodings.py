@@ -1,0 +1,197 @@
+"""What frozen networks make of pictures and captions, computed once and kept on disk.
+
+Pictures and captions have a store each. Its name is a hash of all that its encodings depend on besides the picture or
+caption: how that is read (size, filter, tokenizer) and the network, with its weights and precision. A key in it is the
+hash of a picture file's bytes and the view of it, or of a caption's text. So whatever is edited is encoded again, and
+all else is found, by any run.
+"""
+
+import concurrent.futures
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from . import __version__, data, draws, inspection, loading, runtime
+from .encoding_store import Store
+
+BATCH = 8  # encoded at once, and no more than a micro-batch of training, which fits
+SHARD = 512  # encodings in a file; at most so many are computed again after a crash
+
+
+def fingerprint(thing) -> str:
+    """A hash of all that a function's result depends on besides its input: what `functools.partial` has bound to it.
+
+    Networks count with configuration, weights and precision, tokenizers with vocabulary and length.
+    """
+    if isinstance(thing, partial):  # with its source: the scripts are there to be edited
+        parts = [
+            inspect.getsource(thing.func),
+            *(f"{name} {fingerprint(bound)}" for name, bound in thing.keywords.items()),
+        ]
+    elif isinstance(thing, torch.nn.Module):
+        config = thing.config.to_dict() if hasattr(thing.config, "to_dict") else dict(thing.config)
+        config = {k: str(v) for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+        weights = thing.state_dict()
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            hashes = threads.map(fingerprint, weights.values())
+        parts = [json.dumps(config, sort_keys=True), *map(str, zip(weights, hashes, strict=True))]
+    elif hasattr(thing, "weights_stem"):  # one of flax_models
+        from .flax_models import state_dict
+
+        weights = {name: fingerprint(torch.tensor(array)) for name, array in state_dict(thing).items()}
+        parts = ["Flax", json.dumps(thing.config, sort_keys=True), *map(str, weights.items())]
+    elif isinstance(thing, torch.Tensor):
+        values = thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        parts = [str(thing.dtype), str(tuple(thing.shape)), hashlib.sha256(values).hexdigest()]
+    elif hasattr(thing, "get_vocab"):
+        probe = data.tokenize(thing, "Of 3 pictures, one: a café!").tolist()  # shows padding, merges and what is split
+        parts = [json.dumps(thing.get_vocab(), sort_keys=True), str(thing.model_max_length), str(probe)]
+    else:
+        parts = [repr(thing)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def cached(args, accelerator, dataset, pictures, readers: list, encoders: list) -> list[Callable]:
+    """Functions to call in place of `readers`: they give no longer what a network takes, but what it made of it.
+
+    The readers are the script's own with everything bound but their input: `read_picture(source, crop_draw, mirror)`
+    and, where captions are used, `read_caption(text)` give the tensors of one item. The encoders turn a batch of such
+    items into what is kept. `pictures` is what `inspection.inspect` says of the rows. What is not on disk yet is
+    encoded now, by all processes; then the networks leave the device. From here on `source` is the number of a row.
+    """
+    # However a square is cut out of a square picture, it is all of it.
+    crops = 0 if getattr(args, "center_crop", True) else args.cache_crops
+    views = [(picture.digest, crops if picture.width != picture.height else 0) for picture in pictures]
+    mirrors = (False, True) if getattr(args, "random_flip", False) else (False,)
+    wanted = {
+        _view_key(digest, crop, mirror): (row, crop, mirror)
+        for row, (digest, crops) in enumerate(views)
+        for crop in (range(crops) if crops else [None])
+        for mirror in mirrors
+    }
+    read_view = partial(_read_view, read=readers[0], dataset=dataset, views=views, column=args.image_column)
+    store = _fill(args, accelerator, "pictures", wanted, read_view, (readers[0], encoders[0]))
+    cached_readers = [partial(_cached_picture, store=store, views=views)]
+    if len(readers) > 1:
+        texts = {_key(text): text for text in data.all_captions(dataset, args)}
+        store = _fill(args, accelerator, "captions", texts, readers[1], (readers[1], encoders[1]))
+        cached_readers.append(partial(_cached_caption, store=store))
+    for encoder in encoders:
+        for network in encoder.keywords.values():
+            if isinstance(network, torch.nn.Module):
+                network.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return cached_readers
+
+
+def _key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _view_key(digest: str, crop: int | None, mirror: bool) -> bytes:
+    return _key(f"{digest} crop {crop} mirror {mirror}")
+
+
+def _read_view(view: tuple, read: Callable, dataset, views: list[tuple[str, int]], column: str) -> dict:
+    row, crop, mirror = view
+    # Where crop k of a picture lies depends on the picture alone: every run finds the same ones.
+    crop_draw = None if crop is None else draws.generator(int(views[row][0][:15], 16), 0, crop, "crop")
+    with data.naming_the_sample(dataset, column, row):
+        source = data.picture_file(dataset[row][column])
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if hashlib.blake2b(content, digest_size=16).hexdigest() != views[row][0]:
+            raise ValueError(f"not the file that was inspected: start again, without {inspection.MEMO} if that recurs")
+        return read(content, crop_draw, mirror)
+
+
+def _cached_picture(row: int, crop_draw, mirror: bool, store: Store, views: list[tuple[str, int]]) -> dict:
+    digest, crops = views[row]
+    return store.read(_view_key(digest, int(crop_draw.integers(crops)) if crops else None, mirror))
+
+
+def _cached_caption(text: str, store: Store) -> dict:
+    return store.read(_key(text))
+
+
+def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions: tuple) -> Store:
+    """The store of `wanted`, {key: what `read` takes}, after those that it lacks have been encoded."""
+    folder = Path(args.encodings_dir or Path(args.output_dir, "encodings"))
+    readable = partial(runtime.readable_errors, "--encodings_dir", str(folder))
+    plan = None
+    if accelerator.is_main_process:
+        identity = " ".join([__version__, str(getattr(args, "allow_tf32", False)), *map(fingerprint, functions)])
+        with readable():
+            store = Store(folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
+            store.remove_stale(3600 if args.encodings_dir else 0)  # the output folder is this run's alone
+            store.verify(wanted)
+        plan = store.folder.name, store.missing(wanted)
+    runtime.wait(accelerator)  # the hashing of terabytes takes long
+    name, missing = broadcast_object_list([plan])[0]
+    runtime.logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
+    with readable():
+        store = Store(folder / name)
+    if missing:
+        items = list(wanted.items())
+        mine = [items[i] for i in missing[accelerator.process_index :: accelerator.num_processes]]
+        _encode(args, accelerator, store, kind, mine, read, functions[1])
+        runtime.wait(accelerator)
+        with readable():
+            _see_all(store, wanted)
+    return store
+
+
+def _see_all(store: Store, wanted: dict) -> None:
+    """Network file systems show another machine's files up to a minute late."""
+    for _ in range(90):
+        store.scan()
+        if not store.missing(wanted):
+            return
+        time.sleep(1)
+    raise OSError("not all processes see the same files in it")
+
+
+class _Reading(torch.utils.data.Dataset):
+    """What loader workers run while encodings are made."""
+
+    def __init__(self, items: list[tuple], read: Callable):
+        self.items, self.read = items, read
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return self.read(self.items[i][1])
+
+
+def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read: Callable, encode: Callable) -> None:
+    """Encode this process's `items`, (key, what `read` takes), and write a shard now and then, also when stopped."""
+    size, parts = min(BATCH, args.train_batch_size), []  # parts: (keys, tensors by name) of the batches since a shard
+
+    def commit():
+        if parts:
+            keys = [key for keys, _ in parts for key in keys]
+            store.add(keys, {name: torch.cat([tensors[name] for _, tensors in parts]) for name in parts[0][1]})
+        parts.clear()
+
+    loader = loading.loader(_Reading(items, read), args, accelerator, size, batch_size=size)
+    bar = tqdm(total=len(items), desc=f"encoding {kind}", unit="", disable=not accelerator.is_main_process)
+    with bar, torch.no_grad():
+        try:
+            for first, batch in zip(range(0, len(items), size), loading.on_device(loader, accelerator), strict=True):
+                keys = [key for key, _ in items[first : first + size]]
+                parts.append((keys, {name: tensor.cpu() for name, tensor in encode(batch).items()}))
+                if len(parts) * size >= SHARD:
+                    commit()
+                bar.update(len(keys))
+        finally:
+            commit()

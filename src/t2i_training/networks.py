@@ -1,0 +1,119 @@
+"""Networks on the device: precision, memory layout, compilation, recomputation. All in place: their names stay."""
+
+import contextlib
+import copy
+import types
+
+import torch
+import torch.utils.checkpoint
+from torch.utils._triton import has_triton
+
+from .optim import trainable
+
+# What is compiled on its own under `--torch_compile=regional`: where nearly all of a UNet's or prior's arithmetic is.
+# diffusers' own choice, BasicTransformerBlock, leaves out the ResNets, and of Kandinsky's decoder everything.
+REGIONS = ("BasicTransformerBlock", "ResnetBlock2D", "Attention")
+
+
+def tune(network, args, accelerator):
+    """The network to train, laid out for the device and, with `--torch_compile`, to be compiled when first called.
+
+    In place, by `Module.compile`: no wrapper gets into checkpoints and exports.
+    """
+    if args.torch_compile:
+        if accelerator.device.type == "cuda" and not has_triton():
+            raise SystemExit("error: --torch_compile: Triton does not work on this GPU: leave the flag out")
+        # Blocks of a class share a cache, with an entry for each shape; after the default's 8 they would run eagerly.
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        for module in [network] if args.torch_compile == "whole" else _regions(network):
+            module.compile(dynamic=False)  # every batch is full: shapes that vary would cost speed for nothing
+        _part_gradients(network)
+    return channels_last(network, accelerator.device)
+
+
+def _regions(module) -> list[torch.nn.Module]:
+    """The outermost modules of the classes in REGIONS."""
+    if type(module).__name__ in REGIONS:
+        return [module]
+    return [region for child in module.children() for region in _regions(child)]
+
+
+def _part_gradients(network) -> None:
+    """See to it that no two gradients share memory, where clipping, which works in place, would scale them twice.
+
+    Inductor returns one as a view of another when the sum over the batch that would part them is of a single sample.
+    """
+    owners = {}  # address of a gradient's memory -> the parameter that had it last
+
+    def part(parameter):
+        address = parameter.grad.untyped_storage().data_ptr()
+        owner = owners.setdefault(address, parameter)
+        if owner is not parameter:
+            if owner.grad is not None and owner.grad.untyped_storage().data_ptr() == address:
+                parameter.grad = parameter.grad.clone()
+            else:
+                owners[address] = parameter
+
+    for parameter in trainable(network):
+        parameter.register_post_accumulate_grad_hook(part)
+
+
+def eager():
+    """A context in which compiled networks run as they are written: for shapes that training does not have."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def channels_last(module, device: torch.device):
+    """`module` with its convolutions laid out as tensor cores read them, if it has several and is for CUDA.
+
+    CLIP's image encoder has one, at its entrance, and is left as it is.
+    """
+    several = sum(isinstance(part, torch.nn.Conv2d) for part in module.modules()) > 1
+    return module.to(memory_format=torch.channels_last) if several and device.type == "cuda" else module
+
+
+def unwrap(model, accelerator) -> torch.nn.Module:
+    """The network itself, without what DDP and torch.compile put around it: its names are those of the files."""
+    model = accelerator.unwrap_model(model)
+    return getattr(model, "_orig_mod", model)
+
+
+def inference_dtype(accelerator) -> torch.dtype:
+    """What frozen networks are cast to: the mixed precision's type, from the flag or from `accelerate launch`."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def frozen(module: torch.nn.Module, accelerator) -> torch.nn.Module:
+    """`module` for inference: without gradients, on the device, in the mixed precision's type.
+
+    In half precision it is a copy, so that the export can write the original unrounded.
+    """
+    dtype = inference_dtype(accelerator)
+    module = module if module.dtype == dtype else copy.deepcopy(module)
+    module = module.requires_grad_(False).eval().to(accelerator.device, dtype)
+    return channels_last(module, accelerator.device)
+
+
+@contextlib.contextmanager
+def lend_device(pipeline, accelerator):
+    """Lend the device to those networks of a pipeline that are kept on the CPU."""
+    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    # By type: a single process's device is "cuda", and that of what lies on it "cuda:0".
+    guests = [network for network in networks if network.device.type != accelerator.device.type]
+    for network in guests:
+        network.to(accelerator.device)
+    try:
+        yield
+    finally:
+        for network in guests:
+            network.to("cpu")
+
+
+def checkpoint_blocks(blocks) -> None:
+    """Gradient checkpointing for a network that diffusers gives none: each block recomputes its activations."""
+    for block in blocks:
+        block.forward_once, block.forward = block.forward, types.MethodType(_recompute, block)
+
+
+def _recompute(block, *args, **kwargs):  # a function, and not a partial, which torch.compile would leave alone
+    return torch.utils.checkpoint.checkpoint(block.forward_once, *args, use_reentrant=False, **kwargs)
