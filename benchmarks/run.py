@@ -1,0 +1,139 @@
+"""Measures the training scripts on this machine and writes a table; what is measured stands in README.md.
+
+python benchmarks/run.py --size medium --reference_scripts DIR
+"""
+
+import argparse
+import dataclasses
+import shlex
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import flops
+import models
+import pictures
+import rates
+import report
+import runs
+import starts
+import torch
+
+PARTS = ("flops", "rate", "starts", "checkpoint", "help")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(models.SCALES), default="medium", help="Of the networks.")
+    parser.add_argument("--scripts", nargs="+", choices=list(runs.SCRIPTS), default=list(runs.SCRIPTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--reference_scripts", type=Path, metavar="DIR", help="Holds the scripts to compare with.")
+    parser.add_argument("--output", type=Path, default=runs.HERE / "RESULTS.md", help="Where the tables go.")
+    parser.add_argument("--append", action="store_true", help="To what is in that file, instead of in its place.")
+    parser.add_argument("--variants", nargs="+", choices=list(rates.VARIANTS), help="Default: as the README says.")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME=FLAGS", help="One more, e.g. 'tf32=--allow_tf32'."
+    )
+    parser.add_argument("--flags", default="", help="Flags that every run gets, the reference's too.")
+    parser.add_argument("--batch", type=int, help="Pictures in an update.")
+    parser.add_argument("--samples", nargs="+", type=int, default=[1000, 10000], help="Data sets of the cache starts.")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "t2i-benchmarks"))
+    return parser.parse_args()
+
+
+def prepare(args) -> rates.Bench:
+    """Models, pictures and plan."""
+    plan, scale = rates.PLANS[args.size], models.SCALES[args.size]
+    if args.batch:
+        plan = dataclasses.replace(plan, batch=dict.fromkeys(plan.batch, args.batch))
+    variants = args.variants or list(rates.VARIANTS)[: None if args.size == "full" else 2]
+    bench = rates.Bench(
+        work=args.work, size=args.size, plan=plan, resolution=scale.resolution, reference=args.reference_scripts,
+        pipelines=models.build(args.work / "models", args.size, {name.removesuffix("_lora") for name in args.scripts}),
+        pictures=pictures.make(args.work / "pictures" / f"{scale.resolution}px", plan.pictures, scale.resolution),
+        cuda=torch.cuda.is_available(), common=shlex.split(args.flags),
+        variants={name: rates.VARIANTS[name] for name in variants}
+        | {name: shlex.split(flags) for name, _, flags in (text.partition("=") for text in args.variant)},
+    )  # fmt: skip
+    if args.size == "full":
+        bench.common += ["--mixed_precision", "bf16", "--dataloader_num_workers", "8"]
+    return bench
+
+
+def command() -> str:
+    """As it was given, without folders of this machine."""
+    words = []
+    for word in sys.argv[1:]:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(flag + equals + ("DIR" if Path(value).is_absolute() else value))
+    return shlex.join(["python", "benchmarks/run.py", *words])
+
+
+def add_rates(args, bench: rates.Bench, results: report.Report) -> None:
+    """Each script when it is measured, then the tables of all."""
+    with bench.start(args.scripts[0], "plain", runs.own_script(args.scripts[0])):
+        pass  # thrown away: from here on file caches are warm, and `datasets` knows the pictures
+    measured = {}
+    for name in args.scripts:
+        measured[name] = rates.measure(bench, name)
+        print(report.rate_table(bench, {name: measured[name]}), flush=True)
+    text = f"{bench.resolution} px; in brackets, times the rate of the reference, or else of the plain run."
+    results.add(f"### Training rate, images/s\n\n{text}\n\n{report.rate_table(bench, measured)}")
+    if reasons := report.failures(measured):
+        results.add(reasons)
+    results.add(f"### Start to first update, s\n\n{report.start_table(bench, measured)}")
+    kind = torch.bfloat16 if bench.cuda else torch.float32
+    ceiling = flops.matrix_rate("cuda" if bench.cuda else "cpu", kind)
+    results.add(
+        "### Utilisation\n\nArithmetic of the networks, as a share of what a large matrix product reaches.\n\n"
+        + report.utilisation_table(bench, measured, ceiling)
+    )
+
+
+def add_starts(args, bench: rates.Bench, results: report.Report) -> None:
+    tiny = models.build(args.work / "models", "tiny", {"sd"})
+    measured = {count: starts.cache_starts(bench, tiny, count) for count in args.samples}
+    results.add(
+        "### Start to first update with --cache_encodings, s\n\nTiny networks, pictures of 8 px.\n\n"
+        + report.cache_table(measured)
+    )
+
+
+def add_checkpoint(args, bench: rates.Bench, results: report.Report) -> None:
+    rows, name = [], args.scripts[0]
+    for variant, script in rates.scripts_of(bench, name).items():
+        if variant in (rates.REFERENCE, rates.PLAIN):
+            rows.append([name, variant, *starts.checkpoint_stall(bench, name, variant, script)])
+    header = ["script", "variant", "the loop stands still, s", "size of the checkpoint, GB"]
+    results.add(f"### Checkpoints\n\n{report.table(header, rows)}")
+
+
+def add_help(args, bench: rates.Bench, results: report.Report) -> None:
+    rows = []
+    for name in args.scripts:
+        reference = runs.reference_script(name, bench.reference)
+        own = f"{starts.help_seconds(runs.own_script(name), 5):.2f}"
+        rows.append([name, f"{starts.help_seconds(reference, 1):.1f}" if reference else "-", own])
+    results.add(f"### --help, s\n\n{report.table(['script', 'reference', 'here'], rows)}")
+
+
+def main() -> None:
+    args = parse_args()
+    results = report.Report(args.output, args.append)
+    results.add(f"## Networks: {args.size}\n\n{report.machine()}\n\n    {command()}")
+    bench = prepare(args)
+    if "flops" in args.parts:
+        text = "GFLOP per image; the real figures are of Stable Diffusion 1.5 and Kandinsky 2.2 at 512 px."
+        results.add(f"### Arithmetic\n\n{text}\n\n{report.work_table(args.size, args.scripts)}")
+    for part, add in {"rate": add_rates, "starts": add_starts, "checkpoint": add_checkpoint, "help": add_help}.items():
+        if part in args.parts:
+            add(args, bench, results)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and so end the runs that are open
+    try:
+        main()
+    except runs.Failed as error:
+        sys.exit(f"error: a run did not start: {error}")
