@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tiny_kandinsky
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
 
 
 @pytest.fixture(scope="session")
@@ -60,10 +62,28 @@ def server():
     server.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def count_flops_once():
+    """Hundreds of runs of a few networks: half a second for each would be minutes. test_flops.py counts for itself."""
+    from t2i_training import flops
+
+    count, known = flops.count, {}
+
+    def count_once(objective, network, batch):
+        key = (str(network), str({name: tensor.shape for name, tensor in batch.items()}))
+        if key not in known:
+            known[key] = count(objective, network, batch)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flops, "count", count_once)
+        yield count
+
+
 @cache
 def load_script(name: str):
     """A training script as a module, as `import` would give it."""
-    spec = importlib.util.spec_from_file_location(tiny.SCRIPTS[name].stem, tiny.SCRIPTS[name])
+    spec = importlib.util.spec_from_file_location(tiny.ALL_SCRIPTS[name].stem, tiny.ALL_SCRIPTS[name])
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # loader workers and pickles look it up
     spec.loader.exec_module(module)
@@ -87,7 +107,7 @@ def short_run(model: Path, pictures: Path, output_dir: Path) -> dict:
     return {
         "pretrained_model_name_or_path": model, "train_data_dir": pictures, "output_dir": output_dir,
         "resolution": 32, "train_batch_size": 2, "max_train_steps": 4, "lr_warmup_steps": 0, "seed": 3,
-        "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3,
+        "report_to": "none", "logging_steps": 1, "learning_rate": 1e-3, "dataloader_num_workers": 0,
     }  # fmt: skip
 
 
@@ -157,7 +177,7 @@ def launch(script: str, tokens: list[str], *, processes: int = 0, **options) -> 
             str(free_port()),
         ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | options.pop("env", {})
-    command += [str(tiny.SCRIPTS[script]), *tokens]
+    command += [str(tiny.ALL_SCRIPTS[script]), *tokens]
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
 
@@ -165,3 +185,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture
+def case(record_property):
+    """case(injected, expected), then case.seen(what happened): a line of what tests/faults/table.py prints."""
+
+    class Case:
+        def __call__(self, injected, expected):
+            record_property("case", (injected, expected))
+
+        def seen(self, what):
+            record_property("seen", what)
+
+    return Case()

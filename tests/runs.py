@@ -71,10 +71,15 @@ def in_memory(kind: type):
         hook.remove()
 
 
+TIMED = (  # what a row holds that depends on the clock or the device
+    "images_per_second", "seconds_per_step", "data_wait", "peak_memory_gib", "tflops_per_second", "mfu",
+)  # fmt: skip
+
+
 def rows(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl without what depends on the clock."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
 def outcome(folder: Path, step: int, trained: str = TRAINED["sd"], tensors: int = 50) -> dict:
@@ -87,6 +92,7 @@ def outcome(folder: Path, step: int, trained: str = TRAINED["sd"], tensors: int 
     checkpoint = folder / f"checkpoint-{step}"
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     names = set(manifest.pop("files")) - {"optimizer.bin"}
+    manifest.pop("digest")  # of the manifest, with the files' own digests in it
     digests = {name: _digest(checkpoint / name) for name in sorted(names)}
     exported = [path for path in (*folder.glob("[!.cl]*/*"), *folder.glob("*.safetensors")) if path.is_file()]
     export = {str(path.relative_to(folder)): _digest(path) for path in sorted(exported)}

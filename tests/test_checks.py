@@ -167,7 +167,7 @@ def numbers(monkeypatch) -> dict:
 
 def test_every_number_has_a_lower_bound(numbers, parse, refused):
     del numbers["local_rank"]
-    assert len(numbers) == 24
+    assert len(numbers) == 25
     for name in numbers:
         assert f"error: --{name} must " in refused(parse, f"--{name}=-1")
         if name in NUMBERS_FROM_ZERO:
@@ -209,6 +209,8 @@ def test_seed_fits_a_checkpoint(parse, refused):
         ("dream_detail_preservation", 0.5, "dream_training"),
         ("dream_detail_preservation", 0, "dream_training"),
         ("dataset_config_name", "winter", "dataset_name"),
+        ("encodings_dir", "somewhere", "cache_encodings"),
+        ("cache_crops", 5, "cache_encodings"),
     ],
 )
 def test_flag_that_would_do_nothing(flag, value, needed, parse, refused, pictures):

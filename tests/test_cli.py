@@ -14,32 +14,59 @@ from t2i_training import checks
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "recorded_flags.json").read_text())
 OURS = {  # script -> the flags that the published one does not have
-    "sd": {"config", "caption_dropout", "logging_steps"},
+    "sd": {"config", "caption_dropout", "logging_steps", "cache_encodings", "encodings_dir", "cache_crops"},
     "sd_lora": {
-        "config", "caption_dropout", "logging_steps", "save_kohya",
+        "config", "caption_dropout", "logging_steps", "cache_encodings", "encodings_dir", "cache_crops", "save_kohya",
         "input_perturbation", "dream_training", "dream_detail_preservation",  # the objective is the full run's
     },
-    "prior": {"config", "caption_dropout", "logging_steps", "gradient_checkpointing"},
-    "prior_lora": {"config", "caption_dropout", "logging_steps", "gradient_checkpointing"},
-    "decoder": {"config", "caption_column", "image_embeds_dropout", "logging_steps"},
-    "decoder_lora": {"config", "caption_column", "image_embeds_dropout", "logging_steps"},
+    "prior": {
+        "config", "caption_dropout", "logging_steps", "cache_encodings", "encodings_dir", "gradient_checkpointing",
+    },
+    "prior_lora": {
+        "config", "caption_dropout", "logging_steps", "cache_encodings", "encodings_dir", "gradient_checkpointing",
+    },
+    "decoder": {
+        "config", "caption_column", "image_embeds_dropout", "logging_steps", "cache_encodings", "encodings_dir",
+    },
+    "decoder_lora": {
+        "config", "caption_column", "image_embeds_dropout", "logging_steps", "cache_encodings", "encodings_dir",
+    },
 }  # fmt: skip
+OURS["sd_flax"] = OURS["sd"] | {
+    "validation_prompts", "gradient_accumulation_steps", "gradient_checkpointing", "lr_warmup_steps", "snr_gamma",
+    "use_ema", "noise_offset", "prediction_type", "input_perturbation", "dream_training", "dream_detail_preservation",
+    "allow_tf32", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+    "validation_epochs", "tracker_project_name", "image_interpolation_mode", "shard_parameters",
+}  # fmt: skip
+CACHE = {  # the flags of cached encodings, as every script that has them has them
+    "cache_encodings": {"type": None, "default": False, "nargs": 0},
+    "encodings_dir": {"type": "str", "default": None},
+    "cache_crops": {"type": "int", "default": 4},
+}
+for name, flags in OURS.items():
+    flags |= {"skip_bad_samples"} if name == "sd_flax" else {"skip_bad_samples", "torch_compile"}
+DEFAULTS = {"dataloader_num_workers": None}  # that differ from the published ones: results do not depend on them
 TYPES = {None: "str", str: "str", int: "int", float: "float"}
 
 
 @pytest.fixture(params=OURS)
 def script(request):
+    if request.param == "sd_flax":
+        pytest.importorskip("jax")
     return request.param
 
 
 def recorded(script: str) -> dict:
-    return RECORDED[tiny.SCRIPTS[script].relative_to(tiny.REPOSITORY).as_posix()]
+    return RECORDED[tiny.ALL_SCRIPTS[script].relative_to(tiny.REPOSITORY).as_posix()]
 
 
 def actions(script: str, monkeypatch) -> dict:
     """The flags of a script's parser, by name."""
     monkeypatch.setattr(checks, "parse", lambda parser, argv: parser)
-    parser = load_script(script).parse_args()
+    module = load_script(script)
+    if script == "sd_flax":
+        monkeypatch.setattr(module.flax_cli, "need_packages", lambda parser: None)
+    parser = module.parse_args()
     return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
@@ -52,13 +79,19 @@ def facts(action) -> dict:
 
 
 def test_every_published_flag_is_here_unchanged(script, monkeypatch):
-    """Same name, type, choices, default, number of values, and required or not."""
+    """Same name, type, choices, default, number of values, and required or not; but for DEFAULTS."""
     here = {name: facts(action) for name, action in actions(script, monkeypatch).items()}
+    for name, default in DEFAULTS.items():
+        assert here[name]["default"] == default
+        here[name]["default"] = recorded(script).get(name, here[name])["default"]
     assert {name: here.get(name) for name in recorded(script)} == recorded(script)
 
 
 def test_our_additions_are_these(script, monkeypatch):
-    assert set(actions(script, monkeypatch)) - set(recorded(script)) == OURS[script]
+    here = actions(script, monkeypatch)
+    assert set(here) - set(recorded(script)) == OURS[script]
+    cache = {name: facts(action) for name, action in here.items() if name in CACHE}
+    assert cache == {name: entry for name, entry in CACHE.items() if name != "cache_crops" or script.startswith("sd")}
 
 
 def test_every_flag_is_spelled_in_full_and_explained(script, monkeypatch):
@@ -94,7 +127,7 @@ def test_values_reach_the_arguments(sd_flags):
 
 def imported(tokens: list[str], script: str) -> tuple[subprocess.CompletedProcess, set[str]]:
     """A script run for itself, and the top-level modules that it imported."""
-    command = [sys.executable, "-X", "importtime", str(tiny.SCRIPTS[script]), *tokens]
+    command = [sys.executable, "-X", "importtime", str(tiny.ALL_SCRIPTS[script]), *tokens]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     names = re.findall(r"^import time:.*\| +([\w.]+)$", run.stderr, re.MULTILINE)
     assert "argparse" in names

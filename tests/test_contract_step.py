@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import load_script
 from runs import ALL_DRAWS, outcome
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from t2i_training import flops
 
 EVERYTHING = {**ALL_DRAWS, "use_ema": True, "dream_training": True, "snr_gamma": 5.0, "gradient_accumulation_steps": 2}
 
@@ -80,6 +83,12 @@ def count_reads(train, folder, **changes) -> tuple[int, int]:
     return reads.count, scalars.count
 
 
+@pytest.fixture
+def counted_each_time(count_flops_once, monkeypatch):
+    monkeypatch.setattr(flops, "count", count_flops_once)  # for runs are compared that count with runs that count
+
+
+@pytest.mark.usefixtures("counted_each_time")
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything on"])
 def test_no_read_between_logging_intervals(train, tmp_path, options):
     """Six steps more, not a read more."""
@@ -88,6 +97,34 @@ def test_no_read_between_logging_intervals(train, tmp_path, options):
     assert long == short
     chatty = count_reads(train, tmp_path / "chatty", max_train_steps=8, logging_steps=1, **options)
     assert chatty[0] - long[0] == 7, "one for each of seven reports more"
+
+
+SCRIPTS = {  # script -> flags that add to its step
+    "sd": EVERYTHING, "sd_lora": {"noise_offset": 0.1, "snr_gamma": 5.0}, "prior": {"use_ema": True, "snr_gamma": 5.0},
+    "prior_lora": {}, "decoder": {"use_ema": True, "image_embeds_dropout": 0.5}, "decoder_lora": {},
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_host_never_waits_for_the_gpu(command, script, precision):
+    """From the end of the second update to that of the seventh, torch itself raises at whatever synchronises."""
+    updates = []
+
+    def watch(_optimizer, _args, _kwargs):
+        updates.append(torch.cuda.get_sync_debug_mode())
+        torch.cuda.set_sync_debug_mode("error" if 2 <= len(updates) < 7 else "default")
+
+    hook = register_optimizer_step_post_hook(watch)
+    try:
+        tokens = command(script, mixed_precision=precision, max_train_steps=8, logging_steps=100, **SCRIPTS[script])
+        load_script(script).main([*tokens, "--dataloader_num_workers=1"])
+    finally:
+        hook.remove()
+        torch.cuda.set_sync_debug_mode("default")
+    assert updates == [0, 0, 2, 2, 2, 2, 2, 0]
 
 
 def test_counters_count():
@@ -162,6 +199,22 @@ def test_network_sees_what_the_batch_says(sd_flags, noise_scheduler):
     for flags, noise in (({}, 2.0), ({"input_perturbation": 0.1}, 3.0), ({"noise_offset": 0.1}, 3.0)):
         loss_of(sd_flags, noise_scheduler, unet, **flags)
         expected = 0.99915**0.5 * 2 + 0.00085**0.5 * noise
+        torch.testing.assert_close(seen.pop(), torch.full((2, 4, 2, 2), expected), rtol=1e-5, atol=0)
+
+
+def test_moments_in_half_precision_are_added_up_in_single(sd_flags, noise_scheduler):
+    """As the VAE gives them, and the cache keeps them, in a bf16 run: exact halves, so the latents are still 2."""
+    halves = {name: torch.full((2, 4, 2, 2), x).bfloat16() for name, x in (("latents_mean", 3), ("latents_std", 0.5))}
+    seen = []
+
+    def unet(noisy_latents, timesteps, text_states, return_dict):
+        seen.append(noisy_latents)
+        return (torch.zeros_like(noisy_latents),)
+
+    odd = {"posterior_noise": torch.full((2, 4, 2, 2), -2.0009765625)}  # which bf16 does not know
+    for changes, latents in ((halves, 2.0), (halves | odd, 1.99951171875)):
+        assert loss_of(sd_flags, noise_scheduler, unet, changes=changes) == 4.0
+        expected = 0.99915**0.5 * latents + 0.00085**0.5 * 2
         torch.testing.assert_close(seen.pop(), torch.full((2, 4, 2, 2), expected), rtol=1e-5, atol=0)
 
 

@@ -1,5 +1,6 @@
 """Captioned pictures: what is refused and how it is said; which samples every update sees; what a visit draws."""
 
+import io
 import json
 import subprocess
 import sys
@@ -14,14 +15,15 @@ import tiny
 import torch
 from PIL import Image
 
-from t2i_training import data, draws
+from t2i_training import data, draws, loading
 
 
 def options(**changes):
     defaults = {
         "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "cache_dir": None,
-        "image_column": "image", "max_train_samples": None, "seed": 3, "train_batch_size": 2,
+        "resolution": 32, "image_column": "image", "max_train_samples": None, "seed": 3, "train_batch_size": 2,
         "dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": None,
+        "cache_encodings": False, "caption_column": "text", "caption_dropout": 0.0,
     }  # fmt: skip
     return SimpleNamespace(**defaults | changes)
 
@@ -46,7 +48,9 @@ def refusal(function, *args) -> str:
 def test_folder_of_pictures(pictures):
     dataset = data.open_dataset(options(train_data_dir=str(pictures)))
     assert dataset["text"][:] == [f"picture {i}" for i in range(tiny.PICTURES)]
-    assert data.picture_source(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
+    assert data.picture_file(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
+    assert data.picture_source(dataset[2] | {data.ROW: 2}, options()) == str(pictures / "2.png")
+    assert data.picture_source(dataset[2] | {data.ROW: 2}, options(cache_encodings=True)) == 2  # not opened at all
 
 
 def test_local_folder_as_dataset_name(pictures):
@@ -61,7 +65,10 @@ def test_pictures_within_a_parquet_file(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
     dataset = data.open_dataset(options(dataset_name=str(tmp_path / "set")))
-    assert isinstance(data.picture_source(dataset[0]["image"]), bytes)
+    source = data.picture_source(dataset[0] | {data.ROW: 0}, options())
+    assert source == data.picture_file(dataset[0]["image"])
+    with Image.open(io.BytesIO(source)) as image:
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
     assert data.describe(dataset, "image", 1) == "row 1"
 
 
@@ -118,34 +125,6 @@ def test_max_train_samples_may_be_all_but_no_more(pictures):
 # --- captions
 
 
-@pytest.mark.parametrize("column", [["a", ""], [["a", "b"], ["c"]]])
-def test_strings_and_lists_of_strings_are_captions(column):
-    """The empty string too: it is the unconditional prompt."""
-    data.check_captions(captions(text=column), "text")
-
-
-@pytest.mark.parametrize(
-    ("column", "reason"),
-    [
-        (["a", None, "b", None], "is empty (no string) in row 1, 3"),
-        ([["a"], []], "is empty (no string) in row 1"),
-        ([["a"], ["b", None], None], "is empty (no string) in row 1, 2"),
-        ([1, 2], "holds int64; it must hold strings or lists of strings"),
-        ([[1], [2]], "holds list of int64; it must hold strings or lists of strings"),
-        ([None] * 12 + ["a"], "in row 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"),
-    ],
-)
-def test_what_is_no_caption_is_named(column, reason):
-    message = refusal(data.check_captions, captions(text=column), "text")
-    assert message.startswith("error: --caption_column 'text' ")
-    assert reason in message
-
-
-def test_unknown_caption_column_lists_the_columns():
-    message = refusal(data.check_captions, captions(text=["a"], title=["b"]), "caption")
-    assert message == "error: --caption_column 'caption' is not a column; there are: text, title"
-
-
 def visits(count: int):
     """The draw of each of `count` visits."""
     return [partial(draws.generator, 0, 0, index) for index in range(count)]
@@ -169,6 +148,20 @@ def test_dropout_does_not_shift_the_choice():
         assert data.pick_caption(texts, draw, 0.5) in ("", data.pick_caption(texts, draw, 0.0))
 
 
+@pytest.mark.parametrize("texts", [["a", "b", "a", ""], [["a", "b"], ["a"], ["", "b"]]])
+def test_all_captions_are_those_that_may_be_picked(texts):
+    table = captions(text=texts)
+    assert data.all_captions(table, options()) == ["", "a", "b"], "in an order that does not depend on the process"
+    picked = {data.pick_caption(caption, draw, 0.3) for caption in texts for draw in visits(50)}
+    assert picked == set(data.all_captions(table, options(caption_dropout=0.3))) == {"", "a", "b"}
+
+
+def test_the_empty_caption_is_among_them_if_captions_are_dropped():
+    table = captions(words=["a", "b"])
+    assert data.all_captions(table, options(caption_column="words")) == ["a", "b"]
+    assert data.all_captions(table, options(caption_column="words", caption_dropout=0.1)) == ["", "a", "b"]
+
+
 def test_tokens_are_padded_and_cut(model):
     from transformers import CLIPTokenizer
 
@@ -187,7 +180,7 @@ def test_tokens_are_padded_and_cut(model):
 
 def stream(count: int, **options) -> list:
     """The first `count` batches."""
-    batches = iter(data.VisitStream(**{"size": 7, "seed": 3, "rank": 0, "world_size": 1, "start": 0} | options))
+    batches = iter(loading.VisitStream(**{"size": 7, "seed": 3, "rank": 0, "world_size": 1, "start": 0} | options))
     return [next(batches) for _ in range(count)]
 
 
@@ -238,22 +231,23 @@ def test_batch_larger_than_the_data_set():
     ],
 )
 def test_number_of_updates(changes, world_size, plan):
-    assert data.plan_updates(options(**changes), 10, world_size) == plan
+    assert loading.plan_updates(options(**changes), 10, world_size) == plan
 
 
 # --- the loader
 
-CPU = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+CPU = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"), gradient_accumulation_steps=1)
 
 
 def visit_record(row, draw):
     """What a sample is made of here: the row and one number drawn for the visit."""
     number = int(row["text"].split()[1])
+    assert row[data.ROW] == number
     return {"row": torch.tensor(number), "drawn": torch.tensor(draw("noise").random(), dtype=torch.float64)}
 
 
 def record(dataset, count: int, **changes) -> list:
-    stream = data.batches(data.make_loader(dataset, visit_record, options(**changes), CPU, start=3), CPU)
+    stream = loading.batches(loading.make_loader(dataset, visit_record, options(**changes), CPU, start=3), CPU)
     return [{name: tensor.tolist() for name, tensor in next(stream).items()} for _ in range(count)]
 
 
@@ -286,14 +280,69 @@ def test_bad_picture_is_named_in_one_line(tmp_path, workers):
     dataset = data.open_dataset(args)
 
     def make_sample(row, draw):
-        return {"pixels": images.square(images.decode(data.picture_source(row["image"])), 8, "nearest")}
+        return {"pixels": images.square(images.decode(data.picture_file(row["image"])), 8, "nearest")}
 
-    message = refusal(list, data.batches(data.make_loader(dataset, make_sample, args, CPU, start=0), CPU))
-    assert message.startswith(f"error: row 4 ({folder / '4.png'}): UnidentifiedImageError: cannot identify")
+    loader = loading.make_loader(dataset, make_sample, args, CPU, start=0)
+    message = refusal(list, loading.batches(loader, accumulating(100)))
+    assert message.startswith(
+        f"error: row 4 ({folder / '4.png'}, metadata.jsonl line 5): UnidentifiedImageError: cannot identify"
+    )
+
+
+class Source:
+    """Batches 0, 1, 2, ... of which number `bad` cannot be had."""
+
+    def __init__(self, bad: int | None = None, count: int = 100):
+        self.bad, self.count, self.taken = bad, count, 0
+
+    def __iter__(self):
+        for number in range(self.count):
+            if number == self.bad:
+                raise data.BadSample("row 7 (7.png): gone")
+            self.taken += 1
+            yield {"number": torch.tensor(number)}
+
+
+def accumulating(steps: int):
+    return SimpleNamespace(**vars(CPU) | {"gradient_accumulation_steps": steps})
+
+
+@pytest.mark.parametrize("accumulation", [1, 3, 200])
+def test_batches_come_in_order_and_all(accumulation):
+    numbers = [int(batch["number"]) for batch in loading.batches(Source(), accumulating(accumulation))]
+    assert numbers == list(range(100))
+
+
+def test_no_more_is_held_back_than_an_update_and_not_without_limit():
+    for accumulation, held in ((1, 1), (3, 3), (5000, loading.MOST_HELD)):
+        source = Source()
+        next(loading.batches(source, accumulating(accumulation)))
+        assert source.taken == held + 1
+
+
+@pytest.mark.parametrize(("bad", "updates"), [(0, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 2), (7, 2), (8, 2), (9, 3)])
+def test_updates_before_a_bad_sample_are_finished(bad, updates, monkeypatch):
+    """Of three batches each. The bad sample is known before the last of them begins to be given out."""
+    told, stream = [], loading.batches(Source(bad), accumulating(3))
+    monkeypatch.setattr(loading.runtime, "fail_after_step", told.append)
+    given = []
+    if updates == 0:
+        assert refusal(next, stream) == "error: row 7 (7.png): gone"
+    while len(told) == 0 and updates:
+        given += [int(next(stream)["number"]) for _ in range(3)]
+    assert given == list(range(3 * updates))
+    assert told == ["row 7 (7.png): gone"] * (updates > 0)
+
+
+def test_loader_ends_with_the_last_update(pictures):
+    dataset = data.open_dataset(options(train_data_dir=str(pictures)))
+    args = options(gradient_accumulation_steps=2)
+    loader = loading.make_loader(dataset, visit_record, args, accumulating(2), start=3, updates=4)
+    assert len(list(loading.batches(loader, accumulating(2)))) == 8
 
 
 def test_sample_carries_its_index(pictures):
-    samples = data.Samples(data.open_dataset(options(train_data_dir=str(pictures))), visit_record, "image", seed=3)
+    samples = loading.Samples(data.open_dataset(options(train_data_dir=str(pictures))), visit_record, "image", seed=3)
     sample = samples[(2, 5)]
     assert (sample["index"].item(), sample["row"].item()) == (5, 5)
     assert sample["drawn"].item() == draws.generator(3, 2, 5, "noise").random()
@@ -303,15 +352,18 @@ def test_sample_carries_its_index(pictures):
 CRASH = """
 from types import SimpleNamespace
 import torch
-from t2i_training import data
+from t2i_training import data, loading
 
 def make_sample(row, draw):
     return {}
 
 def main():
-    args = SimpleNamespace(image_column="image", seed=0, train_batch_size=1, dataloader_num_workers=2)
-    cpu = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
-    stream = data.batches(data.make_loader([{"image": None}], make_sample, args, cpu, start=0), cpu)
+    args = SimpleNamespace(image_column="image", seed=0, train_batch_size=1, dataloader_num_workers=2,
+                           cache_encodings=False)
+    cpu = SimpleNamespace(
+        process_index=0, num_processes=1, device=torch.device("cpu"), gradient_accumulation_steps=1
+    )
+    stream = loading.batches(loading.make_loader([{"image": None}], make_sample, args, cpu, start=0), cpu)
     next(stream)
     raise RuntimeError("out of memory")
 

@@ -97,7 +97,7 @@ def test_rejected_token_ends_the_run_in_one_line_before_training(model, pictures
     assert "Traceback" not in done.stderr
     assert "401" in lines[-1]
     assert wrong not in done.stdout + done.stderr
-    assert set(contents(tmp_path / "out")) == {".lock"}
+    assert set(contents(tmp_path / "out")) == {".lock", ".inspected_pictures.json"}
     assert hub.repositories == {}
 
 

@@ -20,9 +20,9 @@ from runs import ADAPTERS, TRAINED, in_memory
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_kandinsky_prior import draw
-from test_train_text_to_image import LEFT, column, differ, drawn_at, optimizer, picture, tree
+from test_train_text_to_image import LEFT, column, differ, drawn_at, make_loader, optimizer, picture, tree
 
-from t2i_training import data, draws, lora
+from t2i_training import draws, lora
 
 SCRIPTS = ("decoder", "decoder_lora")
 EXPORTED = {
@@ -224,19 +224,14 @@ def test_validation_cadence(finished, script):
 
 
 @pytest.fixture
-def sampler(script, command):
+def sampler(script, command, base, base_prior):
     """sampler(**changes): a function (epoch, index) -> sample, as loader workers make it for a run with these flags."""
 
     def make(**changes):
-        args = load_script(script).parse_args(command(script, **changes))
-        rows = data.open_dataset(args)
-        shape = (4, args.resolution // 2, args.resolution // 2)
-
-        def sample(epoch, index):
-            draw = functools.partial(draws.generator, args.seed, epoch, index)
-            return load_script(script).make_sample(rows[index], draw, args, 32, shape, 1000)
-
-        return sample
+        module = load_script(script)
+        args, frozen = module.parse_args(command(script, **changes)), [base.movq, base_prior.image_encoder]
+        samples = make_loader(module, args, base, frozen).dataset
+        return lambda epoch, index: samples[epoch, index]
 
     return make
 
@@ -270,10 +265,14 @@ def test_pixels(sampler, base_prior, pictures, tmp_path, script):
     assert np.array_equal(sample(1, 0)["pixels"].numpy(), middle)
     with Image.open(folder / "0.png") as image:
         half = np.asarray(image.resize((20, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16))).transpose(2, 0, 1)
-    assert np.array_equal(sampler(train_data_dir=folder, resolution=16)(0, 0)["pixels"].numpy(), half)
+    pixels = sampler(train_data_dir=folder, resolution=16)(0, 0)["pixels"]
+    assert np.allclose(pixels.int(), half.astype(int), rtol=0, atol=1)  # torch's filter; see test_images.py
 
 
-def test_draws_of_a_sample(sampler):
+SAMPLE = {"pixels", "clip_pixels", "noise", "timesteps", "index"}
+
+
+def test_draws_of_a_sample(sampler, base_prior):
     dropping, plain = sampler(image_embeds_dropout=0.25), sampler()
     samples = [dropping(epoch, 1) for epoch in range(80)]
     assert len({int(sample["timesteps"]) for sample in samples}) > 60
@@ -281,10 +280,32 @@ def test_draws_of_a_sample(sampler):
     noise = torch.stack([sample["noise"] for sample in samples])
     assert abs(float(noise.mean())) < 0.02
     assert abs(float(noise.std()) - 1) < 0.02
-    assert 45 < sum(bool(sample["kept"]) for sample in samples) < 72, "three of four are kept"
-    assert all(bool(plain(epoch, 1)["kept"]) for epoch in range(20))
+    assert 8 < sum(bool(sample["dropped"]) for sample in samples) < 35, "one of four is dropped"
+    for epoch, sample in enumerate(samples):
+        assert set(sample) == {*SAMPLE, "dropped", "empty_embeds"}
+        assert (sample["dropped"].dtype, sample["dropped"].shape) == (torch.bool, ())
+        assert bool(sample["dropped"]) == (draws.generator(3, epoch, 1, "image_embeds_dropout").random() < 0.25)
+        assert torch.equal(sample["empty_embeds"], samples[0]["empty_embeds"])
+    with torch.no_grad():
+        torch.testing.assert_close(samples[0]["empty_embeds"], base_prior.get_zero_embed()[0], rtol=1e-6, atol=1e-6)
+    assert all(set(plain(epoch, 1)) == SAMPLE for epoch in range(20)), "nothing can be dropped"
     for name in ("noise", "timesteps", "clip_pixels", "pixels"):
         assert torch.equal(plain(3, 1)[name], samples[3][name])
+    assert torch.equal(samples[3]["noise"], draws.normal(draws.generator(3, 3, 1, "noise"), (4, 16, 16)))
+    assert int(samples[3]["timesteps"]) == draws.generator(3, 3, 1, "timestep").integers(1000)
+
+
+def test_picture_is_read_by_itself(script, pictures):
+    """By the function that cached encodings stand behind: nothing of it depends on the rest of a sample."""
+    whole = picture(pictures / "2.png").transpose(2, 0, 1)
+    with Image.open(pictures / "2.png") as image:
+        half = np.asarray(image.resize((20, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16))).transpose(2, 0, 1)
+    for source in (str(pictures / "2.png"), (pictures / "2.png").read_bytes()):
+        for sides, wanted in (((32, 16), (whole[:, :, 4:36], half)), ((16, 32), (half, whole[:, :, 4:36]))):
+            read = load_script(script).read_picture(source, None, False, *sides)
+            assert set(read) == {"pixels", "clip_pixels"}
+            for name, expected in zip(("pixels", "clip_pixels"), wanted, strict=True):  # torch's filter and Pillow's
+                assert np.abs(read[name].numpy().astype(int) - expected).max() <= 2
 
 
 # -------------------------------------------------------------------------------------------------------- the objective
@@ -292,9 +313,9 @@ def test_draws_of_a_sample(sampler):
 
 @pytest.fixture
 def objective(script, command, sampler):
-    """objective(kept=..., **changes): (loss of one batch, the batch, the network)."""
+    """objective(dropped=..., **changes): (loss of one batch, the batch, the network, the embeddings that it saw)."""
 
-    def make(kept=None, **changes):
+    def make(dropped=None, **changes):
         module = load_script(script)
         args = module.parse_args(command(script, **changes))
         pipeline, image_encoder, unet, scheduler = module.load_models(args, Accelerator())
@@ -302,17 +323,24 @@ def objective(script, command, sampler):
             unet = lora.add_adapters(unet, args, Accelerator(), lora.ADDED_KV_ATTENTION)
         sample = sampler(**changes)
         batch = torch.utils.data.default_collate([sample(0, index) for index in range(4)])
-        if kept is not None:
-            batch["kept"] = torch.tensor(kept)
+        if dropped is not None:
+            batch["dropped"] = torch.tensor(dropped)
         batch |= module.encode(batch, pipeline.movq.eval(), image_encoder.eval())
-        return module.compute_loss(unet, batch, scheduler, args), batch, unet
+        before, seen = {name: tensor.clone() for name, tensor in batch.items()}, []
+        look = lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"])  # noqa: E731
+        hook = unet.register_forward_pre_hook(look, with_kwargs=True)
+        loss = module.compute_loss(unet, batch, scheduler, args)
+        hook.remove()
+        assert differ(batch, before) == [], "the batch is left as it was"
+        return loss, batch, unet, *seen
 
     return make
 
 
 def test_encoded_batch(objective, base, base_prior, pictures):
     """Latents neither sampled nor scaled; embeddings by the prior's own image processor."""
-    _, batch, _ = objective()
+    _, batch, _, seen = objective()
+    assert torch.equal(seen, batch["image_embeds"])
     photos = [Image.open(pictures / f"{i}.png").convert("RGB") for i in range(4)]
     squares = torch.stack([torch.from_numpy(np.asarray(photo)[:, 4:36].copy()) for photo in photos])
     with torch.no_grad():
@@ -325,18 +353,35 @@ def test_encoded_batch(objective, base, base_prior, pictures):
 
 def test_dropped_embedding_is_the_prior_pipelines_zero_embedding(objective, base_prior):
     """Which stands, at inference, for the unconditional half of guidance."""
-    _, batch, _ = objective(kept=[True, False, True, False])
-    _, whole, _ = objective(kept=[True] * 4)
+    some, batch, _, seen = objective(dropped=[False, True, False, True], image_embeds_dropout=0.25)
+    whole, same, _, embeds = objective(dropped=[False] * 4, image_embeds_dropout=0.25)
+    plain, _, _, _ = objective()
     with torch.no_grad():
         zero = base_prior.get_zero_embed()[0]
         many = base_prior.get_zero_embed(4)
     assert torch.equal(many[3], zero)
     for i in (1, 3):
-        torch.testing.assert_close(batch["image_embeds"][i], zero, rtol=1e-6, atol=1e-6)
-        assert not torch.allclose(whole["image_embeds"][i], zero, atol=1e-2)
+        torch.testing.assert_close(seen[i], zero, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(embeds[i], zero, atol=1e-2)
     for i in (0, 2):
-        assert torch.equal(batch["image_embeds"][i], whole["image_embeds"][i])
-    assert torch.equal(batch["latents"], whole["latents"])
+        assert torch.equal(seen[i], embeds[i])
+    assert torch.equal(embeds, batch["image_embeds"]), "what is encoded, and cached, does not know what is dropped"
+    assert differ(batch, same) == ["dropped"]
+    assert torch.equal(whole, plain)
+    assert float(some.detach()) != pytest.approx(float(whole.detach()), rel=1e-4)
+
+
+def test_embedding_of_nothing_is_the_prior_pipelines(script, base_prior):
+    """In the encoder's precision, on the CPU, from where loader workers put it into samples."""
+    nothing = load_script(script).embed_nothing(base_prior.image_encoder)
+    assert (nothing.shape, nothing.dtype, nothing.device.type) == ((32,), torch.float32, "cpu")
+    assert not nothing.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(nothing, base_prior.get_zero_embed()[0], rtol=1e-6, atol=1e-6)
+    assert nothing.abs().max() > 1e-2, "which is not zero"
+    halved = load_script(script).embed_nothing(base_prior.image_encoder.bfloat16())
+    assert halved.dtype == torch.bfloat16
+    torch.testing.assert_close(halved.float(), nothing, rtol=0.1, atol=0.05)
 
 
 def test_dropout_acts_on_a_run(finished, script):
@@ -350,14 +395,18 @@ def linear_alpha_bar(timesteps) -> torch.Tensor:
     return torch.tensor(np.cumprod(1 - betas), dtype=torch.float32)[timesteps]
 
 
-def test_loss_by_hand(objective, base):
+def test_loss_by_hand(objective, base, base_prior):
     """On the first four channels; Min-SNR's weight for the noise is min(SNR, gamma) / SNR, arXiv:2303.09556."""
     losses = []
-    for gamma in (None, 0.5):
-        loss, batch, _ = objective(snr_gamma=gamma)
+    for gamma, dropped in ((None, None), (0.5, None), (None, [False, True, True, False])):
+        share = 0.25 if dropped else 0
+        loss, batch, _, _ = objective(snr_gamma=gamma, dropped=dropped, image_embeds_dropout=share)
         alpha_bar = linear_alpha_bar(batch["timesteps"]).view(-1, 1, 1, 1)
         noisy = alpha_bar.sqrt() * batch["latents"] + (1 - alpha_bar).sqrt() * batch["noise"]
-        condition = {"image_embeds": batch["image_embeds"]}
+        embeds = batch["image_embeds"].clone()
+        for i in (1, 2) if dropped else ():
+            embeds[i] = base_prior.get_zero_embed()[0].detach()
+        condition = {"image_embeds": embeds}
         with torch.no_grad():
             prediction = base.unet(noisy, batch["timesteps"], None, added_cond_kwargs=condition).sample
         assert prediction.shape[1] == 8
@@ -367,12 +416,13 @@ def test_loss_by_hand(objective, base):
         losses.append(float(loss.detach()))
         assert losses[-1] == pytest.approx(float((weights * errors).mean()), rel=1e-4)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-3)
 
 
 def test_gradient_checkpointing(objective, finished, script):
     results = []
     for wanted in (False, True):
-        loss, _, unet = objective(gradient_checkpointing=wanted)
+        loss, _, unet, _ = objective(gradient_checkpointing=wanted)
         calls = []
         unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         loss.backward()

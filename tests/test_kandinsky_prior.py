@@ -19,9 +19,9 @@ from PIL import Image
 from runs import ADAPTERS, TRAINED, in_memory
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_train_text_to_image import LEFT, column, differ, drawn_at, optimizer, picture, tree
+from test_train_text_to_image import LEFT, column, differ, drawn_at, make_loader, optimizer, picture, tree
 
-from t2i_training import data, draws, lora, runtime
+from t2i_training import draws, lora, runtime
 
 SCRIPTS = ("prior", "prior_lora")
 EXPORTED = {
@@ -232,14 +232,10 @@ def sampler(script, command, base):
     """sampler(**changes): a function (epoch, index) -> sample, as loader workers make it for a run with these flags."""
 
     def make(**changes):
-        args = load_script(script).parse_args(command(script, **changes))
-        rows = data.open_dataset(args)
-
-        def sample(epoch, index):
-            draw = functools.partial(draws.generator, args.seed, epoch, index)
-            return load_script(script).make_sample(rows[index], draw, args, base.tokenizer, 32, 32, 1000)
-
-        return sample
+        module = load_script(script)
+        frozen = [base.image_encoder, base.text_encoder, base.prior.clip_mean, base.prior.clip_std]
+        samples = make_loader(module, module.parse_args(command(script, **changes)), base, frozen).dataset
+        return lambda epoch, index: samples[epoch, index]
 
     return make
 
@@ -299,6 +295,24 @@ def test_draws_of_a_sample(sampler):
     assert int(plain["text_mask"].sum()) == 10
     for name in ("noise", "timesteps", "clip_pixels"):
         assert torch.equal(plain[name], samples[3][name])
+    for sample in (plain, samples[3]):
+        assert set(sample) == {"clip_pixels", "input_ids", "text_mask", "noise", "timesteps", "index"}
+    assert torch.equal(plain["noise"], draws.normal(draws.generator(3, 3, 1, "noise"), (32,)))
+    assert int(plain["timesteps"]) == draws.generator(3, 3, 1, "timestep").integers(1000)
+
+
+def test_picture_and_caption_are_read_each_by_itself(script, base, pictures):
+    """By the two functions that cached encodings stand between: nothing of theirs depends on the rest of a sample."""
+    module, whole = load_script(script), picture(pictures / "2.png").transpose(2, 0, 1)
+    for source in (str(pictures / "2.png"), (pictures / "2.png").read_bytes()):
+        read = module.read_picture(source, None, False, 32)
+        assert set(read) == {"clip_pixels"}
+        assert np.array_equal(read["clip_pixels"].numpy(), whole[:, :, 4:36])
+    read = module.read_caption("a cat", base.tokenizer)
+    wanted = base.tokenizer("a cat", max_length=16, padding="max_length", return_tensors="pt")
+    assert set(read) == {"input_ids", "text_mask"}
+    assert torch.equal(read["input_ids"], wanted.input_ids[0])
+    assert torch.equal(read["text_mask"], wanted.attention_mask[0].bool())
 
 
 def test_dropped_caption_is_the_empty_one(finished, script, tmp_path):
@@ -354,6 +368,24 @@ def test_encoded_batch(objective, base, pictures):
     torch.testing.assert_close(batch["text_states"], text_states, rtol=1e-5, atol=1e-6)
     assert torch.equal(batch["text_mask"], mask)
     torch.testing.assert_close(base.prior.post_process_latents(batch["image_embeds"]), embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_encodings_of_pictures_and_captions(script, sampler, base):
+    """Each from its own half of the batch alone; together they are `encode`'s."""
+    module, sample = load_script(script), sampler()
+    batch = torch.utils.data.default_collate([sample(0, index) for index in range(4)])
+    statistics = base.prior.clip_mean.detach(), base.prior.clip_std.detach()
+    with torch.no_grad():
+        photos = module.encode_pictures({"clip_pixels": batch["clip_pixels"]}, base.image_encoder, *statistics)
+        texts = {name: batch[name] for name in ("input_ids", "text_mask")}
+        captions = module.encode_captions(texts, base.text_encoder)
+    assert set(photos) == {"image_embeds"}
+    assert set(captions) == {"text_embeds", "text_states", "text_mask"}
+    both = module.encode(batch, base.image_encoder, base.text_encoder, *statistics)
+    assert set(both) == {*photos, *captions}
+    assert all(torch.equal(both[name], (photos | captions)[name]) for name in both)
+    assert not any(tensor.requires_grad for tensor in both.values())
+    assert torch.equal(both["text_mask"], batch["text_mask"])
 
 
 def test_loss_by_hand(objective, base):

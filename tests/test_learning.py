@@ -96,11 +96,10 @@ def mean_loss(unet) -> float:
         return script.compute_loss(unet, batch, DDPMScheduler.from_config(pipeline.scheduler.config), args).item()
 
 
-def test_lora_run_learns_of_the_style(base_shares, tmp_path):
-    """Less than the full run, whose thresholds adapters on attention cannot reach with this small pipeline.
+def test_lora_run_learns_the_style(base_shares, tmp_path):
+    """Wholly on the captions it was trained on; on others less than the full run, whose biases move every picture.
 
-    The finest of its three levels has no attention. Measured: 240 steps that train all attention matrices whole give 2
-    pictures of 16; adapters of rank 16 give 5 after 2500 steps, adapters on the convolutions as well 14 after 240.
+    Measured at rank 4: 10 of 16 after 240 steps of 4 samples (here), 12 after 500 of 8; at rank 16: 12.
     """
     pipeline = measure.load(BASE)
     before = mean_loss(pipeline.unet)
@@ -109,12 +108,12 @@ def test_lora_run_learns_of_the_style(base_shares, tmp_path):
     )
     pipeline.load_lora_weights(folder, weight_name=lora.WEIGHTS_NAME)
     shares = night_shares(pipeline)
-    assert mean_loss(pipeline.unet) < before / 3  # measured: 0.22 of 0.83; the full run reaches 0.13
+    assert mean_loss(pipeline.unet) < before / 3
     assert sum(base_shares) / 16 < 0.01  # measured: 0.0002
-    assert sum(shares) / 16 > 0.12  # measured: 0.21; the full run reaches 0.46
-    assert carried(shares) >= 4  # measured: 7
+    assert carried(shares[:8]) >= 6  # the captions of the pictures; measured: 7
+    assert carried(shares) >= 8  # measured: 10
     sizes = [sum(file.stat().st_size for file in path.rglob("*.safetensors")) for path in (folder, BASE)]
-    assert sizes[0] < 0.03 * sizes[1]  # measured: 0.021; below 0.01 at rank 1, and see the next test
+    assert sizes[0] < 0.03 * sizes[1]  # below 0.01 at rank 1, and see the next test
 
 
 def test_lora_file_is_small():

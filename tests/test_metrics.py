@@ -8,8 +8,10 @@ import torch
 from accelerate.state import PartialState
 from conftest import load_script
 from PIL import Image
+from runs import TIMED
+from runs import rows as untimed
 
-from t2i_training import data, metrics, runtime
+from t2i_training import data, flops, metrics, readouts, runtime
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def started(sd_flags, tmp_path):
         args = load_script("sd").parse_args(sd_flags(**changes))
         accelerator = runtime.start(args)
         progress = metrics.Progress(args, accelerator, data.open_dataset(args), position or {})
-        progress.begin()
+        progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean())
         opened.append(progress)
         return progress
 
@@ -31,10 +33,14 @@ def started(sd_flags, tmp_path):
     runtime.default_signals()
 
 
+def batch(indices) -> dict:
+    return {"index": torch.tensor(indices), "pixels": torch.ones(len(indices), 3)}
+
+
 def update(progress, *losses, grad_norm=1.0, indices=(0, 1), lr=0.5) -> None:
     """One weight update of as many micro-batches as losses."""
     for loss in losses:
-        progress.add(torch.tensor(loss), torch.tensor(indices))
+        progress.add(torch.tensor(loss), batch(indices))
     progress.update(torch.tensor(grad_norm), lr)
 
 
@@ -49,13 +55,115 @@ def test_row_by_hand(started, tmp_path):
     assert rows(tmp_path) == []  # the interval is not over
     update(progress, 3.0, 6.0, grad_norm=4.0, lr=0.5)
     update(progress, 8.0, 8.0, grad_norm=5.0, lr=0.125)  # the last update ends the interval early
-    speeds = [row.pop("images_per_second") for row in rows(tmp_path)]
-    written = [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows(tmp_path)]
-    assert written == [
+    assert untimed(tmp_path / "out") == [
         {"step": 2, "epoch": 1.3333, "loss": 3.0, "lr": 0.5, "grad_norm": 4.0},
         {"step": 3, "epoch": 2.0, "loss": 8.0, "lr": 0.125, "grad_norm": 5.0},
     ]
-    assert all(speed > 0 for speed in speeds)
+
+
+class Clock:
+    """Stands in for the time module: a clock that stands still unless it is moved."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(readouts, "time", Clock())
+    return readouts.time
+
+
+def timed_rows(tmp_path) -> list[dict]:
+    return [{name: value for name, value in row.items() if name in TIMED} for row in rows(tmp_path)]
+
+
+def test_readouts_by_hand(started, tmp_path, clock):
+    """Two samples an update. FLOPs of a Linear(3, 5) and one sample: 2 * 3 * 5 forward, as many for its weight."""
+    progress = started(logging_steps=2, max_train_steps=4)
+    clock.now += 0.5
+    update(progress, 1.0)
+    clock.now += 1.5
+    update(progress, 1.0)
+    for seconds in (4.0, 4.0):
+        clock.now += seconds
+        update(progress, 1.0)
+    assert timed_rows(tmp_path) == [
+        {"images_per_second": 2.0, "seconds_per_step": 1.0, "data_wait": 0.0, "tflops_per_second": 2.0 * 60e-12},
+        {"images_per_second": 0.5, "seconds_per_step": 4.0, "data_wait": 0.0, "tflops_per_second": 0.5 * 60e-12},
+    ]
+
+
+def test_pauses_are_left_out(started, tmp_path, clock):
+    """A checkpoint or validation restarts the clock: what came before it in the interval does not count either."""
+    progress = started(logging_steps=2)
+    clock.now += 7.0
+    update(progress, 1.0)
+    clock.now += 100.0
+    progress.restart_clock()
+    clock.now += 0.25
+    update(progress, 1.0)
+    assert [(row["images_per_second"], row["seconds_per_step"]) for row in rows(tmp_path)] == [(8.0, 0.25)]
+
+
+def test_wait_for_data(started, tmp_path, clock):
+    """One second of four in each update is spent in `next`."""
+
+    def loader():
+        for name in "abcd":
+            clock.now += 1.0
+            yield name
+
+    progress, stream = started(logging_steps=2), readouts.timed(loader())
+    names = ""
+    for _ in range(4):
+        names += next(stream)
+        clock.now += 3.0
+        update(progress, 1.0)
+    assert names == "abcd"
+    assert list(stream) == []
+    assert [(row["data_wait"], row["seconds_per_step"]) for row in rows(tmp_path)] == [(0.25, 4.0), (0.25, 4.0)]
+
+
+def test_counting_is_left_out_and_may_fail(started, tmp_path, clock, monkeypatch, caplog):
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        clock.now += 50.0
+        raise NotImplementedError("no fake\nkernel")
+
+    monkeypatch.setattr(flops, "count", fail)
+    progress = started()
+    for _ in range(2):
+        clock.now += 2.0
+        update(progress, 1.0)
+    assert calls == [1]
+    assert [row["seconds_per_step"] for row in rows(tmp_path)] == [2.0, 2.0]
+    assert "tflops_per_second" not in rows(tmp_path)[0]
+    assert "FLOPs are not counted: NotImplementedError: no fake kernel" in caplog.text
+
+
+def test_readouts_in_the_progress_bar():
+    row = {"images_per_second": 12.34, "data_wait": 0.034, "peak_memory_gib": 23.45, "mfu": 0.412}
+    assert readouts.shown(row) == "images/s=12.3, data=3%, GiB=23.4, mfu=41%"
+    assert readouts.shown({"images_per_second": 0.5, "data_wait": 1.0}) == "images/s=0.5, data=100%"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_is_of_the_interval(started, tmp_path):
+    progress = started(max_train_steps=9)
+    held = torch.empty(2**28, device="cuda")  # a GiB
+    update(progress, 1.0)
+    del held
+    update(progress, 1.0)
+    first, second = (row["peak_memory_gib"] for row in rows(tmp_path))
+    assert first >= 1.0
+    assert second <= first - 1.0
 
 
 def test_checkpoint_within_an_interval_changes_no_row(started, tmp_path):
@@ -130,8 +238,10 @@ def test_new_run_begins_a_new_file(started, tmp_path):
 
 def test_rows_are_read_without_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(PartialState, "_shared_state", {})  # as in a process that has no Accelerator
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\x00\x00\n{"step": 2}\n{"st')
-    assert metrics.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    whole = [{"step": step, "loss": 1.0, "lr": 0.5, "grad_norm": None} for step in (1, 2)]
+    lines = [json.dumps(whole[0]), "\0\0", "5", '{"step": 2}', json.dumps(whole[1]), '{"st']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert metrics.read_metrics(tmp_path) == whole
 
 
 def test_curves_are_drawn(tmp_path):
@@ -163,14 +273,14 @@ def test_bad_loss_names_the_samples_of_its_step(started, tmp_path, pictures, bad
     """Found at the end of the interval, and told of the very update: step 2 of 3, its two micro-batches."""
     progress = started(gradient_accumulation_steps=2, logging_steps=3, max_train_steps=9)
     update(progress, 1.0, 1.0, indices=(0, 1))
-    progress.add(torch.tensor(1.0), torch.tensor((2, 3)))
-    progress.add(torch.tensor(bad), torch.tensor((4, 5)))
+    progress.add(torch.tensor(1.0), batch((2, 3)))
+    progress.add(torch.tensor(bad), batch((4, 5)))
     progress.update(torch.tensor(1.0), 0.5)
-    progress.add(torch.tensor(1.0), torch.tensor((0, 1)))
-    progress.add(torch.tensor(1.0), torch.tensor((0, 1)))
+    progress.add(torch.tensor(1.0), batch((0, 1)))
+    progress.add(torch.tensor(1.0), batch((0, 1)))
     with pytest.raises(SystemExit) as stop:
         progress.update(torch.tensor(1.0), 0.5)
-    names = "; ".join(f"row {i} ({pictures / f'{i}.png'})" for i in (2, 3, 4, 5))
+    names = "; ".join(f"row {i} ({pictures / f'{i}.png'}, metadata.jsonl line {i + 1})" for i in (2, 3, 4, 5))
     message = str(stop.value)
     assert message.startswith(f"error: loss {bad} at step 2, ")
     assert f"the step's samples: {names}. " in message

@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import load_script
 
-from t2i_training import optim, runtime
+from t2i_training import networks, optim, runtime
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ class Plain(torch.nn.Linear):
 def test_frozen_in_full_precision_is_the_module_itself(start):
     _, accelerator = start()
     module = Plain(2, 2).train()
-    assert runtime.frozen(module, accelerator) is module
+    assert networks.frozen(module, accelerator) is module
     assert not module.training
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
@@ -139,8 +139,8 @@ def test_frozen_in_half_precision_leaves_the_original_unrounded(start):
     _, accelerator = start(mixed_precision="bf16")
     module = Plain(2, 2)
     module.weight.data.fill_(1 / 3)
-    copy = runtime.frozen(module, accelerator)
-    assert runtime.inference_dtype(accelerator) == copy.weight.dtype == torch.bfloat16
+    copy = networks.frozen(module, accelerator)
+    assert networks.inference_dtype(accelerator) == copy.weight.dtype == torch.bfloat16
     assert not copy.weight.requires_grad
     assert module.weight.dtype == torch.float32
     assert (module.weight == 1 / 3).all()
@@ -151,7 +151,7 @@ def test_fp16_without_a_gpu_trains_in_fp32_and_says_so(start):
     with pytest.warns(UserWarning, match="fp16 needs a GPU: training in fp32"):
         _, accelerator = start(mixed_precision="fp16")
     assert accelerator.mixed_precision == "no"
-    assert runtime.inference_dtype(accelerator) == torch.float32
+    assert networks.inference_dtype(accelerator) == torch.float32
 
 
 def test_second_run_in_one_process_may_differ(start, tmp_path):
@@ -200,7 +200,7 @@ def test_run_config_can_be_passed_back(start, tmp_path):
         mixed_precision="no", seed=None,
     )  # fmt: skip
     runtime.settle_seed(args, {})
-    runtime.write_config(args)
+    runtime.write_config(args, resumed=False)
     path = tmp_path / "out" / "run_config.yaml"
     assert "hf_secret" not in path.read_text()
     assert yaml.safe_load(path.read_text())["validation_prompts"] == ["- a\nb", "null"]
@@ -221,7 +221,7 @@ def test_failure_while_loading_names_the_flag(capsys):
 HOLD = """
 import sys, time
 from types import SimpleNamespace
-from t2i_training import optim, runtime
+from t2i_training import networks, optim, runtime
 runtime.start(SimpleNamespace(output_dir=sys.argv[1], local_rank=-1, gradient_accumulation_steps=1,
     mixed_precision=None, report_to="none", logging_dir="logs", train_batch_size=1))
 print("locked", flush=True)
@@ -273,6 +273,23 @@ def test_signal_before_the_loop_ends_the_run_at_once(start, number):
     start()
     with pytest.raises(SystemExit) as stop:
         os.kill(os.getpid(), number)
+    assert stop.value.code == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_that_a_library_takes_for_an_error(start, number):
+    """torch's C++, asked for the shape of a list, turns whatever is raised meanwhile into a ValueError."""
+
+    def load():
+        with runtime.readable_errors("checkpoint", "x"):
+            try:
+                os.kill(os.getpid(), number)
+            except SystemExit:
+                raise ValueError("could not determine the shape") from None
+
+    start()
+    with pytest.raises(SystemExit) as stop:
+        load()
     assert stop.value.code == 128 + number
 
 

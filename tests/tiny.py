@@ -16,6 +16,8 @@ SCRIPTS = {  # the one place that knows where they are
     "decoder": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_decoder.py",
     "decoder_lora": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_decoder_lora.py",
 }
+FLAX_SCRIPT = REPOSITORY / "text_to_image" / "train_text_to_image_flax.py"  # its tests are of its own: JAX is optional
+ALL_SCRIPTS = SCRIPTS | {"sd_flax": FLAX_SCRIPT}
 PICTURES = 6  # of make_pictures; not a multiple of the batch sizes used, so epochs end inside batches
 
 

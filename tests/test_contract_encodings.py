@@ -1,0 +1,330 @@
+"""Contract: --cache_encodings changes nothing but the time: the same losses, the same resume, nothing encoded twice."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import launch, load_script
+from PIL import Image
+from runs import DRAWS, TRAINED, interrupt, outcome, rows, wait_until
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from t2i_training import encoding_store, encodings
+
+# Six pictures of 40 x 32, two times two an update.
+RUN = {
+    "max_train_steps": 3, "checkpointing_steps": 3, "gradient_accumulation_steps": 2, "lr_warmup_steps": 0,
+    "learning_rate": 1e-4,
+}  # fmt: skip
+# The centre alone is the same with the cache as without; of other places the cache has a few, chosen beforehand.
+VIEWS = {script: {"center_crop": True} if script.startswith("sd") else {} for script in DRAWS}
+ENCODED = {script: (12 if script.startswith("sd") else 6, 0 if "decoder" in script else 7) for script in DRAWS}
+
+
+@pytest.fixture
+def train(command):
+    """train(script, output_dir, **changes): a run in this process; returns its output folder."""
+
+    def run(script, output_dir, **changes):
+        load_script(script).main(
+            command(script, output_dir=output_dir, **RUN | DRAWS[script] | VIEWS[script] | changes)
+        )
+        return output_dir
+
+    return run
+
+
+def shards(folder, kind="*") -> set:
+    """The cache's files, which are named by their content, below an output folder or an --encodings_dir."""
+    return set(folder.glob(f"**/{kind}-*/*.safetensors"))
+
+
+def count(folder, kind) -> int:
+    return sum(len(load_file(path)["keys"]) for path in shards(folder, kind))
+
+
+# The same training
+
+
+@pytest.mark.parametrize("script", DRAWS)
+def test_cached_training_is_the_same_training(train, script, tmp_path):
+    plain, cached = train(script, tmp_path / "plain"), train(script, tmp_path / "cached", cache_encodings=True)
+    assert (count(cached, "pictures"), count(cached, "captions")) == ENCODED[script], "both mirrorings, and no caption"
+    for row, wanted in zip(rows(cached), rows(plain), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)
+    weights, wanted = (load_file(folder / TRAINED[script]) for folder in (cached, plain))
+    torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", DRAWS)
+def test_resumed_cached_run_is_bit_identical(train, script, tmp_path):
+    whole = train(script, tmp_path / "whole", cache_encodings=True)
+    pieces = tmp_path / "pieces"
+    for _ in range(2):
+        with interrupt(1):
+            train(script, pieces, cache_encodings=True, resume_from_checkpoint="latest")
+    train(script, pieces, cache_encodings=True, resume_from_checkpoint="latest", dataloader_num_workers=2)
+    assert outcome(pieces, 3, TRAINED[script], 15) == outcome(whole, 3, TRAINED[script], 15)
+
+
+@pytest.mark.parametrize("script", ["sd", "prior"])
+def test_two_processes(command, train, script, tmp_path):
+    """Each encodes half of it; both read all of it."""
+    options = {**RUN, **DRAWS[script], **VIEWS[script], "cache_encodings": True, "gradient_accumulation_steps": 1}
+    tokens = command(script, output_dir=tmp_path / "two", **options)
+    run = launch(script, tokens, processes=2, timeout=180)
+    assert run.returncode == 0, run.stderr
+    assert len(shards(tmp_path / "two", "pictures")) == 2
+    one = train(script, tmp_path / "one", cache_encodings=True)
+    for row, wanted in zip(rows(tmp_path / "two"), rows(one), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)
+
+
+# What it saves
+
+
+@pytest.mark.parametrize("script", DRAWS)
+def test_a_step_costs_the_trained_network_alone(train, script, tmp_path, monkeypatch):
+    """Three updates more cost three times two forward and backward passes of the trained network."""
+    module, seen = load_script(script), []
+    compute_loss = module.compute_loss
+    monkeypatch.setattr(module, "compute_loss", lambda *inputs: seen.append(inputs) or compute_loss(*inputs))
+
+    def flops(updates, name):
+        with FlopCounterMode(display=False) as counter:
+            train(script, tmp_path / name / str(updates), max_train_steps=updates, **options)
+        return counter.get_total_flops()
+
+    options = {"cache_encodings": True, "encodings_dir": tmp_path / "encodings"}
+    train(script, tmp_path / "first", **options)
+    cached = (flops(4, "cached") - flops(1, "cached")) / 6
+    options = {}
+    plain = (flops(4, "plain") - flops(1, "plain")) / 6
+    with FlopCounterMode(display=False) as counter:
+        compute_loss(*seen[-1]).backward()
+    assert cached == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert plain > 1.05 * cached
+
+
+def networks_run(train, *arguments, **options) -> set[str]:
+    """The classes of the frozen networks that compute during a run."""
+    seen = set()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(type(module).__name__))
+    try:
+        train(*arguments, **options)
+    finally:
+        hook.remove()
+    return seen & {"Encoder", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"}
+
+
+@pytest.mark.parametrize("script", DRAWS)
+def test_warm_run_encodes_nothing(train, script, tmp_path):
+    """Of the same run, in another output folder; nor does it write anything."""
+    shared = tmp_path / "shared"
+    options = {"cache_encodings": True, "encodings_dir": shared}
+    if "decoder" in script:
+        options["image_embeds_dropout"] = 0  # else the empty embedding is computed, one forward pass a run
+    assert networks_run(train, script, tmp_path / "first", **options)
+    written = {path: path.stat().st_mtime_ns for path in shards(shared)}
+    assert networks_run(train, script, tmp_path / "second", **options) == set()
+    assert {path: path.stat().st_mtime_ns for path in shards(shared)} == written
+    assert not (tmp_path / "second" / "encodings").exists()
+    assert outcome(tmp_path / "first", 3, TRAINED[script], 15) == outcome(tmp_path / "second", 3, TRAINED[script], 15)
+
+
+def test_full_and_lora_runs_share(train, tmp_path):
+    options = {"cache_encodings": True, "encodings_dir": tmp_path / "shared"}
+    train("sd", tmp_path / "full", **options)
+    assert networks_run(train, "sd_lora", tmp_path / "lora", **options) == set()
+
+
+# What is encoded anew
+
+
+def test_what_has_changed_is_encoded_anew(train, pictures, model, v_model, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(pictures, data)
+    shutil.copy(pictures / "0.png", data / "6.png")
+    metadata = (pictures / "metadata.jsonl").read_text() + '{"file_name": "6.png", "text": "picture 1"}\n'
+    (data / "metadata.jsonl").write_text(metadata)
+
+    def run(script="sd", **changes):
+        shutil.rmtree(out, ignore_errors=True)
+        options = {"caption_dropout": 0, "train_data_dir": data, "encodings_dir": tmp_path / "shared"} | changes
+        train(script, out, cache_encodings=True, **options)
+        return count(tmp_path / "shared", "pictures"), count(tmp_path / "shared", "captions")
+
+    assert run() == (12, 6), "a picture and a caption that are there twice are encoded once"
+    assert run(caption_dropout=0.1) == (12, 7), "the empty caption"
+    Image.new("RGB", (32, 32)).save(data / "6.png")
+    assert run() == (14, 7), "an edited picture, and its mirror image"
+    (data / "metadata.jsonl").write_text(metadata.replace("picture 5", "picture five"))
+    assert run() == (14, 8), "an edited caption"
+    assert run(image_interpolation_mode="bicubic") == (28, 8), "all pictures, resized otherwise"
+    assert run(resolution=16) == (42, 8), "all pictures, in another size"
+    assert run(pretrained_model_name_or_path=other_weights(model, tmp_path, "vae")) == (56, 8), "another VAE"
+    assert run(pretrained_model_name_or_path=other_weights(model, tmp_path, "text_encoder")) == (56, 14)
+    assert run(mixed_precision="bf16") == (70, 20), "in another precision"
+    assert run(pretrained_model_name_or_path=v_model, seed=9) == (70, 20), "with another scheduler nothing changes"
+    assert run("sd_lora") == (70, 20)
+
+
+def other_weights(model, folder, part):
+    """A copy of the model, of which one number of a network is another."""
+    copy = folder / f"other-{part}"
+    shutil.copytree(model, copy)
+    (file,) = (copy / part).glob("*.safetensors")
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] += 0.5
+    from safetensors.torch import save_file
+
+    save_file(weights, file, metadata={"format": "pt"})
+    return copy
+
+
+def test_crops(train, pictures, tmp_path):
+    """Of a picture that is not square a few random crops are kept, the same for every run, and each is used."""
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    for i in range(6):
+        Image.effect_noise((50, 50) if i == 0 else (500, 32), 90).convert("RGB").save(data / f"{i}.png")
+    options = {
+        "center_crop": None, "train_data_dir": data, "cache_encodings": True, "encodings_dir": tmp_path / "shared",
+    }  # fmt: skip
+    train("sd", tmp_path / "three", cache_crops=3, **options)
+    assert count(tmp_path / "shared", "pictures") == 2 * (5 * 3 + 1)
+    train("sd", tmp_path / "four", **options)
+    assert count(tmp_path / "shared", "pictures") == 2 * (5 * 4 + 1), "three of four are there"
+    train("sd", tmp_path / "again", cache_crops=3, seed=8, **options)
+    assert count(tmp_path / "shared", "pictures") == 2 * (5 * 4 + 1), "where they lie does not depend on the seed"
+    folder = {path.parent for path in shards(tmp_path / "shared", "pictures")}.pop()
+    latents = torch.cat([load_file(path)["latents_mean"] for path in folder.glob("*.safetensors")])
+    assert len(latents.flatten(1).unique(dim=0)) == 2 * (5 * 4 + 1), "no two are the same"
+
+
+# Faults
+
+
+def in_a_fork(run) -> int:
+    """The process id of a fork of this process that runs `run()` and ends."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            run()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        finally:
+            os._exit(status)
+    return pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_while_encoding(train, tmp_path, monkeypatch, number):
+    """What was written stays and is not encoded again; SIGTERM also writes what was encoded since."""
+    monkeypatch.setattr(encodings, "BATCH", 1)
+    monkeypatch.setattr(encodings, "SHARD", 2)
+    whole = train("sd", tmp_path / "whole", cache_encodings=True)
+    out = tmp_path / "out"
+    add = encoding_store.Store.add
+
+    def slowly(*arguments):
+        add(*arguments)
+        time.sleep(0.3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding_store.Store, "add", slowly)
+        pid = in_a_fork(lambda: train("sd", out, cache_encodings=True))
+    written = wait_until(lambda: len(shards(out)) >= 2 and shards(out))
+    os.kill(pid, number)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == (-9 if number == signal.SIGKILL else 143)
+    committed = shards(out)
+    assert written <= committed
+    assert 4 <= count(out, "pictures") < 12
+    train("sd", out, cache_encodings=True)
+    assert committed <= shards(out), "files of before are as they were"
+    assert (count(out, "pictures"), count(out, "captions")) == (12, 7), "and nothing is there twice"
+    assert [path for path in out.glob("encodings/*/*") if path.suffix != ".safetensors"] == []
+    assert outcome(out, 3, TRAINED["sd"], 15) == outcome(whole, 3, TRAINED["sd"], 15)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit": flip,
+    "the end": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "all": lambda path: path.write_bytes(b""),
+    "the header": lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
+    "not there": lambda path: path.unlink(),
+    "another's content": lambda path: shutil.copy(next(p for p in shards(path.parents[1]) if p != path), path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_cache_is_encoded_again(train, tmp_path, caplog, damage):
+    first = train("sd", tmp_path / "first", cache_encodings=True)
+    shutil.copytree(first / "encodings", tmp_path / "shared")
+    (path,) = shards(tmp_path / "shared", "pictures")
+    DAMAGE[damage](path)
+    caplog.clear()
+    second = train("sd", tmp_path / "second", cache_encodings=True, encodings_dir=tmp_path / "shared")
+    assert ("is damaged" in caplog.text) is (damage not in ("not there", "another's content"))
+    assert count(tmp_path / "shared", "pictures") == 12
+    assert outcome(first, 3, TRAINED["sd"], 15) == outcome(second, 3, TRAINED["sd"], 15)
+
+
+def test_unwritable_folder(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"error: --encodings_dir .*file"):
+        train("sd", tmp_path / "out", cache_encodings=True, encodings_dir=tmp_path / "file")
+
+
+def test_foreign_files_are_left_alone(train, tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "notes.txt").write_text("mine")
+    train("sd", tmp_path / "out", cache_encodings=True, encodings_dir=shared)
+    assert (shared / "notes.txt").read_text() == "mine"
+
+
+def test_validation_draws_as_without_the_cache(train, tmp_path):
+    options = {"validation_prompts": ["a", "b"], "max_train_steps": 1}
+    folders = [train("sd", tmp_path / str(cached), cache_encodings=cached, **options) for cached in (False, True)]
+    for step in (0, 1):
+        first, second = (Image.open(folder / "validation" / f"step-{step:06d}.png") for folder in folders)
+        assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", DRAWS)
+def test_encoders_leave_the_device(train, script, tmp_path, monkeypatch):
+    module, seen = load_script(script), []
+    compute_loss = module.compute_loss
+
+    def measure(*inputs):
+        seen.append(torch.cuda.memory_allocated())
+        return compute_loss(*inputs)
+
+    monkeypatch.setattr(module, "compute_loss", measure)
+    for cached in (False, True):
+        train(script, tmp_path / str(cached), cache_encodings=cached, max_train_steps=1)
+        torch.cuda.empty_cache()
+    assert seen[2] < seen[0]
+
+
+def test_flags_that_need_the_cache(command):
+    for flags in ({"encodings_dir": "x"}, {"cache_crops": 2}):
+        with pytest.raises(SystemExit) as stop:
+            load_script("sd").parse_args(command("sd", **flags))
+        assert stop.value.code == 2

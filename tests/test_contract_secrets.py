@@ -1,0 +1,209 @@
+"""A token for the hub is in no byte that a run leaves, whatever the script, the tracker and the way it ends.
+
+Four are planted: the flag's, those of the two environment variables, and that of a stored login. `everything` is all
+that was written: files, log, both outputs, the error. Pushing is in test_hub.py, usage errors also in test_checks.py.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import hub_server
+import huggingface_hub
+import pytest
+import tiny
+from conftest import load_script
+from huggingface_hub import constants
+
+FLAG, VARIABLE, OLD_VARIABLE, STORED = (f"hf_{word * 4}" for word in ("FromTheFlag", "Variable", "OldName", "Stored"))
+TOKENS = (FLAG, VARIABLE, OLD_VARIABLE, STORED)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Tokens in the environment and in the home's login file, as a login leaves it."""
+    monkeypatch.setenv("HF_TOKEN", VARIABLE)
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", OLD_VARIABLE)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    file = Path(constants.HF_TOKEN_PATH)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(STORED)
+    yield monkeypatch
+    file.unlink()
+
+
+@pytest.fixture
+def run(command, capfd, caplog, tmp_path):
+    """run(script, **flags): (how it ended, everything it wrote as {place: bytes})."""
+
+    def go(script, **changes):
+        capfd.readouterr()
+        out = tmp_path / "out"
+        tokens, error = command(script, output_dir=out, **changes), io.StringIO()
+        ended = None
+        try:
+            load_script(script).main(tokens)
+        except BaseException as exception:
+            ended = exception
+            traceback.print_exc(file=error)
+        printed = capfd.readouterr()
+        texts = {"stdout": printed.out, "stderr": printed.err, "log": caplog.text, "traceback": error.getvalue()}
+        return ended, contents(out) | {name: text.encode() for name, text in texts.items()}
+
+    return go
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def found(everything: dict[str, bytes]) -> list[tuple[str, str]]:
+    """(place, token) of each that is in a name or in bytes, as it is or as UTF-16."""
+    spellings = [(token, token.encode(coding)) for token in TOKENS for coding in ("utf-8", "utf-16-le")]
+    return [(place, token) for place in everything for token, s in spellings if s in place.encode() + everything[place]]
+
+
+def test_a_planted_token_is_found():
+    assert len(found({"a": b"x" + FLAG.encode() + b"y", STORED: b"", "c": OLD_VARIABLE.encode("utf-16")})) == 3
+
+
+SHORT = {"max_train_steps": 2, "checkpointing_steps": 1}
+
+
+def prompts(script) -> dict:
+    return {"validation_prompts": "a cat"} if not script.endswith("_lora") else {"validation_prompt": "a cat"}
+
+
+@pytest.mark.parametrize("script", tiny.SCRIPTS)
+def test_a_run_with_all_trackers_whose_upload_fails(script, run, planted):
+    """The server repeats, in its refusal, the token that it was sent."""
+
+    def refuse(**options):
+        raise RuntimeError(f"401 for Authorization: Bearer {options['token'] or huggingface_hub.get_token()}")
+
+    class Made:
+        repo_id = "me/model"
+
+    planted.setattr(huggingface_hub, "create_repo", lambda **options: Made)
+    planted.setattr(huggingface_hub, "upload_folder", refuse)
+    ended, everything = run(script, report_to="all", push_to_hub=True, **SHORT, **prompts(script))
+    assert str(ended).startswith("error: --push_to_hub: RuntimeError: 401 for Authorization: Bearer ***; ")
+    names = ["tfevents", "README.md", "run_config.yaml", "metrics.jsonl", "checkpoint-2/manifest.json"]
+    names += [".wandb"] if importlib.util.find_spec("wandb") else []
+    for name in names:
+        assert any(name in place for place in everything), name
+    assert found(everything) == []
+
+
+@pytest.mark.parametrize("script", tiny.SCRIPTS)
+def test_an_error_in_the_middle_of_a_run(script, run, planted):
+    """With a token on the command line, and a traceback."""
+    from t2i_training import metrics
+
+    def add(progress, loss, batch):
+        if progress.step == 1:
+            raise RuntimeError("out of everything")
+        return original(progress, loss, batch)
+
+    original = metrics.Progress.add
+    planted.setattr(huggingface_hub, "create_repo", lambda **options: type("Made", (), {"repo_id": "me/model"}))
+    planted.setattr(metrics.Progress, "add", add)
+    ended, everything = run(script, report_to="tensorboard", push_to_hub=True, hub_token=FLAG, **SHORT)
+    assert str(ended) == "out of everything"
+    assert b"Traceback" in everything["traceback"]
+    assert any("checkpoint-1/" in place for place in everything)
+    assert found(everything) == []
+
+
+def test_a_hub_that_cannot_be_reached(run, planted):
+    """The client's own error, of a name that cannot be resolved and of one that refuses."""
+    planted.setattr(constants, "HF_HUB_OFFLINE", False)
+    for address in ("http://127.0.0.1:9", "http://hub.invalid"):
+        planted.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+        ended, everything = run("sd", push_to_hub=True, hub_token=FLAG, **SHORT)
+        assert str(ended).startswith("error: --push_to_hub: ")
+        assert found(everything) == []
+
+
+PROGRAM = """
+import json, os, runpy, sys
+main = runpy.run_path(sys.argv[1])["main"]
+for token, flags in json.loads(sys.argv[2]):
+    os.environ["HF_TOKEN"] = token
+    try:
+        main(flags)
+    except SystemExit as stop:
+        print(stop, file=sys.stderr)
+"""
+
+
+def test_a_hub_that_repeats_the_token(command, tmp_path):
+    """Downloads that the server refuses with the header that it was sent, as a careless proxy may."""
+    model, out, home = ("--pretrained_model_name_or_path", "someone/model"), tmp_path / "out", tmp_path / "home"
+    pictures = command("sd", output_dir=out, dataset_name="someone/pictures", train_data_dir=None)
+    runs = [(VARIABLE, [*command("sd", output_dir=out), *model]), ("", [*command("sd", output_dir=out), *model])]
+    runs += [(VARIABLE, pictures), ("", pictures)]
+    home.mkdir()
+    (home / "token").write_text(STORED)
+    with hub_server.running("hf_another") as hub:
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(home),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tiny.SCRIPTS["sd"]), json.dumps(runs)],
+            capture_output=True, text=True, env=os.environ | environment,
+        )  # fmt: skip
+    assert {"/api/models/someone/model", "/datasets/someone/pictures/resolve/main/README.md"} <= {
+        place for _, place in hub.requests
+    }
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.split()[1:3] for line in errors] == [
+        ["--pretrained_model_name_or_path", "someone/model:"], ["--pretrained_model_name_or_path", "someone/model:"],
+        ["--dataset_name", "someone/pictures:"], ["--dataset_name", "someone/pictures:"],
+    ], done.stderr  # fmt: skip
+    assert found(contents(out) | {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}) == []
+    assert errors[-1].endswith("Bearer ***"), "the server has repeated it"
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [f"–hub_token={FLAG}"], ["–hub_token", "s3cret"], ["hub_token=s3cret"], ["--hubtoken", "s3cret"],
+        ["--hf_tokens=s3cret"], ["--token", FLAG], ["--push_to_hub", FLAG], ["--hub_token=s3cret\nx"],
+    ],
+)  # fmt: skip
+def test_a_token_in_the_wrong_place(tokens, command, capsys):
+    """An editor's dash, no dash, the name of another tool, a line too many."""
+    with pytest.raises(SystemExit):
+        load_script("sd").parse_args([*command("sd"), *tokens])
+    message = capsys.readouterr().err
+    assert "error: " in message
+    assert "s3cret" not in message
+    assert FLAG not in message
+
+
+@pytest.mark.parametrize(
+    "text", [f"hub_tokn: {FLAG}", f"hub_token {FLAG}: 1", "hub_token s3cret: 1", "hub_token=s3cret"]
+)
+def test_a_token_in_the_wrong_line_of_a_config(text, command, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text(text + "\n")
+    with pytest.raises(SystemExit):
+        load_script("sd").parse_args([*command("sd"), f"--config={tmp_path / 'run.yaml'}"])
+    message = capsys.readouterr().err
+    assert "error: " in message
+    assert "s3cret" not in message
+    assert FLAG not in message
+
+
+def test_a_line_end_behind_a_token_is_not_part_of_it(command, tmp_path):
+    """As `hub_token: |` gives it; the client would refuse it in an error text that quotes it."""
+    (tmp_path / "run.yaml").write_text(f"push_to_hub: true\nhub_token: |\n  {FLAG}\n")
+    assert load_script("sd").parse_args([*command("sd"), f"--config={tmp_path / 'run.yaml'}"]).hub_token == FLAG

@@ -1,0 +1,294 @@
+"""Whatever stands in a file that we parse, the answer is the right one or the documented clear exit.
+
+python -m pytest tests/test_fuzz.py                    # a few dozen examples each, always the same ones
+FUZZ=5000 python -m pytest tests/test_fuzz.py          # so many examples each, others in every run
+"""
+
+import contextlib
+import html
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate import PartialState
+from conftest import load_script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from t2i_training import checkpoint, checks, data, encoding_store, folder, hub, inspection, metrics, texts
+
+FUZZ = int(os.environ.get("FUZZ", "0"))
+fuzz = settings(
+    max_examples=FUZZ or 40, derandomize=not FUZZ, deadline=None, database=None, print_blob=False,
+    suppress_health_check=[*HealthCheck],
+)  # fmt: skip
+ANY_TEXT = st.text(st.characters(), max_size=20)  # lone surrogates, control characters, all scripts
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def one_clear_line(stop: SystemExit, printed: str = "") -> None:
+    message = printed if stop.code == 2 else stop.code  # argparse prints it, elsewhere Python does
+    assert isinstance(message, str)
+    assert "error: " in message
+    assert message.removesuffix("\n").isprintable()
+
+
+# --- --config
+
+
+@pytest.fixture(scope="module")
+def types() -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "parse", lambda parser, argv: parser)
+        return {action.dest: (type(action.default), action.type) for action in load_script("sd").parse_args()._actions}
+
+
+FLAGS = st.sampled_from([
+    "adam_beta1", "cache_crops", "cache_encodings", "caption_column", "checkpointing_steps", "dataset_name",
+    "hub_model_id", "hub_token", "learning_rate", "lr_scheduler", "max_train_steps", "mixed_precision", "noise_offset",
+    "output_dir", "prediction_type", "push_to_hub", "report_to", "resolution", "resume_from_checkpoint", "seed",
+    "snr_gamma", "torch_compile", "train_batch_size", "use_ema", "validation_prompts",
+])  # fmt: skip
+PLAUSIBLE = st.sampled_from(
+    [0, 1, 8, 64, -1, 0.5, 1e-4, "1e-4", "no", "bf16", "none", True, False, None, "a", ["a", "b"]]
+)
+MAPPINGS = st.dictionaries(FLAGS, PLAUSIBLE | JSON, max_size=3).map(
+    lambda values: yaml.safe_dump(values, allow_unicode=True).encode(errors="surrogatepass")
+)
+TAGS = st.builds(
+    "{}: !!{} {}\n".format,
+    FLAGS,
+    st.sampled_from(["int", "float", "bool", "timestamp", "binary", "set", "omap", "null", "merge"]),
+    ANY_TEXT,
+).map(lambda text: text.encode(errors="surrogatepass"))
+YAML_LIKE = st.text(st.sampled_from("seed:- [],{}&a*!!int'\"#|>?%@`\n\t012.eE_~"), max_size=40).map(str.encode)
+
+
+@fuzz
+@given(content=MAPPINGS | TAGS | YAML_LIKE | st.binary(max_size=60))
+def test_config(content, place, model, pictures, types):
+    file, printed = place / "run.yaml", io.StringIO()
+    file.write_bytes(content)
+    tokens = [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={pictures}", f"--config={file}"]
+    try:
+        with contextlib.redirect_stderr(printed):
+            args = load_script("sd").parse_args(tokens)
+    except SystemExit as stop:
+        return one_clear_line(stop, printed.getvalue())
+    for name, value in vars(args).items():  # none of another type than its flag's
+        default, kind = types.get(name, (list, list))
+        assert value is None or isinstance(value, kind or (bool if default is bool else str | list)) or value == 0
+    file.write_text(yaml.safe_dump(checks.public_config(args)))  # and it comes back as it is
+    with contextlib.redirect_stderr(printed):
+        again = load_script("sd").parse_args([f"--config={file}"])
+    assert checks.public_config(again) == checks.public_config(args)
+
+
+# --- checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(place) -> Path:
+    """A checkpoint as far as `verify` is concerned."""
+    path = place / "saved" / "checkpoint-4"
+    (path / "unet").mkdir(parents=True)
+    (path / "optimizer.bin").write_bytes(bytes(range(50)))
+    (path / "unet" / "config.json").write_text("{}")
+    position = {"step": 4, "samples_seen": 8, "seed": 3, "dataset_size": 6, "unreported": [[1.5, 2.0]]}
+    checkpoint._write_manifest(path, position)
+    assert checkpoint.verify(path) is None
+    PartialState()  # the log asks it for the rank
+    return path
+
+
+def damaged(saved, name: str, content: bytes) -> Path:
+    copy = saved.parent.parent / "copy" / saved.name
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(saved, copy)
+    (copy / name).write_bytes(content)
+    return copy
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    flipped = bytearray(content)
+    flipped[bit // 8 % len(content)] ^= 1 << bit % 8
+    return bytes(flipped)
+
+
+@fuzz
+@given(bit=st.integers(0, 100_000), name=st.sampled_from(["manifest.json", "optimizer.bin", "unet/config.json"]))
+def test_flipped_bit_in_a_checkpoint(bit, name, saved):
+    copy = damaged(saved, name, flip((saved / name).read_bytes(), bit))
+    if checkpoint.verify(copy) is not None:
+        return
+    assert name == "manifest.json"  # and all that it says is as it was: a blank, or the name of the digest, has changed
+    old, new = checkpoint.read_manifest(saved), checkpoint.read_manifest(copy)
+    assert {**new, "digest": 0}.items() >= {**old, "digest": 0}.items()
+
+
+MANIFESTS = st.fixed_dictionaries(
+    {"format": st.just(1) | SCALARS, "step": st.just(4) | SCALARS},
+    optional={
+        "samples_seen": st.integers() | SCALARS, "seed": st.integers() | SCALARS, "unreported": JSON,
+        "files": st.dictionaries(st.sampled_from(["optimizer.bin", "../x", "/etc/passwd", "a\0b"]) | ANY_TEXT, JSON),
+        "digest": JSON,
+    },
+)  # fmt: skip
+
+
+@fuzz
+@given(
+    content=st.binary(max_size=60) | JSON.map(json.dumps).map(str.encode) | MANIFESTS.map(json.dumps).map(str.encode)
+)
+def test_manifest(content, saved):
+    copy = damaged(saved, "manifest.json", content)
+    fault = checkpoint.verify(copy)
+    assert fault is not None, "no hash can be guessed"
+    assert fault.isprintable()
+    for wanted in ("latest", "checkpoint-4"):
+        try:
+            found = checkpoint.find_checkpoint(copy.parent, wanted, SimpleNamespace(is_main_process=True))
+        except SystemExit as stop:
+            one_clear_line(stop)
+        else:
+            assert found == (None, {})
+
+
+# --- metadata.jsonl
+
+NAMES = st.sampled_from(["0.png", "1.png", "../0.png", "/etc/passwd", "a/../../b.png", "", "a\0.png", "C:\\a", "~/a"])
+ROWS = st.dictionaries(
+    st.sampled_from(["file_name", "text", "image_file_name", "image", "_line", "_faults", "_faults_file_name", ""])
+    | ANY_TEXT,
+    NAMES | JSON, max_size=4,
+)  # fmt: skip
+GOOD = st.builds(lambda name, text: {"file_name": name, "text": text}, NAMES, ANY_TEXT | st.lists(ANY_TEXT))
+LINES = (ROWS | GOOD | JSON).map(json.dumps).map(str.encode) | st.binary(max_size=40)
+
+
+@fuzz
+@given(lines=st.lists(LINES, max_size=5), end=st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
+def test_metadata(lines, end, place):
+    root = place / "pictures"
+    root.mkdir(exist_ok=True)
+    for name in ("0.png", "1.png"):
+        if not (root / name).exists():
+            Image.new("RGB", (9, 9)).save(root / name)
+    (root / folder.METADATA).write_bytes(end.join(lines))
+    args = SimpleNamespace(
+        dataset_name=None, train_data_dir=str(root), cache_dir=None, max_train_samples=None, image_column="image",
+        caption_column="text", output_dir=str(place / "out"), skip_bad_samples=True,
+    )  # fmt: skip
+    (place / "out").mkdir(exist_ok=True)
+    accelerator = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
+    try:
+        dataset = data.open_dataset(args)
+        dataset, pictures = inspection.inspect(args, accelerator, dataset, "text")
+    except SystemExit as stop:
+        return one_clear_line(stop)
+    assert len(dataset) == len(pictures) > 0
+    for row in dataset:
+        assert Path(row["image"]["path"]).parent == root
+        assert row["image"]["bytes"] is None
+        assert inspection.caption_fault(row["text"]) is None
+        assert row[folder.LINE].startswith("metadata.jsonl line ")
+
+
+# --- encodings
+
+
+def kept(place) -> tuple[encoding_store.Store, Path, bytes]:
+    shutil.rmtree(place / "store", ignore_errors=True)
+    store = encoding_store.Store(place / "store")
+    store.add([b"k" * 16, b"l" * 16], {"x": torch.arange(6.0).view(2, 3)})
+    (path,) = store.folder.glob("*.safetensors")
+    return store, path, path.read_bytes()
+
+
+@fuzz
+@given(bits=st.lists(st.integers(0, 10_000), min_size=1, max_size=3), cut=st.none() | st.integers(0, 200))
+def test_damaged_shard(bits, cut, place):
+    store, path, content = kept(place)
+    for bit in bits:
+        content = flip(content, bit)
+    path.write_bytes(content[:cut])
+    look_into(store, path)
+
+
+@fuzz
+@given(
+    content=st.binary(max_size=80)
+    | st.builds(lambda n, b: n.to_bytes(8, "little") + b, st.integers(0, 90), st.binary())
+)
+def test_random_shard(content, place):
+    store, path, _ = kept(place)
+    path.write_bytes(content)
+    look_into(store, path)
+
+
+def look_into(store, path) -> None:
+    """Nothing is read that is not what was written."""
+    whole = encoding_store._hash_file(path) == path.stem
+    store.scan()
+    store.verify([b"k" * 16, b"l" * 16])
+    assert store.missing([b"k" * 16, b"l" * 16]) == ([] if whole else [0, 1])
+    if whole:
+        assert store.read(b"l" * 16)["x"].tolist() == [3, 4, 5]
+
+
+# --- metrics.jsonl
+
+ROW = {"step": 2, "loss": 0.5, "lr": 1e-4, "grad_norm": None}
+METRICS = st.dictionaries(st.sampled_from(list(ROW)), JSON).map(lambda row: json.dumps(ROW | row).encode())
+
+
+@fuzz
+@given(lines=st.lists(METRICS | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=30), max_size=5))
+def test_metrics(lines, place):
+    file = place / metrics.METRICS
+    file.write_bytes(b"\n".join([json.dumps(ROW).encode(), *lines]))
+    rows = metrics.read_metrics(place)
+    assert rows[0] == ROW
+    for row in rows:
+        assert type(row["step"]) is int
+        assert row["loss"] - row["lr"] - (row["grad_norm"] or 0.0) < float("inf")
+    metrics._keep_metrics_until(file, 2)
+    assert all(row["step"] <= 2 for row in metrics.read_metrics(place))
+
+
+# --- texts
+
+
+@fuzz
+@given(text=ANY_TEXT | st.text(st.sampled_from("<>[]()`*_~$|\\#!@:{}&;0123 \n\x1b")))
+def test_escape(text):
+    escaped = hub.escape(text)
+    assert html.unescape(escaped) == texts.printable(" ".join(text.split()))
+    assert escaped.isprintable()
+    assert not set(escaped) & set("<>[]()`*_~$|\\!@:{}")
+
+
+@fuzz
+@given(text=ANY_TEXT)
+def test_printable(text):
+    shown = texts.printable(text)
+    assert shown.isprintable()
+    assert texts.printable(shown) == shown
+    assert shown == text or not text.isprintable()

@@ -1,0 +1,30 @@
+"""How many loader workers a run takes when it is not told."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from t2i_training import machine
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "free", "workers"),
+    [
+        (1, 1, 10**12, 0),
+        (2, 1, 10**12, 1),
+        (16, 1, 10**12, 8),
+        (16, 4, 10**12, 3),
+        (2, 4, 10**12, 0),
+        (16, 1, 64 * 2**20, 0),  # a container's default, at 512 pixels and a batch of 16
+        (16, 1, 2**29, 5),
+        (16, 2, 2**29, 2),
+    ],
+)
+def test_automatic_number_of_workers(cores, processes, free, workers, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(machine.os.path, "isdir", lambda _: True)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    args = SimpleNamespace(resolution=512, train_batch_size=16, dataloader_num_workers=None)
+    assert machine.loader_workers(args, args.train_batch_size) == workers
+    assert machine.loader_workers(SimpleNamespace(dataloader_num_workers=5), 1) == 5
