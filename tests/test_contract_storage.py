@@ -145,7 +145,7 @@ def test_full_while_encoding(run, disk, case, monkeypatch):
     monkeypatch.setattr(encodings, "SHARD", 2)
     fill(disk, 56)  # a few of six shards of 17 KB
     message = last_line(run, "sd", disk / "out", cache_encodings=True)
-    assert message.startswith(f"error: --encodings_dir {disk / 'out' / 'encodings'}: ")
+    assert message.startswith(f"error: --encodings_dir {disk / 'out' / 'encodings'}/pictures-")
     written = set(disk.glob("out/encodings/*/*.safetensors"))
     assert written
     assert hidden(disk / "out") == set()
