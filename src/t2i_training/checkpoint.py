@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from . import texts
 from .files import forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside, sync
-from .runtime import logger, readable_errors
+from .runtime import logger, readable_errors, wait
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -57,27 +57,28 @@ class CheckpointManager:
         """Commit checkpoint-<step>. `position` holds step, samples_seen and whatever else resuming has to know."""
         accelerator, target = self.accelerator, self.output_dir / f"checkpoint-{position['step']}"
         partial = target.with_name(f".{target.name}.partial")
-        accelerator.wait_for_everyone()
+        wait(accelerator)  # outside `saving`: another process' failure is not a fault of this one's disk
         with saving(target.name, partial):
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-            accelerator.wait_for_everyone()
+        wait(accelerator)
+        with saving(target.name, partial):
             accelerator.save_state(str(partial))  # a call for every process; the main one writes
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
+        wait(accelerator)
+        if accelerator.is_main_process:
+            with saving(target.name, partial):
                 for random_state in partial.glob("random_states_*.pkl"):
                     random_state.unlink()  # no draw comes from a global generator
                 forget_local_paths(partial)
                 make_readable(partial)
                 _write_manifest(partial, position)
-        if accelerator.is_main_process:
             if target.exists() and not (target / MANIFEST).is_file():
                 set_aside(target)  # it is the user's
             replace_folder(partial, target)
             self._rotate(keep=target)
             logger.info(f"saved {target}")
-        accelerator.wait_for_everyone()
+        wait(accelerator)
         return target
 
     def _rotate(self, keep: Path) -> None:
