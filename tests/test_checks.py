@@ -213,11 +213,11 @@ def test_seed_fits_a_checkpoint(parse, refused):
         ("cache_crops", 5, "cache_encodings"),
     ],
 )
-def test_flag_that_would_do_nothing(flag, value, needed, parse, refused, pictures):
+def test_flag_that_would_do_nothing(flag, value, needed, parse, refused):
     message = refused(parse, **{flag: value})
     assert f"--{flag} does nothing without --{needed}: add --{needed}, or leave --{flag} out" in message
     assert "hf_secret" not in message
-    parse(**{flag: value, needed: str(pictures) if needed == "dataset_name" else True})
+    parse(**{flag: value, needed: "me/pictures" if needed == "dataset_name" else True})
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant"])

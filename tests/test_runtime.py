@@ -261,8 +261,8 @@ def test_first_signal_asks_to_stop_the_second_is_pythons(start, number):
     assert runtime.stop_requested(accelerator) == 0
     os.kill(os.getpid(), number)
     assert runtime.stop_requested(accelerator) == number
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    os.kill(os.getpid(), number)  # within a second: a launcher that was stopped as well passes its own on
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     with pytest.raises(SystemExit) as stop:
         runtime.finish(number)
     assert stop.value.code == 128 + number

@@ -55,6 +55,8 @@ KANDINSKY_LORA = [
     ("parse_args", "model-finetuned'", "model-finetuned-lora'", "its default"),
     ("main", "partial(export, pipeline, network)", "partial(lora.save_networks, network)", "exported as it is saved"),
 ]  # fmt: skip
+NOT_EXPORTED = ("networks.frozen(module, accelerator)", "networks.frozen(module, accelerator, exported=False)",
+                "adapters are exported alone")  # fmt: skip
 PREPARED = "    unet = unet.to(accelerator.device)\n    average = ema.make_ema(args, unet, accelerator.device{}) if args.use_ema else None\n"  # fmt: skip  # noqa: E501
 EXPORT = "def export(pipeline, unet, folder):\n    pipeline.register_modules(unet=unet)\n    pipeline.save_pretrained(folder)"  # fmt: skip  # noqa: E501
 VOCABULARY = "\n    hub.keep_vocabulary_files(folder / 'tokenizer')"
@@ -69,7 +71,9 @@ DIFFERENCES = {
         *KANDINSKY,
         ("main", "pipeline, unet, noise_scheduler = load", "pipeline, image_encoder, unet, noise_scheduler = load",
          "the image encoder is no part of the decoder's pipeline"),
-        ("main", "(pipeline.vae, pipeline.text_encoder)", "(pipeline.movq, image_encoder)", "its frozen parts"),
+        ("main", "[networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]",
+         "[networks.frozen(pipeline.movq, accelerator), networks.frozen(image_encoder, accelerator, exported=False)]",
+         "its frozen parts, of which the image encoder is not exported"),
     ],
     "sd_lora": [
         *LORA,
@@ -79,6 +83,7 @@ DIFFERENCES = {
         ("load_models", "        unet = pipeline.unet\n        if args.non_ema_revision is not None:\n            "
          "unet = UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, subfolder='unet', "
          "revision=args.non_ema_revision, **source).float()\n", "    unet = pipeline.unet\n", "no --non_ema_revision"),
+        ("main", *NOT_EXPORTED),
         ("main", PREPARED.format(", initial=pipeline.unet"), "    unet = lora.add_adapters(unet, args, accelerator)\n",
          "the method"),
         ("main", "partial(export, pipeline,", "partial(export, args,", "the adapters are exported, not the pipeline"),
@@ -88,6 +93,7 @@ DIFFERENCES = {
     ],
     "prior_lora": [
         *LORA, *KANDINSKY_LORA,
+        ("freeze", *NOT_EXPORTED),
         ("load_models",
          "    for statistic in (unet.clip_mean, unet.clip_std):\n        statistic.requires_grad_(False)\n", "",
          "add_adapters freezes all of the base"),
@@ -97,8 +103,10 @@ DIFFERENCES = {
     "decoder_lora": [
         *LORA, *KANDINSKY_LORA,
         ("parse_args", "add_network_args(parser)", "add_network_args(parser, xformers=False)", "its flags"),
-        ("load_models", "    if args.enable_xformers_memory_efficient_attention:\n        "
-         "unet.enable_xformers_memory_efficient_attention()\n", "", "its flags"),
+        ("main",
+         "[networks.frozen(pipeline.movq, accelerator), networks.frozen(image_encoder, accelerator, exported=False)]",
+         "[networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]",
+         "adapters are exported alone"),
         ("main", PREPARED.format(""),
          "    unet = lora.add_adapters(unet, args, accelerator, lora.ADDED_KV_ATTENTION)\n",
          "the method; its attention reads the embedding through projections of its own"),

@@ -5,8 +5,8 @@ or the velocity, as the model was trained (arXiv:2112.10752, arXiv:2202.00512). 
 
     accelerate launch train_text_to_image.py \\
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --train_data_dir=my_pictures --use_ema --resolution=512 --random_flip \\
-        --train_batch_size=4 --gradient_checkpointing --mixed_precision=bf16 \\
+        --train_data_dir=my_pictures --resolution=512 --random_flip --mixed_precision=bf16 \\
+        --train_batch_size=4 --gradient_checkpointing --use_ema \\
         --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_model
 
 The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
@@ -59,6 +59,7 @@ from t2i_training import (  # noqa: E402
     metrics,
     networks,
     optim,
+    processes,
     runtime,
     validation,
 )
@@ -78,7 +79,7 @@ def load_models(args, accelerator):
                 args.pretrained_model_name_or_path, subfolder="unet", revision=args.non_ema_revision, **source
             ).float()
     if args.prediction_type is not None:
-        # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
+        # For sampling as well: a network trained on one and sampled as the other gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
@@ -86,8 +87,6 @@ def load_models(args, accelerator):
         raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
     return pipeline, networks.tune(unet.train(), args, accelerator), noise_scheduler
 
 
@@ -223,7 +222,7 @@ def main(argv=None):
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
-    with accelerator.main_process_first():
+    with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)

@@ -6,8 +6,8 @@ Of the UNet only a low-rank addition to its attention matrices is trained (arXiv
 
     accelerate launch train_text_to_image_lora.py \\
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --train_data_dir=my_pictures --resolution=512 --random_flip --rank=4 \\
-        --train_batch_size=4 --mixed_precision=bf16 \\
+        --train_data_dir=my_pictures --resolution=512 --random_flip --mixed_precision=bf16 \\
+        --train_batch_size=4 --rank=4 \\
         --learning_rate=1e-4 --max_train_steps=5000 --output_dir=my_lora
 
 The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
@@ -61,6 +61,7 @@ from t2i_training import (  # noqa: E402
     metrics,
     networks,
     optim,
+    processes,
     runtime,
     validation,
 )
@@ -76,7 +77,7 @@ def load_models(args, accelerator):
         pipeline.to(dtype=torch.float32)
     unet = pipeline.unet
     if args.prediction_type is not None:
-        # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
+        # For sampling as well: a network trained on one and sampled as the other gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
@@ -84,8 +85,6 @@ def load_models(args, accelerator):
         raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
     return pipeline, networks.tune(unet.train(), args, accelerator), noise_scheduler
 
 
@@ -222,12 +221,12 @@ def main(argv=None):
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
-    with accelerator.main_process_first():
+    with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
-    frozen = [networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+    frozen = [networks.frozen(module, accelerator, exported=False) for module in (pipeline.vae, pipeline.text_encoder)]
     progress = metrics.Progress(args, accelerator, dataset, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = lora.add_adapters(unet, args, accelerator)

@@ -62,6 +62,7 @@ from t2i_training import (  # noqa: E402
     metrics,
     networks,
     optim,
+    processes,
     runtime,
     validation,
 )
@@ -83,8 +84,6 @@ def load_models(args, accelerator):
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
     return pipeline, image_encoder, networks.tune(unet.train(), args, accelerator), noise_scheduler
 
 
@@ -169,7 +168,7 @@ def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
     with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         prior = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, image_encoder=image_encoder, cache_dir=args.cache_dir
-        ).to(image_encoder.device, image_encoder.dtype)
+        ).to(dtype=image_encoder.dtype)
     drawing = KandinskyV22CombinedPipeline(
         unet=unet, movq=movq, scheduler=pipeline.scheduler,
         **{f"prior_{name}": component for name, component in prior.components.items()},
@@ -215,12 +214,12 @@ def main(argv=None):
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
-    with accelerator.main_process_first():
+    with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
-    frozen = [networks.frozen(module, accelerator) for module in (pipeline.movq, image_encoder)]
+    frozen = [networks.frozen(pipeline.movq, accelerator), networks.frozen(image_encoder, accelerator, exported=False)]
     progress = metrics.Progress(args, accelerator, dataset, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)

@@ -61,6 +61,7 @@ from t2i_training import (  # noqa: E402
     metrics,
     networks,
     optim,
+    processes,
     runtime,
     validation,
 )
@@ -105,7 +106,8 @@ def make_sample(row, draw, args, read_picture, read_caption, embedding_size, num
 
 def freeze(pipeline, accelerator):
     """What `encode` takes besides the batch: both CLIP encoders and the statistics that normalise embeddings."""
-    encoders = [networks.frozen(module, accelerator) for module in (pipeline.image_encoder, pipeline.text_encoder)]
+    modules = (pipeline.image_encoder, pipeline.text_encoder)
+    encoders = [networks.frozen(module, accelerator, exported=False) for module in modules]
     statistics = [
         s.detach().float().to(accelerator.device) for s in (pipeline.prior.clip_mean, pipeline.prior.clip_std)
     ]
@@ -168,7 +170,7 @@ def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *
     with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         decoder = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path, cache_dir=args.cache_dir
-        ).to(image_encoder.device, image_encoder.dtype)
+        ).to(dtype=image_encoder.dtype)
     drawing = KandinskyV22CombinedPipeline(
         **decoder.components, prior_prior=prior, prior_image_encoder=image_encoder, prior_text_encoder=text_encoder,
         prior_tokenizer=pipeline.tokenizer, prior_scheduler=pipeline.scheduler,
@@ -209,7 +211,7 @@ def main(argv=None):
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
-    with accelerator.main_process_first():
+    with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)

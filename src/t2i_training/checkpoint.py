@@ -17,7 +17,8 @@ from accelerate.utils import broadcast_object_list
 
 from . import texts
 from .files import forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside, sync
-from .runtime import logger, readable_errors, wait
+from .processes import wait
+from .runtime import logger, readable_errors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -57,25 +58,19 @@ class CheckpointManager:
         """Commit checkpoint-<step>. `position` holds step, samples_seen and whatever else resuming has to know."""
         accelerator, target = self.accelerator, self.output_dir / f"checkpoint-{position['step']}"
         partial = target.with_name(f".{target.name}.partial")
-        wait(accelerator)  # outside `saving`: another process' failure is not a fault of this one's disk
-        with saving(target.name, partial):
-            if accelerator.is_main_process:
+        if accelerator.is_main_process:  # weights and optimizer are the same on all
+            with saving(target.name, partial):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-        wait(accelerator)
-        with saving(target.name, partial):
-            accelerator.save_state(str(partial))  # a call for every process; the main one writes
-        wait(accelerator)
-        if accelerator.is_main_process:
-            with saving(target.name, partial):
+                accelerator.save_state(str(partial))
                 for random_state in partial.glob("random_states_*.pkl"):
                     random_state.unlink()  # no draw comes from a global generator
                 forget_local_paths(partial)
                 make_readable(partial)
                 _write_manifest(partial, position)
-            if target.exists() and not (target / MANIFEST).is_file():
-                set_aside(target)  # it is the user's
-            replace_folder(partial, target)
+                if target.exists() and not (target / MANIFEST).is_file():
+                    set_aside(target)  # it is the user's
+                replace_folder(partial, target)
             self._rotate(keep=target)
             logger.info(f"saved {target}")
         wait(accelerator)
@@ -85,7 +80,10 @@ class CheckpointManager:
         ours = [folder for folder in _ours(self.output_dir) if not folder.is_symlink()]
         surplus = len(ours) - self.total_limit if self.total_limit else 0
         for folder in [folder for folder in ours if folder != keep][: max(0, surplus)]:
-            remove_folder(folder)
+            try:
+                remove_folder(folder)
+            except OSError as error:  # a file that is open elsewhere, on NFS: tried again after the next save
+                logger.warning(f"{folder} cannot be removed: {error.strerror}")
 
     def restore(self, folder: Path | None) -> None:
         """Read networks, optimizer and scaler from the checkpoint that `find_checkpoint` returned, if there is one."""
@@ -109,6 +107,7 @@ def find_checkpoint(output_dir, wanted: str | None, accelerator) -> tuple[Path |
     found = [None]
     if wanted is not None and accelerator.is_main_process:
         found = [_latest(Path(output_dir)) if wanted == "latest" else _named(Path(output_dir), wanted)]
+    wait(accelerator)  # the hashing of many gigabytes takes long
     folder = broadcast_object_list(found)[0]
     return folder, read_manifest(folder) if folder else {}
 

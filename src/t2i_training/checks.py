@@ -181,11 +181,19 @@ def _check_paths(parser, args):
         is_path = name == "dataset_name" or name.startswith("pretrained_")
         if is_path and value and value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
             parser.error(f"--{name} {value}: there is no such folder")
+    if args.dataset_name is not None and Path(args.dataset_name, "metadata.jsonl").is_file():
+        for name in ("train_data_dir", "dataset_config_name"):
+            if getattr(args, name) is not None:
+                parser.error(
+                    f"--{name} does nothing here: {args.dataset_name} is read as a folder of captioned pictures"
+                )
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         parser.error(f"--output_dir {output_dir} is a file")
-    if args.dataset_name is None and output_dir.resolve().is_relative_to(Path(args.train_data_dir).resolve()):
-        parser.error(f"--output_dir {output_dir} is inside --train_data_dir: its pictures would become training data")
+    source = "train_data_dir" if args.dataset_name is None else "dataset_name"
+    data = Path(getattr(args, source)).resolve()
+    if data.is_dir() and output_dir.resolve().is_relative_to(data):
+        parser.error(f"--output_dir {output_dir} is inside --{source}: its pictures would become training data")
     for name, value in vars(args).items():
         if (
             name.startswith("pretrained_")

@@ -20,10 +20,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from . import __version__, data, draws, inspection, loading, runtime
+from . import __version__, data, draws, inspection, loading, processes, runtime
 from .encoding_store import Store
 
-BATCH = 8  # encoded at once, and no more than a micro-batch of training, which fits
+BATCH = 8  # encoded at once, or as many as a micro-batch of training has, but 4 at least: without gradients those fit
 SHARD = 512  # encodings in a file; at most so many are computed again after a crash
 
 
@@ -135,7 +135,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
             store.remove_stale(3600 if args.encodings_dir else 0)  # the output folder is this run's alone
             store.verify(wanted)
         plan = store.folder.name, store.missing(wanted)
-    runtime.wait(accelerator)  # the hashing of terabytes takes long
+    processes.wait(accelerator)  # the hashing of terabytes takes long
     name, missing = broadcast_object_list([plan])[0]
     runtime.logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
     with readable():
@@ -144,7 +144,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
         items = list(wanted.items())
         mine = [items[i] for i in missing[accelerator.process_index :: accelerator.num_processes]]
         _encode(args, accelerator, store, kind, mine, read, functions[1])
-        runtime.wait(accelerator)
+        processes.wait(accelerator)
         with readable():
             _see_all(store, wanted)
     return store
@@ -175,7 +175,10 @@ class _Reading(torch.utils.data.Dataset):
 
 def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read: Callable, encode: Callable) -> None:
     """Encode this process's `items`, (key, what `read` takes), and write a shard now and then, also when stopped."""
-    size, parts = min(BATCH, args.train_batch_size), []  # parts: (keys, tensors by name) of the batches since a shard
+    size, parts = (
+        min(BATCH, max(4, args.train_batch_size)),
+        [],
+    )  # parts: (keys, tensors by name) of the batches since a shard
 
     def commit():
         if parts:

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .hub import is_hub_name
+from .processes import wait
 from .runtime import fail
 
 
@@ -94,6 +95,7 @@ def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]
     earlier export as it was.
     """
     if not accelerator.is_main_process:
+        wait(accelerator)
         return []
     partial = Path(output_dir) / ".export.partial"
     with saving("the trained model", partial):
@@ -112,6 +114,7 @@ def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]
             set_aside(target)  # it is, or holds, what is the user's
         replace_folder(new, target)
     partial.rmdir()
+    wait(accelerator)
     return names
 
 

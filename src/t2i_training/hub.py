@@ -98,6 +98,12 @@ def write_card(
         ("mixed precision", args.mixed_precision or "accelerate's"),
         ("seed", args.seed),
     ]
+    prediction_type = getattr(args, "prediction_type", None)
+    if prediction_type is not None:
+        rows.append(("prediction type", prediction_type))
+        if "lora" in tags:  # adapters bring no scheduler, and the base model's may be of the other kind
+            line = f'pipe.scheduler.register_to_config(prediction_type="{prediction_type}")'
+            usage = usage.replace('\npipe("', f'\n{line}\npipe("')
     table = "\n".join(f"| {name} | {escape(str(value))} |" for name, value in rows)
     body = (
         f"# {title}\n\nFine-tuned from {escape(_public_name(base_model))} on captioned pictures.\n\n"

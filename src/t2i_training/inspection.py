@@ -20,7 +20,7 @@ import PIL.Image
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from . import data, files, folder, images, machine, runtime, texts
+from . import data, files, folder, images, machine, processes, texts
 from .runtime import logger
 
 MEMO = ".inspected_pictures.json"
@@ -49,7 +49,7 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None):
         data.check_caption_column(dataset, caption_column)
     began, memo = time.perf_counter(), Path(args.output_dir) / MEMO
     share = _inspect_share(args, accelerator, dataset, caption_column, _read_memo(memo))
-    runtime.wait(accelerator)
+    processes.wait(accelerator)
     found = gather_object(share)
     pictures = [picture for _, picture, _ in found]
     bad = {row: reason for row, (_, _, reason) in enumerate(found) if reason}

@@ -27,7 +27,7 @@ def add_adapters(model, args, accelerator, targets: tuple[str, ...] = ATTENTION)
 
     model.requires_grad_(False).to(accelerator.device, inference_dtype(accelerator))
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=list(targets))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model.add_adapter(config)
     model.peft_config["default"].target_modules = sorted(targets)  # peft's set is in another order in every process

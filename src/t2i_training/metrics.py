@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from . import data, files, loading, readouts, runtime, validation
+from . import data, files, loading, processes, readouts, runtime, validation
 from .checks import public_config
 from .runtime import logger
 
@@ -158,6 +158,8 @@ class Progress:
             names = [data.describe(self.dataset, self.args.image_column, index) for index in gather_object(indices)]
             what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
             step = self.step - len(losses) + i + 1
+            if not self.accelerator.is_main_process:
+                raise SystemExit(1)  # the main process says it
             runtime.fail(
                 f"{what} at step {step}, nothing saved since; the step's samples: {'; '.join(names)}. "
                 "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"
@@ -165,7 +167,7 @@ class Progress:
 
     def close(self) -> None:
         """End bar, trackers and process group; draw the curves."""
-        self.accelerator.wait_for_everyone()
+        processes.wait(self.accelerator)
         self._bar.close()
         if self.accelerator.is_main_process:
             draw_curves(self._file.parent)

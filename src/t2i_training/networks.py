@@ -16,10 +16,12 @@ REGIONS = ("BasicTransformerBlock", "ResnetBlock2D", "Attention")
 
 
 def tune(network, args, accelerator):
-    """The network to train, laid out for the device and, with `--torch_compile`, to be compiled when first called.
+    """The network to train, laid out for the device, with the attention and the compilation that are asked for.
 
     In place, by `Module.compile`: no wrapper gets into checkpoints and exports.
     """
+    if getattr(args, "enable_xformers_memory_efficient_attention", False):
+        _use_xformers(network)
     if args.torch_compile:
         if accelerator.device.type == "cuda" and not has_triton():
             raise SystemExit("error: --torch_compile: Triton does not work on this GPU: leave the flag out")
@@ -41,7 +43,8 @@ def _regions(module) -> list[torch.nn.Module]:
 def _part_gradients(network) -> None:
     """See to it that no two gradients share memory, where clipping, which works in place, would scale them twice.
 
-    Inductor returns one as a view of another when the sum over the batch that would part them is of a single sample.
+    Inductor returns one as a view of another when the sum over the batch that would part them is of a single sample:
+    those of two biases, say. Adapters, which a LoRA run adds later, have no biases.
     """
     owners = {}  # address of a gradient's memory -> the parameter that had it last
 
@@ -56,6 +59,15 @@ def _part_gradients(network) -> None:
 
     for parameter in trainable(network):
         parameter.register_post_accumulate_grad_hook(part)
+
+
+def _use_xformers(unet) -> None:
+    """It tries a kernel at once, and what that says of the device names the flag."""
+    try:
+        unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SystemExit(f"error: --enable_xformers_memory_efficient_attention: {reason}; leave it out") from error
 
 
 def eager():
@@ -83,13 +95,14 @@ def inference_dtype(accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def frozen(module: torch.nn.Module, accelerator) -> torch.nn.Module:
+def frozen(module: torch.nn.Module, accelerator, exported: bool = True) -> torch.nn.Module:
     """`module` for inference: without gradients, on the device, in the mixed precision's type.
 
-    In half precision it is a copy, so that the export can write the original unrounded.
+    In half precision it is a copy where the original is `exported`, by the main process, to be written unrounded.
     """
     dtype = inference_dtype(accelerator)
-    module = module if module.dtype == dtype else copy.deepcopy(module)
+    if module.dtype != dtype and exported and accelerator.is_main_process:
+        module = copy.deepcopy(module)
     module = module.requires_grad_(False).eval().to(accelerator.device, dtype)
     return channels_last(module, accelerator.device)
 

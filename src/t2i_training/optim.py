@@ -56,6 +56,10 @@ def set_position(args, schedule, step: int) -> None:
     take the memory layout of their parameters: fused AdamW goes through both as they lie, and a checkpoint written on
     CUDA (channels-last) and read on a CPU, or the other way round, would be updated with another weight's moments.
     """
+    eight_bit = getattr(args, "use_8bit_adam", False)
+    if any(("state1" in state) != eight_bit for state in schedule.optimizer.state.values()):
+        was = "without" if eight_bit else "with"
+        raise SystemExit(f"error: the checkpoint's optimizer ran {was} --use_8bit_adam: go on as it began, {was} it")
     for parameter, state in schedule.optimizer.state.items():
         for name, moment in state.items():
             # Of bitsandbytes' state neither the count, a plain number, nor the bytes, which are in blocks.

@@ -39,7 +39,9 @@ class Speedometer:
             torch.cuda.reset_peak_memory_stats(accelerator.device)
 
     def restart(self, samples_seen: int) -> None:
-        """Leave out the time since the last row."""
+        """Leave out the time since the last row, and the memory that was used in it."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.accelerator.device)
         self._start, self._start_samples, self._start_waited = time.perf_counter(), samples_seen, _waited
 
     def count(self, batch: dict[str, torch.Tensor]) -> None:

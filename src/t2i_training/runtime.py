@@ -1,7 +1,6 @@
 """What surrounds a run: the accelerator, the output folder's lock, the seed, stop signals, precision."""
 
 import contextlib
-import datetime
 import errno
 import fcntl
 import logging
@@ -10,6 +9,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from tqdm.auto import tqdm
 
-from . import texts
+from . import processes, texts
 from .checks import public_config
 
 logger = get_logger("t2i_training")
@@ -32,7 +32,6 @@ _locks = {}  # open lock files by output folder: closing one would release it
 FAILED = 127  # stands for a stop signal when the run cannot go on; above them all
 _stop_signal = _failure = None
 _loop_runs = False
-_cpu_group = None  # of torch.distributed, where there are several processes
 progress_bar = None  # of the run under way
 
 
@@ -56,10 +55,12 @@ def start(args) -> Accelerator:
     logging.getLogger("t2i_training").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     _quiet_libraries(accelerator)
     _refuse_sharding(accelerator)
+    if accelerator.num_processes > 1:
+        processes.connect()
     args.mixed_precision = accelerator.mixed_precision  # as launched: run_config.yaml and the card say what was done
     if accelerator.is_main_process:
         _lock(output_dir)
-    accelerator.wait_for_everyone()
+    processes.wait(accelerator)
     if getattr(args, "allow_tf32", False):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -73,14 +74,11 @@ def _make_printable(record: logging.LogRecord) -> bool:
 
 
 def _refuse_sharding(accelerator) -> None:
-    global _cpu_group
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         name = accelerator.distributed_type.value
         raise SystemExit(
             f"error: {name} shards the weights, which these scripts cannot save yet: use plain --multi_gpu"
         )
-    if accelerator.num_processes > 1:
-        _cpu_group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
 
 def _log_above_progress_bars() -> None:
@@ -195,16 +193,23 @@ def finish(stopped_by: int) -> None:
 def _catch_signals() -> None:
     """A stop signal lets the loop finish its step and save; a second one, or one before the loop, ends the run."""
     global _stop_signal, _failure, _loop_runs
-    _stop_signal, _failure, _loop_runs, owner = None, None, False, os.getpid()
+    _stop_signal, _failure, _loop_runs, owner, first = None, None, False, os.getpid(), 0.0
 
     def on_signal(number, _frame):
         global _stop_signal
-        if os.getpid() == owner:  # and not a forked worker, which a Ctrl-C reaches as well
-            _stop_signal = number
+        nonlocal first
+        if os.getpid() != owner:  # a forked worker, which a Ctrl-C reaches as well
+            return
+        if not _loop_runs:
             default_signals()
-            if not _loop_runs:
-                raise SystemExit(128 + number)
+            _stop_signal = number
+            raise SystemExit(128 + number)
+        if not first:
+            _stop_signal, first = number, time.monotonic()
             logger.warning(f"{signal.Signals(number).name}: finishing the step and saving; once more aborts")
+        elif time.monotonic() - first > 1:  # sooner it is the same one, passed on by a launcher that got it too
+            default_signals()
+            os.kill(owner, number)
 
     if threading.current_thread() is threading.main_thread():  # elsewhere signals are the caller's business
         for number in STOP_SIGNALS:
@@ -226,19 +231,6 @@ def default_signals() -> None:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def wait(accelerator) -> None:
-    """Wait for all processes, however long it takes: a collective on the device gives up after ten minutes."""
-    if accelerator.num_processes > 1:
-        torch.distributed.barrier(group=_cpu_group)
-
-
 def stop_requested(accelerator) -> int:
-    """Number of the signal the run was asked to stop with, 0 for none; equal on all processes.
-
-    They agree over the CPU (gloo): no process waits for its device.
-    """
-    if accelerator.num_processes == 1:
-        return _stop_signal or 0
-    number = torch.tensor(_stop_signal or 0)
-    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=_cpu_group)
-    return int(number)
+    """Number of the signal the run was asked to stop with, 0 for none; equal on all processes."""
+    return processes.largest(accelerator, _stop_signal or 0)
