@@ -276,6 +276,21 @@ def test_paths_that_are_not_there(parse, refused, tmp_path):
     parse(pretrained_model_name_or_path="someone/model", dataset_name="someone/pictures")  # the hub is asked later
 
 
+def test_output_inside_the_data(parse, refused, tmp_path):
+    """Its validation pictures would be found by the next run."""
+    for flag in ("train_data_dir", "dataset_name"):
+        flags = {"train_data_dir": None, flag: tmp_path, "output_dir": tmp_path / "out"}
+        assert f"--output_dir {tmp_path / 'out'} is inside --{flag}" in refused(parse, **flags)
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_config_name"])
+def test_folder_of_captioned_pictures_has_no_parts(flag, parse, refused, pictures):
+    flags = {"train_data_dir": None, "dataset_name": pictures, flag: pictures}
+    message = f"--{flag} does nothing here: {pictures} is read as a folder of captioned pictures"
+    assert message in refused(parse, **flags)
+    parse(train_data_dir=None, dataset_name=pictures)
+
+
 def test_checks_create_nothing(parse, tmp_path):
     parse()
     assert os.listdir(tmp_path) == []

@@ -1,5 +1,6 @@
 """Contract: a checkpoint is whole or absent; "latest" is the newest that verifies; what is the user's stays."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,9 +14,11 @@ import torch
 from conftest import flags, load_script, short_run
 from runs import checkpoints, outcome, rows, wait_until, weights
 
+from t2i_training import checkpoint
 
-def manifest(checkpoint) -> dict:
-    return json.loads((checkpoint / "manifest.json").read_text())
+
+def manifest(folder) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
 
 
 def steps_run(folder) -> list[int]:
@@ -172,6 +175,21 @@ def test_rotation_goes_on_after_a_resume(resume, out):
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
     resume("checkpoint-4", max_train_steps=8, checkpoints_total_limit=2)
     assert checkpoints(out) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_rotation_that_fails_is_made_up_for(train, monkeypatch, caplog):
+    """On NFS a folder with a file that is open elsewhere cannot be removed. The checkpoint is whole all the same."""
+    remove, refusals = checkpoint.remove_folder, [OSError(errno.EBUSY, "Device or resource busy")]
+
+    def refuse_once(folder):
+        if folder.name == "checkpoint-1" and refusals:
+            raise refusals.pop()
+        remove(folder)
+
+    monkeypatch.setattr(checkpoint, "remove_folder", refuse_once)
+    out = train(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert checkpoints(out) == ["checkpoint-3", "checkpoint-4"]
+    assert "checkpoint-1 cannot be removed: Device or resource busy" in caplog.text
 
 
 def test_rotation_counts_in_numbers_not_letters(resume, out):

@@ -131,6 +131,17 @@ def test_strange_metadata_stays_a_string(card):
     assert head["license"] == "creativeml-openrail-m"
 
 
+def test_adapters_of_another_prediction_type_say_how_to_sample(card):
+    """They bring no scheduler; a full run exports its own."""
+    line = 'pipe.scheduler.register_to_config(prediction_type="v_prediction")'
+    usage = load_script("sd_lora").CARD["usage"]
+    body = card({"prediction_type": "v_prediction"}, tags=["lora"], usage=usage)[1]
+    assert f'pipe.load_lora_weights("path/to/this/folder")\n{line}\npipe("' in body
+    assert "| prediction type | v&#95;prediction |" in body
+    assert line not in card({"prediction_type": "v_prediction"}, tags=["a-tag"], usage=usage)[1]
+    assert "prediction" not in card(tags=["lora"], usage=usage)[1]
+
+
 def test_token_is_not_on_the_card(card):
     head, body = card({"push_to_hub": True, "hub_token": "hf_secret"})
     assert "hf_secret" not in str(head) + body

@@ -146,6 +146,17 @@ def test_state_in_eight_bits_is_left_as_it_is(options):
     blocks = torch.zeros(4, 2, 3, 3, dtype=torch.uint8)
     optimizer.state[parameter] = {"step": 3, "state1": blocks}
     args = options()
+    args.use_8bit_adam = True  # past the check that the package is there
     optim.set_position(args, optim.make_schedule(args, optimizer, 4), 3)
     assert optimizer.state[parameter]["step"] == 3
     assert optimizer.state[parameter]["state1"] is blocks
+
+
+@pytest.mark.parametrize(("eight_bit", "name", "was"), [(True, "exp_avg", "without"), (False, "state1", "with")])
+def test_state_of_the_other_optimizer_is_refused(options, eight_bit, name, was):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer, args = torch.optim.AdamW([parameter]), options()
+    optimizer.state[parameter] = {"step": torch.tensor(3.0), name: torch.zeros(2)}
+    args.use_8bit_adam = eight_bit
+    with pytest.raises(SystemExit, match=f"the checkpoint's optimizer ran {was} --use_8bit_adam"):
+        optim.set_position(args, optim.make_schedule(args, optimizer, 4), 3)
