@@ -32,6 +32,7 @@ TRAINED = {  # script -> where a checkpoint, and the output folder, hold the tra
     "sd": "unet/diffusion_pytorch_model.safetensors", "sd_lora": ADAPTERS,
     "prior": "prior/diffusion_pytorch_model.safetensors", "prior_lora": ADAPTERS,
     "decoder": "unet/diffusion_pytorch_model.safetensors", "decoder_lora": ADAPTERS,
+    "sd_flax": "unet/diffusion_pytorch_model.safetensors",
 }  # fmt: skip
 
 
@@ -96,10 +97,15 @@ def outcome(folder: Path, step: int, trained: str = TRAINED["sd"], tensors: int 
     digests = {name: _digest(checkpoint / name) for name in sorted(names)}
     exported = [path for path in (*folder.glob("[!.cl]*/*"), *folder.glob("*.safetensors")) if path.is_file()]
     export = {str(path.relative_to(folder)): _digest(path) for path in sorted(exported)}
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    if (checkpoint / "optimizer.bin").exists():
+        optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+        known = len(optimizer["state"])
+    else:  # the Flax script's, in which a weight has two moments
+        optimizer = load_file(checkpoint / "optimizer.safetensors")
+        known = sum(".mu[" in name for name in optimizer)
     assert trained in digests
     assert trained in export
-    assert len(optimizer["state"]) > tensors, "an entry for each tensor that is trained"
+    assert known > tensors, "an entry for each tensor that is trained"
     return {
         "manifest": manifest, "files": digests, "export": export, "optimizer": _plain(optimizer), "rows": rows(folder),
     }  # fmt: skip

@@ -71,7 +71,7 @@ class Campaign:
         self.folder, self.random, self.scripts, self.chain = folder, random.Random(seed), scripts, chain
         self.models, self.tally = victims.make_models(folder / "models"), Tally()
         self.cached, self._undisturbed, self._trials = cached, {}, 0
-        victims.load(scripts)
+        victims.load(scripts, folder / "programs")
 
     def undisturbed(self, script: str, cached: bool):
         """(what it leaves, its board) of a run that nobody disturbs."""

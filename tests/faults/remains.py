@@ -102,14 +102,7 @@ def leftovers(folder: Path, kept: int) -> list[str]:
 
 def left(folder: Path, step: int, script: str) -> dict:
     """All that must not depend on how often a run was killed: `runs.outcome`, and what else a user finds."""
-    if script in runs.TRAINED:
-        result = runs.outcome(folder, step, runs.TRAINED[script], 15)
-    else:
-        manifest = json.loads((folder / f"checkpoint-{step}" / "manifest.json").read_text())
-        result = {"manifest": manifest, "rows": runs.rows(folder)}
-        files = [path for path in (*folder.glob("[!.cl]*/*"), *folder.glob("*.safetensors")) if path.is_file()]
-        result["export"] = {str(path.relative_to(folder)): runs._digest(path) for path in files}
-    return result | {
+    return runs.outcome(folder, step, runs.TRAINED[script], 15) | {
         "pictures": {str(path.relative_to(folder)): _pixels(path) for path in sorted(folder.glob("**/*.png"))},
         "card": (folder / "README.md").read_text(encoding="utf-8"),
         "encodings": _encodings(folder),

@@ -24,6 +24,8 @@ import tiny
 import tiny_kandinsky
 from board import PHASES, Board
 
+from t2i_training import flax_cli
+
 STEPS, KEPT = 4, 2
 EVERY = {  # script -> its flags besides those of conftest.short_run
     "max_train_steps": STEPS, "train_batch_size": 4, "checkpointing_steps": 1, "checkpoints_total_limit": KEPT,
@@ -38,22 +40,34 @@ SCRIPTS = {  # the one table: script -> its own flags
     "prior_lora": {**LORA, **runs.DRAWS["prior_lora"]},
     "decoder": {**FULL, **runs.DRAWS["decoder"]},
     "decoder_lora": {**LORA, **runs.DRAWS["decoder_lora"]},
+    "sd_flax": {**FULL, **runs.ALL_DRAWS},
 }
+JAX = {  # JAX's settings: programs are compiled quickly, and by the first run alone
+    "jax_platforms": "cpu", "jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 def scripts() -> list[str]:
-    """Those that are there."""
-    return [name for name in SCRIPTS if name in tiny.SCRIPTS]
+    """Those that can be run here: JAX is optional."""
+    jax = all(importlib.util.find_spec(package) for package in flax_cli.PACKAGES)
+    return [name for name in SCRIPTS if jax or name != "sd_flax"]
 
 
-def load(names: list[str]) -> None:
-    """Import the scripts, and what they import when they first need it: forks have all of it."""
+def load(names: list[str], programs: Path) -> None:
+    """Import the scripts, and what they import when they first need it: forks have all of it.
+
+    JAX keeps its compiled programs in the folder `programs`.
+    """
     for module in ("datasets", "matplotlib.backends.backend_agg", "peft"):
         importlib.import_module(module)
     for name in names:
         conftest.load_script(name)
+    if "sd_flax" in names:
+        for name, value in (JAX | {"jax_compilation_cache_dir": str(programs)}).items():
+            sys.modules["jax"].config.update(name, value)
     for library in ("diffusers", "transformers"):
         importlib.import_module(library).utils.logging.disable_progress_bar()
 
