@@ -2,33 +2,82 @@
 
 python -m pytest tests/test_fuzz.py                    # a few dozen examples each, always the same ones
 FUZZ=5000 python -m pytest tests/test_fuzz.py          # so many examples each, others in every run
+
+The long form ends with a line for each parser: how many examples, in how many seconds, and how many of them failed.
 """
 
 import contextlib
+import functools
 import html
 import io
 import json
 import os
 import shutil
+import struct
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import PIL
 import pytest
 import torch
 import yaml
 from accelerate import PartialState
 from conftest import load_script
+from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from t2i_training import checkpoint, checks, data, encoding_store, folder, hub, inspection, metrics, texts
+from t2i_training import (
+    checkpoint,
+    checks,
+    data,
+    encoding_store,
+    folder,
+    hub,
+    images,
+    inspection,
+    lora,
+    metrics,
+    texts,
+)
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
-fuzz = settings(
+OFTEN = settings(
     max_examples=FUZZ or 40, derandomize=not FUZZ, deadline=None, database=None, print_blob=False,
     suppress_health_check=[*HealthCheck],
 )  # fmt: skip
+ran = {}  # test -> [examples, those that failed, seconds]
+
+
+def fuzz(**strategies):
+    """hypothesis's `given`, so many times; counted."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def counted(*arguments, **options):
+            counts = ran.setdefault(test.__name__, [0, 0, 0.0])
+            counts[0], counts[1], began = counts[0] + 1, counts[1] + 1, time.perf_counter()
+            test(*arguments, **options)
+            counts[1], counts[2] = counts[1] - 1, counts[2] + time.perf_counter() - began
+
+        return OFTEN(given(**strategies)(counted))
+
+    return decorate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request):
+    yield
+    if FUZZ:
+        lines = [f"{name:32} {n:7} examples {bad:5} failed {spent:7.1f} s" for name, (n, bad, spent) in ran.items()]
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print("", *lines, sep="\n")
+
+
 ANY_TEXT = st.text(st.characters(), max_size=20)  # lone surrogates, control characters, all scripts
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
 JSON = st.recursive(
@@ -81,8 +130,7 @@ TAGS = st.builds(
 YAML_LIKE = st.text(st.sampled_from("seed:- [],{}&a*!!int'\"#|>?%@`\n\t012.eE_~"), max_size=40).map(str.encode)
 
 
-@fuzz
-@given(content=MAPPINGS | TAGS | YAML_LIKE | st.binary(max_size=60))
+@fuzz(content=MAPPINGS | TAGS | YAML_LIKE | st.binary(max_size=60))
 def test_config(content, place, model, pictures, types):
     file, printed = place / "run.yaml", io.StringIO()
     file.write_bytes(content)
@@ -132,8 +180,7 @@ def flip(content: bytes, bit: int) -> bytes:
     return bytes(flipped)
 
 
-@fuzz
-@given(bit=st.integers(0, 100_000), name=st.sampled_from(["manifest.json", "optimizer.bin", "unet/config.json"]))
+@fuzz(bit=st.integers(0, 100_000), name=st.sampled_from(["manifest.json", "optimizer.bin", "unet/config.json"]))
 def test_flipped_bit_in_a_checkpoint(bit, name, saved):
     copy = damaged(saved, name, flip((saved / name).read_bytes(), bit))
     if checkpoint.verify(copy) is not None:
@@ -153,10 +200,7 @@ MANIFESTS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@fuzz
-@given(
-    content=st.binary(max_size=60) | JSON.map(json.dumps).map(str.encode) | MANIFESTS.map(json.dumps).map(str.encode)
-)
+@fuzz(content=st.binary(max_size=60) | JSON.map(json.dumps).map(str.encode) | MANIFESTS.map(json.dumps).map(str.encode))
 def test_manifest(content, saved):
     copy = damaged(saved, "manifest.json", content)
     fault = checkpoint.verify(copy)
@@ -183,24 +227,32 @@ GOOD = st.builds(lambda name, text: {"file_name": name, "text": text}, NAMES, AN
 LINES = (ROWS | GOOD | JSON).map(json.dumps).map(str.encode) | st.binary(max_size=40)
 
 
-@fuzz
-@given(lines=st.lists(LINES, max_size=5), end=st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
-def test_metadata(lines, end, place):
+@pytest.fixture(scope="module")
+def root(place) -> Path:
+    """A folder of two pictures."""
     root = place / "pictures"
-    root.mkdir(exist_ok=True)
+    root.mkdir()
     for name in ("0.png", "1.png"):
-        if not (root / name).exists():
-            Image.new("RGB", (9, 9)).save(root / name)
-    (root / folder.METADATA).write_bytes(end.join(lines))
+        Image.new("RGB", (9, 7)).save(root / name)
+    return root
+
+
+def inspected(root, metadata: bytes, out: Path) -> tuple:
+    """(data set, pictures) of the folder's rows that can be used."""
+    (root / folder.METADATA).write_bytes(metadata)
     args = SimpleNamespace(
         dataset_name=None, train_data_dir=str(root), cache_dir=None, max_train_samples=None, image_column="image",
-        caption_column="text", output_dir=str(place / "out"), skip_bad_samples=True,
+        caption_column="text", output_dir=str(out), skip_bad_samples=True,
     )  # fmt: skip
-    (place / "out").mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
+    return inspection.inspect(args, accelerator, data.open_dataset(args), "text")
+
+
+@fuzz(lines=st.lists(LINES, max_size=5), end=st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
+def test_metadata(lines, end, root, place):
     try:
-        dataset = data.open_dataset(args)
-        dataset, pictures = inspection.inspect(args, accelerator, dataset, "text")
+        dataset, pictures = inspected(root, end.join(lines), place / "out")
     except SystemExit as stop:
         return one_clear_line(stop)
     assert len(dataset) == len(pictures) > 0
@@ -209,6 +261,114 @@ def test_metadata(lines, end, place):
         assert row["image"]["bytes"] is None
         assert inspection.caption_fault(row["text"]) is None
         assert row[folder.LINE].startswith("metadata.jsonl line ")
+
+
+# --- what is remembered of pictures
+
+DIGEST = "0123456789abcdef" * 2
+ENTRIES = st.tuples(st.just(DIGEST) | JSON, st.just(9) | JSON, st.just(7) | JSON).map(list) | JSON
+
+
+@fuzz(
+    content=st.binary(max_size=60)
+    | st.builds(lambda entry, other: {"pictures": {"0.png": entry, "1.png": other}}, ENTRIES, ENTRIES)
+    | st.builds(lambda pictures: {"pictures": pictures}, JSON)
+    | JSON
+)
+def test_memo(content, root, place):
+    """It is taken as it is or not at all; no picture is refused for it."""
+    if isinstance(content, dict):
+        content.setdefault("pillow", PIL.__version__)
+        if isinstance(pictures := content.get("pictures"), dict):
+            for path, status in [(path, path.stat()) for path in root.glob("*.png") if path.name in pictures]:
+                pictures[f"{path}:{status.st_size}:{status.st_mtime_ns}"] = pictures.pop(path.name)
+    (place / "out").mkdir(exist_ok=True)
+    memo = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (place / "out" / inspection.MEMO).write_bytes(memo)
+    metadata = b"".join(b'{"file_name": "%d.png", "text": "a"}\n' % i for i in range(2))
+    _, pictures = inspected(root, metadata, place / "out")
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert len(bytes.fromhex(picture.digest)) == 16
+        assert type(picture.width) is type(picture.height) is int
+        assert min(picture.width, picture.height) > 0
+
+
+# --- EXIF
+
+UPRIGHT = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 14
+TURNS = [np.rot90(side, turns) for side in (UPRIGHT, UPRIGHT[:, ::-1]) for turns in range(4)]
+TAGS_OF_TIFF = st.tuples(
+    st.just(274) | st.integers(0, 65535), st.integers(0, 14), st.integers(0, 2) | st.integers(0, 2**32 - 1),
+    st.integers(0, 9) | st.integers(0, 2**32 - 1),
+)  # fmt: skip
+
+
+def tiff(order: str, tags: list[tuple], rest: bytes) -> bytes:
+    """A directory of tags: each a number, a type, a count and a value or its place."""
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
+    return head + b"".join(struct.pack(order + "HHII", *tag) for tag in tags) + rest
+
+
+@fuzz(
+    exif=st.binary(max_size=60)
+    | st.builds(tiff, st.sampled_from("<>"), st.lists(TAGS_OF_TIFF, max_size=4), st.binary(max_size=30)),
+    prefix=st.sampled_from([b"", b"Exif\0\0"]), kind=st.sampled_from(["PNG", "JPEG", "WEBP"]),
+    min_side=st.none() | st.just(1),
+)  # fmt: skip
+def test_exif(exif, prefix, kind, min_side):
+    """The picture comes out, turned as it says or not at all."""
+    file = io.BytesIO()
+    Image.fromarray(UPRIGHT).save(file, kind, exif=prefix + exif, lossless=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as where pictures are inspected and read
+        picture, size = images.decode_with_size(file.getvalue(), min_side)
+    assert (picture.mode, size) == ("RGB", picture.size)
+    assert size in ((3, 2), (2, 3))
+    if kind == "PNG":
+        assert any(np.array_equal(np.asarray(picture), turned) for turned in TURNS)
+
+
+# --- adapters
+
+
+@pytest.fixture(scope="module")
+def adapters(model, place) -> tuple:
+    """(network with adapters, the folder that holds them, what is in their file)."""
+    network = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    args, accelerator = SimpleNamespace(rank=1, seed=0), SimpleNamespace(device="cpu", mixed_precision="no")
+    lora.add_adapters(network, args, accelerator, ("to_q",))
+    lora.save_networks(network, place / "adapters")
+    return network, place / "adapters", (place / "adapters" / lora.WEIGHTS_NAME).read_bytes()
+
+
+HEADERS = st.dictionaries(
+    ANY_TEXT | st.just("__metadata__"),
+    st.fixed_dictionaries({
+        "dtype": st.sampled_from(["F32", "F8_E4M3", "BF16", "I64", "BOOL", "F4"]) | JSON,
+        "shape": st.lists(st.integers(-1, 9), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(0, 80), min_size=2, max_size=2) | JSON,
+    }) | JSON, max_size=3,
+).map(lambda header: json.dumps(header).encode())  # fmt: skip
+
+
+@fuzz(
+    damage=st.tuples(st.lists(st.integers(0, 30_000), max_size=3), st.none() | st.integers(0, 6_000))
+    | st.builds(lambda head, rest: len(head).to_bytes(8, "little") + head + rest, HEADERS, st.binary(max_size=80))
+    | st.binary(max_size=60)
+)
+def test_adapters(damage, adapters):
+    """They are read or refused in a line; a value may be another, for that the checkpoint's hashes are there."""
+    network, folder, content = adapters
+    if isinstance(damage, tuple):
+        bits, cut = damage
+        damage = functools.reduce(flip, bits, content)[:cut]
+    (folder / lora.WEIGHTS_NAME).write_bytes(damage)
+    try:
+        lora.load_networks(network, folder)
+    except SystemExit as stop:
+        return one_clear_line(stop)
+    assert len(damage) == len(content)
 
 
 # --- encodings
@@ -222,8 +382,7 @@ def kept(place) -> tuple[encoding_store.Store, Path, bytes]:
     return store, path, path.read_bytes()
 
 
-@fuzz
-@given(bits=st.lists(st.integers(0, 10_000), min_size=1, max_size=3), cut=st.none() | st.integers(0, 200))
+@fuzz(bits=st.lists(st.integers(0, 10_000), min_size=1, max_size=3), cut=st.none() | st.integers(0, 200))
 def test_damaged_shard(bits, cut, place):
     store, path, content = kept(place)
     for bit in bits:
@@ -232,8 +391,7 @@ def test_damaged_shard(bits, cut, place):
     look_into(store, path)
 
 
-@fuzz
-@given(
+@fuzz(
     content=st.binary(max_size=80)
     | st.builds(lambda n, b: n.to_bytes(8, "little") + b, st.integers(0, 90), st.binary())
 )
@@ -259,8 +417,7 @@ ROW = {"step": 2, "loss": 0.5, "lr": 1e-4, "grad_norm": None}
 METRICS = st.dictionaries(st.sampled_from(list(ROW)), JSON).map(lambda row: json.dumps(ROW | row).encode())
 
 
-@fuzz
-@given(lines=st.lists(METRICS | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=30), max_size=5))
+@fuzz(lines=st.lists(METRICS | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=30), max_size=5))
 def test_metrics(lines, place):
     file = place / metrics.METRICS
     file.write_bytes(b"\n".join([json.dumps(ROW).encode(), *lines]))
@@ -276,8 +433,7 @@ def test_metrics(lines, place):
 # --- texts
 
 
-@fuzz
-@given(text=ANY_TEXT | st.text(st.sampled_from("<>[]()`*_~$|\\#!@:{}&;0123 \n\x1b")))
+@fuzz(text=ANY_TEXT | st.text(st.sampled_from("<>[]()`*_~$|\\#!@:{}&;0123 \n\x1b")))
 def test_escape(text):
     escaped = hub.escape(text)
     assert html.unescape(escaped) == texts.printable(" ".join(text.split()))
@@ -285,8 +441,7 @@ def test_escape(text):
     assert not set(escaped) & set("<>[]()`*_~$|\\!@:{}")
 
 
-@fuzz
-@given(text=ANY_TEXT)
+@fuzz(text=ANY_TEXT)
 def test_printable(text):
     shown = texts.printable(text)
     assert shown.isprintable()

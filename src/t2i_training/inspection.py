@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import time
 import warnings
 from collections import Counter
@@ -144,9 +145,16 @@ def _read_memo(memo: Path) -> dict:
     """What an earlier run with the same Pillow found good: (digest, width, height) by key."""
     try:
         stored = json.loads(memo.read_text(encoding="utf-8"))
-        return stored["pictures"] if stored["pillow"] == PIL.__version__ else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pictures = stored["pictures"].items() if stored["pillow"] == PIL.__version__ else ()
+        return {key: entry for key, entry in pictures if _is_entry(entry)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _is_entry(entry) -> bool:
+    """Whether `_write_memo` may have written it. A damaged memo must not make a good picture bad."""
+    kinds = [type(value) for value in entry] if isinstance(entry, list) else []
+    return kinds == [str, int, int] and bool(re.fullmatch("[0-9a-f]{32}", entry[0])) and min(entry[1:]) > 0
 
 
 def _write_memo(memo: Path, found) -> None:

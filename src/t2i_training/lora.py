@@ -7,6 +7,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Kandinsky's decoder attends to picture and condition at once; the condition enters through projections of its own.
@@ -48,7 +49,7 @@ def load_networks(model, folder: Path) -> None:
         if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its adapters have other names or another rank")
         set_peft_model_state_dict(model, weights, adapter_name="default")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"error: {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -5,6 +5,7 @@ kill can be aimed at a phase, and be counted under the one that it fell into.
 """
 
 import contextlib
+import faulthandler
 import functools
 import gc
 import importlib
@@ -47,6 +48,7 @@ JAX = {  # JAX's settings: programs are compiled quickly, and by the first run a
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+HUNG = "hung"
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
@@ -119,7 +121,7 @@ class Kill:
 
 
 class Victim:
-    """A run in a fork. `wait` gives its exit status, -n for a death by signal n."""
+    """A run in a fork. `wait` gives its exit status, -n for a death by signal n, and HUNG where it did not end."""
 
     def __init__(self, script: str, tokens: list[str], output_dir: Path, log: Path, kill: Kill | None = None):
         self.board, self.log, self.kill, self.killed_in = Board(), log, kill, None
@@ -135,8 +137,8 @@ class Victim:
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status is not None
 
-    def wait(self, limit: float = 300.0) -> int:
-        """Kill it as planned, and see it end."""
+    def wait(self, limit: float = 200.0) -> int | str:
+        """Kill it as planned, and see it end. If it does not, its log says where it hangs."""
         kill = self.kill
         if kill is not None and not kill.at_change:
             entries = self.board.entries
@@ -151,8 +153,12 @@ class Victim:
         while not self._ended():
             time.sleep(0.002)
             if time.monotonic() - self._began > limit:
+                os.kill(self.pid, signal.SIGUSR1)
+                time.sleep(1)
                 os.kill(self.pid, signal.SIGKILL)
-                raise AssertionError(f"a run did not end in {limit:.0f} s, see {self.log}")
+                os.waitpid(self.pid, 0)
+                self.status = HUNG
+                return HUNG
         if self.status == -signal.SIGALRM:  # which stands for SIGKILL, see _at_change
             self.status = -signal.SIGKILL
         if kill is not None and kill.at_change and self.board.changes[PHASES.index(kill.phase)] >= kill.count:
@@ -173,6 +179,7 @@ def _run(script, tokens, output_dir, log, board, kill) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (descriptor, 1), (descriptor, 2)):
             os.dup2(source, target)
+        faulthandler.register(signal.SIGUSR1)
         board.wrap_all()
         _watch_changes(board, str(output_dir), kill)
         from t2i_training import flops
