@@ -69,9 +69,9 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int, scripts: list[str], chain: int = 5, cached: tuple = (False, True)):
         self.folder, self.random, self.scripts, self.chain = folder, random.Random(seed), scripts, chain
+        victims.load(scripts, folder / "programs")
         self.models, self.tally = victims.make_models(folder / "models"), Tally()
         self.cached, self._undisturbed, self._trials = cached, {}, 0
-        victims.load(scripts, folder / "programs")
 
     def undisturbed(self, script: str, cached: bool):
         """(what it leaves, its board) of a run that nobody disturbs."""
@@ -144,11 +144,13 @@ class Campaign:
         run = Victim(script, self._command(script, out, cached, self.random.randint(0, 1)), out, log, kill)
         status = run.wait()
         self.tally.counts[script, "resumes"] += had
-        if run.killed_in and status in (-kill.number, 128 + kill.number, 0):
+        if status == victims.HUNG:
+            self.tally.fault(script, "failed", f"it hangs ({kill}), see {log}")
+        elif run.killed_in and status in (-kill.number, 128 + kill.number, 0):
             self.tally.killed(script, run.killed_in, kill.number)
             run.faults = remains.unreadable(out, had)
             return run
-        if status:
+        elif status:
             last = run.log.read_text(errors="replace").strip().splitlines()[-1:]
             self.tally.fault(script, "failed", f"{log}: status {status} ({kill}): {last}")
         return None

@@ -23,6 +23,7 @@ import conftest
 import runs
 import tiny
 import tiny_kandinsky
+import tqdm
 from board import PHASES, Board
 
 from t2i_training import flax_cli
@@ -48,7 +49,7 @@ JAX = {  # JAX's settings: programs are compiled quickly, and by the first run a
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-HUNG = "hung"
+HUNG, STOPS = "hung", (signal.SIGTERM, signal.SIGINT)
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
@@ -65,6 +66,7 @@ def load(names: list[str], programs: Path) -> None:
     """
     for module in ("datasets", "matplotlib.backends.backend_agg", "peft"):
         importlib.import_module(module)
+    tqdm.tqdm.monitor_interval = 0  # its thread may hold a lock when this process forks
     for name in names:
         conftest.load_script(name)
     if "sd_flax" in names:
@@ -127,9 +129,12 @@ class Victim:
         self.board, self.log, self.kill, self.killed_in = Board(), log, kill, None
         self._began, self.status = time.monotonic(), None
         sys.stdout.flush()
+        # What Python does after a fork passes over exceptions: a signal there would leave locks as they were, for ever.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         self.pid = os.fork()
         if self.pid == 0:
             _run(script, tokens, output_dir, log, self.board, kill)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
     def _ended(self) -> bool:
         if self.status is None:
@@ -175,6 +180,7 @@ def _run(script, tokens, output_dir, log, board, kill) -> None:
     status = 1
     gc.freeze()  # or the first collection goes through, and copies, all that was imported
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (descriptor, 1), (descriptor, 2)):
