@@ -90,6 +90,27 @@ def load_script(name: str):
     return module
 
 
+def load_quick_flax_script(patch: pytest.MonkeyPatch):
+    """The Flax script with nothing to compile: an update shrinks the weights, pictures are grey. All else is real."""
+    script = load_script("sd_flax")
+    from t2i_training import flax_devices, flax_training
+
+    def begin(trained, _train_step):
+        def shrink(tree):
+            shrunk = script.jax.tree.map(lambda array: array * 0.9, flax_devices.fetch(tree))
+            return flax_devices.place(shrunk, trained.mesh)
+
+        def step(state, *_):
+            names = {"parameters", "average"} & set(state)
+            return state | {name: shrink(state[name]) for name in names}, 1.0, 1.0
+
+        trained.train_step = step
+
+    patch.setattr(flax_training.Trained, "begin", begin)
+    patch.setattr(script, "draw_picture", lambda index, **_: script.Image.new("RGB", (16, 16), "grey"))
+    return script
+
+
 def flags(**values) -> list[str]:
     """Command-line tokens: flags(use_ema=True, seed=1, validation_prompts=["a", "b"])."""
     tokens = []

@@ -17,7 +17,7 @@ import hub_server
 import huggingface_hub
 import pytest
 import tiny
-from conftest import load_script
+from conftest import load_quick_flax_script, load_script
 from huggingface_hub import constants
 
 FLAG, VARIABLE, OLD_VARIABLE, STORED = (f"hf_{word * 4}" for word in ("FromTheFlag", "Variable", "OldName", "Stored"))
@@ -38,10 +38,13 @@ def planted(monkeypatch):
 
 
 @pytest.fixture
-def run(command, capfd, caplog, tmp_path):
+def run(command, capfd, caplog, monkeypatch, tmp_path):
     """run(script, **flags): (how it ended, everything it wrote as {place: bytes})."""
 
     def go(script, **changes):
+        if script == "sd_flax":
+            pytest.importorskip("flax")
+            load_quick_flax_script(monkeypatch)
         capfd.readouterr()
         out = tmp_path / "out"
         tokens, error = command(script, output_dir=out, **changes), io.StringIO()
@@ -79,7 +82,7 @@ def prompts(script) -> dict:
     return {"validation_prompts": "a cat"} if not script.endswith("_lora") else {"validation_prompt": "a cat"}
 
 
-@pytest.mark.parametrize("script", tiny.SCRIPTS)
+@pytest.mark.parametrize("script", tiny.ALL_SCRIPTS)
 def test_a_run_with_all_trackers_whose_upload_fails(script, run, planted):
     """The server repeats, in its refusal, the token that it was sent."""
 
@@ -100,7 +103,7 @@ def test_a_run_with_all_trackers_whose_upload_fails(script, run, planted):
     assert found(everything) == []
 
 
-@pytest.mark.parametrize("script", tiny.SCRIPTS)
+@pytest.mark.parametrize("script", tiny.ALL_SCRIPTS)
 def test_an_error_in_the_middle_of_a_run(script, run, planted):
     """With a token on the command line, and a traceback."""
     from t2i_training import metrics

@@ -10,11 +10,11 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import load_script
-from runs import TRAINED, checkpoints, outcome, rows
-from torch.optim.optimizer import register_optimizer_step_post_hook
+import torch
+from conftest import load_quick_flax_script, load_script
+from runs import TRAINED, checkpoints, outcome, rows, weights
 
-from t2i_training import checkpoint, encodings
+from t2i_training import checkpoint, encodings, metrics
 
 RUN = {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True}
 PARTS = {"sd": RUN, "prior_lora": {"max_train_steps": 4, "checkpointing_steps": 1}}
@@ -49,19 +49,18 @@ def free(disk) -> None:
 
 @contextlib.contextmanager
 def at_update(update: int, act):
-    """Inside, `act()` is called within the `update`-th weight update of this process."""
-    seen = []
+    """Inside, `act()` is called right after the `update`-th weight update of this process."""
+    seen, counted = [], metrics.Progress.update
 
-    def count(*_):
+    def count(*arguments):
         seen.append(update)
         if len(seen) == update:
             act()
+        counted(*arguments)
 
-    hook = register_optimizer_step_post_hook(count)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics.Progress, "update", count)
         yield
-    finally:
-        hook.remove()
 
 
 @pytest.fixture
@@ -137,6 +136,32 @@ def test_full_during_the_export(run, disk, tmp_path, case, script):
         tmp_path / "whole", 4, TRAINED[script], 15
     )["export"]  # fmt: skip
     case.seen(message)
+
+
+def test_faults_of_the_flax_script(run, disk, case, monkeypatch, model, caplog):
+    """It writes its files by functions of its own. Here each update takes a tenth off the weights."""
+    pytest.importorskip("flax")
+    load_quick_flax_script(monkeypatch)
+    case("sd_flax: disk full in checkpoint 2, in the export; checkpoint 2 damaged", "a line each, whole ones are used")
+    out, again = disk / "out", {**RUN, "checkpointing_steps": 2, "max_train_steps": 3}
+    with at_update(2, lambda: fill(disk, 12)):
+        first = last_line(run, "sd_flax", out, **RUN)
+    assert first.startswith(f"error: checkpoint-2 cannot be saved in {out}, where ")
+    assert (checkpoints(out), hidden(out)) == (["checkpoint-1"], set())
+    free(disk)
+    with at_update(2, lambda: fill(disk, 4)):
+        second = last_line(run, "sd_flax", out, resume_from_checkpoint="latest", **again)
+    assert second.startswith(f"error: the trained model cannot be saved in {out}, where ")
+    assert (checkpoints(out), hidden(out)) == (["checkpoint-1", "checkpoint-2"], set())
+    assert not (out / "unet").exists()
+    free(disk)
+    os.truncate(out / "checkpoint-2" / "optimizer.safetensors", 99)
+    run("sd_flax", out, resume_from_checkpoint="latest", **again)
+    third = f"{out / 'checkpoint-2'} is not usable (optimizer.safetensors is damaged); trying the one before"
+    assert third in caplog.text
+    before, after = (weights(folder)["conv_in.weight"] for folder in (model, out))
+    assert torch.allclose(after, 0.9**3 * before)
+    case.seen("; ".join([first, second, third]))
 
 
 def test_full_while_encoding(run, disk, case, monkeypatch):
