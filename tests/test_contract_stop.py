@@ -3,6 +3,7 @@
 The exit status is 128 + the signal, as a shell would report it.
 """
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -11,11 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from runs import checkpoints, interrupt, rows, wait_until
+
+from t2i_training import data, ema
 
 
 def read_rows(folder) -> list[dict]:
@@ -98,6 +102,36 @@ def test_signal_while_resuming(server, sd_flags, train, tmp_path):
     assert run.wait() == 143
     assert checkpoints(out)[0] == "checkpoint-2"
     assert (out / "checkpoint-2" / "manifest.json").read_bytes() == before
+
+
+def test_signals_that_libraries_take_for_something_else(train, monkeypatch, tmp_path):
+    """PyTorch's C++ makes an error of the exit, which is none of the checkpoint's; others pass over it."""
+    train(max_train_steps=1, checkpointing_steps=1)
+
+    def read(_file):
+        with contextlib.suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        raise RuntimeError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ema, "safetensors", SimpleNamespace(torch=SimpleNamespace(load_file=read)))
+        with pytest.raises(SystemExit) as stop:
+            train(max_train_steps=2, resume_from_checkpoint="latest")
+    assert stop.value.code == 143
+
+    def open_dataset(args):
+        with contextlib.suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        return opened(args)
+
+    opened = data.open_dataset
+    monkeypatch.setattr(data, "open_dataset", open_dataset)
+    with pytest.raises(SystemExit) as stop:
+        train(output_dir=tmp_path / "other")
+    assert stop.value.code == 130
+    assert read_rows(tmp_path / "other") == []
 
 
 def test_signal_in_the_last_step_still_exports(train, tmp_path):

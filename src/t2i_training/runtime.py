@@ -86,9 +86,8 @@ def _log_above_progress_bars() -> None:
         def emit(self, record):
             tqdm.write(self.format(record), file=sys.stderr)
 
-    handler = Handler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    lines = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%H:%M:%S"}
+    logging.basicConfig(handlers=[Handler()], level=logging.WARNING, **lines)
 
 
 def _possible_precision(wanted: str | None) -> str | None:
@@ -173,9 +172,10 @@ def readable_errors(flag: str, value: str):
     """Loading a model can fail in many ways inside several libraries; say it in one line that names the flag."""
     try:
         yield
-    except Exception as error:
-        if _stop_signal and not _loop_runs:  # torch's C++ makes an error of its own of the exit that a signal raises
-            raise SystemExit(128 + _stop_signal) from None
+    except (Exception, SystemExit) as error:
+        _heed_early_stop()  # torch's C++ makes an error of its own of the exit that a signal raises
+        if isinstance(error, SystemExit):
+            raise
         line = f"{flag} {texts.printable(str(value))}: {type(error).__name__}: {texts.reason(error)[:500]}"
         raise SystemExit(f"error: {line}") from error
 
@@ -220,7 +220,13 @@ def _catch_signals() -> None:
 def begin_loop() -> None:
     """From here on there is something to save: a stop signal waits for the end of its step."""
     global _loop_runs
+    _heed_early_stop()  # where a library has passed over the exit
     _loop_runs = True
+
+
+def _heed_early_stop() -> None:
+    if _stop_signal and not _loop_runs:
+        raise SystemExit(128 + _stop_signal) from None
 
 
 def default_signals() -> None:
