@@ -146,6 +146,8 @@ class Campaign:
         self.tally.counts[script, "resumes"] += had
         if status == victims.HUNG:
             self.tally.fault(script, "failed", f"it hangs ({kill}), see {log}")
+        elif status == 0 and run.killed_in in PHASES[: PHASES.index("step")]:
+            self.tally.fault(script, "failed", f"it passed over {kill} in {run.killed_in}, see {log}")
         elif run.killed_in and status in (-kill.number, 128 + kill.number, 0):
             self.tally.killed(script, run.killed_in, kill.number)
             run.faults = remains.unreadable(out, had)
