@@ -1,6 +1,8 @@
 """Shared by all tests: a home of its own for caches, one thread for tiny networks, tiny models made once."""
 
 import importlib.util
+import io
+import json
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="t2i-tests-"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ |= {"WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
@@ -20,6 +23,17 @@ import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
+
+# Those of a minute and those that follow, so that no worker is left with one of them when the others are done.
+LONG_FILES = (
+    "test_learning.py", "test_train_text_to_image_flax.py", "test_train_text_to_image.py", "test_contract_encodings.py",
+    "test_compile.py", "test_contract_resume.py", "test_campaign.py", "test_contract_world_size_all.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +92,25 @@ def count_flops_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flops, "count", count_once)
         yield count
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_curves_once():
+    """They are half of a short run's time: rows of equal kinds share a picture. test_metrics.py draws for itself."""
+    from t2i_training import metrics
+
+    figure, known = metrics._figure, {}
+
+    def draw_once(rows):
+        kinds = json.dumps([{name: type(value).__name__ for name, value in row.items()} for row in rows])
+        if kinds not in known:
+            figure(rows).savefig(file := io.BytesIO(), dpi=100, format="png")
+            known[kinds] = file.getvalue()
+        return SimpleNamespace(savefig=lambda file, **_options: file.write_bytes(known[kinds]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_figure", draw_once)
+        yield figure
 
 
 @cache

@@ -14,6 +14,11 @@ from runs import rows as untimed
 from t2i_training import data, flops, metrics, readouts, runtime
 
 
+@pytest.fixture(autouse=True)
+def drawn_each_time(draw_curves_once, monkeypatch):
+    monkeypatch.setattr(metrics, "_figure", draw_curves_once)
+
+
 @pytest.fixture
 def started(sd_flags, tmp_path):
     """started(**flags): a Progress over the six test pictures, ready to count; its files are below tmp_path / "out"."""

@@ -217,6 +217,13 @@ def draw_curves(output_dir) -> Path | None:
     rows = read_metrics(output_dir)
     if not rows:
         return None
+    figure, path = _figure(rows), Path(output_dir) / "training_curves.png"
+    with files.whole(path) as file:
+        figure.savefig(file, dpi=100, format="png")
+    return path
+
+
+def _figure(rows: list[dict]):
     from matplotlib.figure import Figure  # not pyplot: it would pick a display and a global state
 
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
@@ -234,7 +241,4 @@ def draw_curves(output_dir) -> Path | None:
             panel.plot(steps, [math.nan if row[title] is None else row[title] for row in rows], color="tab:blue")
         panel.set(title={"lr": "learning rate", "grad_norm": "gradient norm"}.get(title, title), xlabel="step")
         panel.spines[["top", "right"]].set_visible(False)
-    path = Path(output_dir) / "training_curves.png"
-    with files.whole(path) as file:
-        figure.savefig(file, dpi=100, format="png")
-    return path
+    return figure
