@@ -68,7 +68,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server():
-    """server.start(tokens, folder): a run in a process of its own, to be signalled and killed."""
+    """server.start(tokens, folder, script, processes=n): a run in processes of its own, to be signalled and killed."""
     import runs
 
     server = runs.Server()

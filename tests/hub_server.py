@@ -12,6 +12,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 USER = "tester"
+TOKEN = "hf_" + "SecretOfThisTest" * 2
 COMMIT = "0" * 39 + "1"
 
 
@@ -75,7 +76,7 @@ def _is_large(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def running(token: str, **options):
+def running(token: str, port: int = 0, **options):
     """A `Hub` that listens on 127.0.0.1 at `hub.url` until the block ends."""
     hub = Hub(token, **options)
 
@@ -110,7 +111,7 @@ def running(token: str, **options):
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         server.daemon_threads = True
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

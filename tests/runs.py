@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from conftest import free_port, load_script
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -146,22 +149,27 @@ def wait_until(condition, seconds: float = 60.0):
 
 
 class Run:
-    """A run of the script in a process of its own."""
+    """A run of a script in processes of its own, one for each environment, each a group with its loader workers."""
 
-    def __init__(self, server: subprocess.Popen, tokens: list[str], log: Path):
+    def __init__(self, server: subprocess.Popen, log: Path, **request):
         self.log, self.server = log, server
-        server.stdin.write(json.dumps({"tokens": tokens, "log": str(log)}) + "\n")
+        server.stdin.write(json.dumps({"log": str(log), **request}) + "\n")
         server.stdin.flush()
-        self.pid = int(server.stdout.readline())
+        self.pids = json.loads(server.stdout.readline())
         self.ended = False
 
     def kill(self, number: int) -> None:
-        os.kill(self.pid, number)
+        for pid in self.pids:
+            os.kill(pid, number)
+
+    def wait_for_all(self) -> list[int]:
+        """Their exit statuses; -n for a process that died of signal n."""
+        statuses = json.loads(self.server.stdout.readline())
+        self.ended = True
+        return statuses
 
     def wait(self) -> int:
-        """Exit status; -n for a process that died of signal n."""
-        status = int(self.server.stdout.readline())
-        self.ended = True
+        (status,) = self.wait_for_all()
         return status
 
     def output(self) -> str:
@@ -169,23 +177,38 @@ class Run:
 
 
 class Server:
-    """Starts runs, one at a time."""
+    """Starts runs, one at a time. `environment` is there when libraries are imported."""
 
-    def __init__(self):
-        command, pipes = [sys.executable, __file__], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, **pipes)
+    def __init__(self, environment: dict[str, str] | None = None):
+        command = [sys.executable, __file__, json.dumps(environment or {})]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.runs = []
 
-    def start(self, tokens: list[str], folder: Path) -> Run:
+    def start(self, tokens: list[str], folder: Path, script="sd", *, processes=0, environment=None) -> Run:
+        """`python script tokens` in `folder`, or what a launcher makes of it; its output goes into a file there.
+
+        `script` is one of ours, or the path of a program.
+        """
         self.end_run()
-        self.runs.append(Run(self.process, tokens, folder / f"run-{len(self.runs)}.log"))
+        environments = [environment or {}]
+        if processes:  # what torch.distributed.run tells each of them
+            world = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            world |= {"LOCAL_WORLD_SIZE": processes, "ACCELERATE_USE_CPU": "true"}
+            environments = [environments[0] | world | {"RANK": i, "LOCAL_RANK": i} for i in range(processes)]
+        request = {
+            "script": str(tiny.SCRIPTS.get(script, script)), "tokens": tokens, "folder": str(folder),
+            "environments": [{name: str(value) for name, value in each.items()} for each in environments],
+        }  # fmt: skip
+        self.runs.append(Run(self.process, folder / f"run-{len(self.runs)}.log", **request))
         return self.runs[-1]
 
     def end_run(self) -> None:
         """Kill what a failed test has left running."""
         if self.runs and not self.runs[-1].ended:
-            self.runs[-1].kill(signal.SIGKILL)
-            self.runs[-1].wait()
+            for pid in self.runs[-1].pids:
+                with contextlib.suppress(ProcessLookupError):  # one of several may have ended
+                    os.kill(pid, signal.SIGKILL)
+            self.runs[-1].wait_for_all()
 
     def close(self) -> None:
         self.end_run()
@@ -193,27 +216,45 @@ class Server:
         self.process.wait()
 
 
-def _serve() -> list[str]:
-    """Fork for each request. Returns, in the child alone, the tokens to run with."""
+LONGEST = 120  # seconds after which a process that waits for another in vain is ended, by SIGALRM
+
+
+def _serve() -> dict:
+    """Fork for each request. Returns, in the children alone, the request to be met."""
     for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            null = os.open(os.devnull, os.O_RDONLY)
-            for descriptor, target in ((null, 0), (log, 1), (log, 2)):
-                os.dup2(descriptor, target)
-            return request["tokens"]
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        request, statuses = json.loads(line), {}
+        for environment in request["environments"]:
+            if (pid := os.fork()) == 0:
+                os.setpgid(0, 0)
+                os.environ |= environment
+                signal.alarm(LONGEST)
+                if len(request["environments"]) == 1:
+                    flops.count = lambda *_: 1.0  # more than a second in a new process
+                log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                null = os.open(os.devnull, os.O_RDONLY)
+                for descriptor, target in ((null, 0), (log, 1), (log, 2)):
+                    os.dup2(descriptor, target)
+                return request
+            statuses[pid] = None
+        print(json.dumps(list(statuses)), flush=True)
+        while None in statuses.values():
+            pid, status = os.wait()
+            statuses[pid] = os.waitstatus_to_exitcode(status)
+        print(json.dumps(list(statuses.values())), flush=True)
     sys.exit()
 
 
 if __name__ == "__main__":
-    from conftest import load_script
-
-    script = load_script("sd")
+    os.environ |= json.loads(sys.argv[1])
+    for name in tiny.SCRIPTS:
+        load_script(name)
     import datasets  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import transformers  # noqa: F401
 
-    script.main(_serve())
+    from t2i_training import flops
+
+    request = _serve()
+    os.chdir(request["folder"])
+    sys.argv = [request["script"], *request["tokens"]]
+    runpy.run_path(request["script"], run_name="__main__")

@@ -8,7 +8,7 @@ import sys
 import datasets
 import pytest
 import tiny
-from conftest import flags, launch, load_script
+from conftest import flags, load_script
 from PIL import Image
 
 
@@ -348,15 +348,16 @@ LAUNCHES = {  # as a user sees it: status and everything on stderr
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
-def test_launch_ends_with_the_line(case, world, sd_flags):
+def test_launch_ends_with_the_line(case, world, sd_flags, server, tmp_path):
     changes, status, expected = LAUNCHES[case]
-    done = launch("sd", sd_flags(**{name: _filled(value, world) for name, value in changes.items()}), timeout=120)
-    assert done.returncode == status
-    assert "Traceback" not in done.stderr
-    last = done.stderr.rstrip("\n").rpartition("\n")[2]
-    assert last.startswith(expected.format(**world)), done.stderr
+    run = server.start(sd_flags(**{name: _filled(value, world) for name, value in changes.items()}), tmp_path)
+    assert run.wait() == status
+    output = run.output()
+    assert "Traceback" not in output
+    last = output.rstrip("\n").rpartition("\n")[2]
+    assert last.startswith(expected.format(**world)), output
     if case == "usage":
-        assert done.stderr == expected.format(**world) + "\n"
+        assert output == expected.format(**world) + "\n"
 
 
 HOLD = """

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from bad_samples import PIXELS
-from conftest import flags, launch, load_script, short_run
+from conftest import flags, load_script, short_run
 from PIL import Image
 from runs import checkpoints, outcome, wait_until
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -122,13 +122,13 @@ def test_skipping_trains_on_the_rest_and_lists_the_dropped(script, odd, command,
     assert 0 < row["loss"] < 100
 
 
-def test_two_processes_find_the_same(odd, command, tmp_path):
+def test_two_processes_find_the_same(odd, command, server, tmp_path):
     folder, cases = odd
     tokens = command("sd", train_data_dir=folder, output_dir=tmp_path / "out")
-    done = launch("sd", tokens, processes=2, timeout=120)
-    assert done.returncode != 0
+    run = server.start(tokens, tmp_path, processes=2)
+    assert all(run.wait_for_all())
     check_list(tmp_path / "out" / "bad_samples.jsonl", cases)
-    assert done.stderr.count("error: 41 of 87 samples cannot be used") == 1
+    assert run.output().count("error: 41 of 87 samples cannot be used") == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 100])
@@ -439,20 +439,14 @@ def test_a_picture_that_is_needed_no_more_may_turn_bad(command, tmp_path):
     assert (tmp_path / "out" / "model_index.json").exists()
 
 
-def test_two_processes_save_together_when_one_meets_a_bad_picture(command, tmp_path):
+def test_two_processes_save_together_when_one_meets_a_bad_picture(command, server, tmp_path):
     folder, out = tiny.make_pictures(tmp_path / "pictures"), tmp_path / "out"
     tokens = command("sd", train_data_dir=folder, output_dir=out, max_train_steps=100_000, train_batch_size=1)
-
-    def spoil_one():
-        wait_until(lambda: (out / "metrics.jsonl").exists() and len(listed(out / "metrics.jsonl")) >= 3)
-        (folder / "4.png").write_bytes(b"no picture")
-
-    thread = threading.Thread(target=spoil_one)
-    thread.start()
-    done = launch("sd", tokens, processes=2, timeout=120)
-    thread.join()
-    assert done.returncode != 0
-    assert f"error: row 4 ({folder}/4.png, metadata.jsonl line 5): UnidentifiedImageError" in done.stderr
+    run = server.start(tokens, tmp_path, processes=2)
+    wait_until(lambda: (out / "metrics.jsonl").exists() and len(listed(out / "metrics.jsonl")) >= 3)
+    (folder / "4.png").write_bytes(b"no picture")
+    assert all(run.wait_for_all())
+    assert f"error: row 4 ({folder}/4.png, metadata.jsonl line 5): UnidentifiedImageError" in run.output()
     (saved,) = checkpoints(out)
     assert verify(out / saved) is None
     assert listed(out / "metrics.jsonl")[-1]["step"] == int(saved.removeprefix("checkpoint-"))

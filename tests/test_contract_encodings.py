@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import launch, load_script
+from conftest import load_script
 from PIL import Image
 from runs import DRAWS, TRAINED, interrupt, outcome, rows, wait_until
 from safetensors.torch import load_file
@@ -72,12 +72,12 @@ def test_resumed_cached_run_is_bit_identical(train, script, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["sd", "prior"])
-def test_two_processes(command, train, script, tmp_path):
+def test_two_processes(command, train, server, script, tmp_path):
     """Each encodes half of it; both read all of it."""
     options = {**RUN, **DRAWS[script], **VIEWS[script], "cache_encodings": True, "gradient_accumulation_steps": 1}
     tokens = command(script, output_dir=tmp_path / "two", **options)
-    run = launch(script, tokens, processes=2, timeout=180)
-    assert run.returncode == 0, run.stderr
+    run = server.start(tokens, tmp_path, script, processes=2)
+    assert run.wait_for_all() == [0, 0], run.output()
     assert len(shards(tmp_path / "two", "pictures")) == 2
     one = train(script, tmp_path / "one", cache_encodings=True)
     for row, wanted in zip(rows(tmp_path / "two"), rows(one), strict=True):

@@ -9,13 +9,10 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from runs import checkpoints, interrupt, rows, wait_until
 
@@ -44,18 +41,16 @@ def test_signal_saves_and_exits(server, sd_flags, tmp_path, number, status, work
     assert "Traceback" not in run.output()
 
 
-def test_launched_script_saves_on_a_signal_to_its_group(sd_flags, tmp_path):
+def test_signal_to_its_group_saves(server, sd_flags, tmp_path):
     """As Ctrl-C, systemd or a cluster's scheduler do it: loader workers get the signal as well."""
-    out, log = tmp_path / "out", tmp_path / "log"
-    command = [sys.executable, str(tiny.SCRIPTS["sd"]), *sd_flags(max_train_steps=10000, dataloader_num_workers=1)]
-    with open(log, "w") as file:
-        run = subprocess.Popen(command, stderr=file, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, process_group=0)
+    out = tmp_path / "out"
+    run = server.start(sd_flags(max_train_steps=10000, dataloader_num_workers=1), tmp_path)
     wait_until(lambda: len(read_rows(out)) >= 3)
-    os.killpg(run.pid, signal.SIGTERM)
-    assert run.wait(30) == 143
+    os.killpg(run.pids[0], signal.SIGTERM)
+    assert run.wait() == 143
     step = rows(out)[-1]["step"]
     assert checkpoints(out) == [f"checkpoint-{step}"]
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in run.output()
 
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])

@@ -1,13 +1,9 @@
 """Contract, for every script but the first: a run depends on its effective batch, not on how it is shared."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port
 from runs import DRAWS, TRAINED, rows
 from safetensors.torch import load_file
 
@@ -50,7 +46,6 @@ def test_accumulation(finished, whole, script):
 
 DRIVER = """
 import os, sys
-sys.path.insert(0, {tests!r})
 import torch
 from conftest import load_script
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -64,16 +59,14 @@ load_script({script!r}).main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("script", ["prior", "prior_lora"])
-def test_two_processes(command, whole, script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", list(TRAINED)[1:])
+def test_two_processes(command, whole, server, script, tmp_path):
     """Under DDP, no parameter is waited for in vain, and what is trained is the same on both ranks."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), script=script))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", str(driver)]
+    driver.write_text(DRIVER.format(folder=str(tmp_path), script=script))
     tokens = command(script, output_dir=tmp_path / "out", train_batch_size=4, **RUN | DRAWS[script])
-    run = subprocess.run([sys.executable, *launcher, *tokens], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    run = server.start(tokens, tmp_path, driver, processes=2)
+    assert run.wait_for_all() == [0, 0], run.output()
     assert_close(tmp_path / "out", whole(script), script)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert len(ranks[0]) > 10

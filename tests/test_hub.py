@@ -2,10 +2,14 @@
 
 import hub_server
 import pytest
-from conftest import flags, launch
-from safetensors.torch import load
+import runs
+import test_guide_commands
+import torch
+from conftest import flags, free_port
+from hub_server import TOKEN
+from runs import ADAPTERS
+from safetensors.torch import load, load_file
 
-TOKEN = "hf_" + "SecretOfThisTest" * 2
 EXPORTED = {
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -20,19 +24,36 @@ EXPORTED = {
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 }
+written = test_guide_commands.written  # a fixture
 PICTURES = {f"validation/step-{step:06d}{rest}" for step in (0, 2) for rest in (".png", "/00.png", "/01.png")}
 
 
-def push(hub, model, pictures, output_dir, **changes):
-    """A launch of two updates that pushes to `hub`."""
-    defaults = {
-        "pretrained_model_name_or_path": model, "train_data_dir": pictures, "output_dir": output_dir,
-        "resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "lr_warmup_steps": 0, "seed": 3,
-        "report_to": "tensorboard", "logging_steps": 1, "push_to_hub": True,
-    }  # fmt: skip
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"} | changes.pop("env", {})
-    return launch("sd", flags(**defaults | changes), env=environment, cwd=output_dir.parent, timeout=120)
+@pytest.fixture(scope="module")
+def pushing():
+    """(server, port): runs in processes of their own, whose libraries look for the hub at a port of this machine."""
+    port = free_port()
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    server = runs.Server(environment | {"HF_HUB_DISABLE_TELEMETRY": "1"})
+    yield server, port
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def push(pushing, model, pictures):
+    """push(output_dir, hub's options, **changes): the hub, and a run of two updates that has pushed to it."""
+    server, port = pushing
+
+    def start(output_dir, options=None, token="", **changes):
+        defaults = {
+            "pretrained_model_name_or_path": model, "train_data_dir": pictures, "output_dir": output_dir,
+            "resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "lr_warmup_steps": 0, "seed": 3,
+            "report_to": "tensorboard", "logging_steps": 1, "push_to_hub": True,
+        }  # fmt: skip
+        with hub_server.running(TOKEN, port, **options or {}) as hub:
+            run = server.start(flags(**defaults | changes), output_dir.parent, environment={"HF_TOKEN": token})
+            return hub, run.wait(), run.output()
+
+    return start
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -41,20 +62,17 @@ def contents(folder) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def pushed(model, pictures, tmp_path_factory):
-    """(hub, completed launch, output folder) of a run with checkpoints, logs, pictures and a token on its command."""
+def pushed(push, tmp_path_factory):
+    """(hub, output folder, printed) of a run with checkpoints, logs, pictures and a token on its command."""
     output_dir = tmp_path_factory.mktemp("push") / "my-model"
-    with hub_server.running(TOKEN) as hub:
-        done = push(
-            hub, model, pictures, output_dir, hub_token=TOKEN, checkpointing_steps=1,
-            validation_prompts=["a cat", "a dog"],
-        )  # fmt: skip
-        yield hub, done, output_dir
+    changes = {"hub_token": TOKEN, "checkpointing_steps": 1, "validation_prompts": ["a cat", "a dog"]}
+    hub, status, printed = push(output_dir, **changes)
+    assert status == 0, printed
+    return hub, output_dir, printed
 
 
 def test_weights_card_pictures_and_curves_arrive_and_nothing_else(pushed):
-    hub, done, output_dir = pushed
-    assert done.returncode == 0, done.stderr
+    hub, output_dir, _ = pushed
     arrived = hub.repositories["tester/my-model"]
     assert set(arrived) == EXPORTED | PICTURES | {"README.md", "training_curves.png"}
     local = contents(output_dir)
@@ -67,7 +85,7 @@ def test_weights_card_pictures_and_curves_arrive_and_nothing_else(pushed):
 
 
 def test_repository_is_named_after_the_output_folder(pushed):
-    hub, _, output_dir = pushed
+    hub, output_dir, _ = pushed
     assert output_dir.name == "my-model"
     assert list(hub.repositories) == ["tester/my-model"]
 
@@ -79,41 +97,63 @@ def test_repository_is_created_before_anything_is_trained(pushed):
 
 
 def test_token_is_in_no_byte_of_the_output_and_in_nothing_printed(pushed):
-    _, done, output_dir = pushed
+    _, output_dir, printed = pushed
     files = contents(output_dir)
     assert len(files) > 30
     assert [path for path, data in files.items() if TOKEN.encode() in data] == []
-    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN not in printed
     assert b"hub_token" not in files["run_config.yaml"]
 
 
-def test_rejected_token_ends_the_run_in_one_line_before_training(model, pictures, tmp_path):
+def test_rejected_token_ends_the_run_in_one_line_before_training(push, tmp_path):
     wrong = "hf_" + "WrongTokenOfThisTest" * 2
-    with hub_server.running(TOKEN) as hub:
-        done = push(hub, model, pictures, tmp_path / "out", hub_token=wrong)
-    assert done.returncode == 1
-    lines = done.stderr.strip().splitlines()
-    assert lines[-1].startswith("error: --push_to_hub:")
-    assert "Traceback" not in done.stderr
-    assert "401" in lines[-1]
-    assert wrong not in done.stdout + done.stderr
+    hub, status, printed = push(tmp_path / "out", hub_token=wrong)
+    assert status == 1
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("error: --push_to_hub:")
+    assert "Traceback" not in printed
+    assert "401" in last
+    assert wrong not in printed
     assert set(contents(tmp_path / "out")) == {".lock", ".inspected_pictures.json"}
     assert hub.repositories == {}
 
 
-def test_refused_upload_is_one_line_and_keeps_the_trained_model(model, pictures, tmp_path):
+def test_refused_upload_is_one_line_and_keeps_the_trained_model(push, tmp_path):
     """--hub_model_id names the repository; the token comes from the environment, as after a login."""
-    with hub_server.running(TOKEN, refuse_commits=True) as hub:
-        done = push(hub, model, pictures, tmp_path / "out", hub_model_id="atelier/portraits", env={"HF_TOKEN": TOKEN})
+    changes = {"hub_model_id": "atelier/portraits", "token": TOKEN}
+    hub, status, printed = push(tmp_path / "out", {"refuse_commits": True}, **changes)
     assert list(hub.repositories) == ["atelier/portraits"]
     assert ("POST", "/api/models/atelier/portraits/commit/main") in hub.requests
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    assert status == 1
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1]
     assert last.startswith("error: --push_to_hub:")
     assert "403" in last
     assert str(tmp_path / "out") in last
     files = contents(tmp_path / "out")
     assert set(files) >= EXPORTED | {"README.md", "training_curves.png"}
     assert [path for path, data in files.items() if TOKEN.encode() in data] == []
-    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN not in printed
+
+
+def test_guides_command_that_pushes(written, pushing, tmp_path):
+    """The decoder's LoRA command with all that is written."""
+    script, tokens = written("decoder_lora")
+    assert "--push_to_hub" in tokens
+    server, port = pushing
+    environment = {"HF_TOKEN": TOKEN, "ACCELERATE_MIXED_PRECISION": "fp16"}
+    with hub_server.running(TOKEN, port) as hub:
+        run = server.start(tokens, tmp_path, script, environment=environment)
+        assert run.wait() == 0, run.output()
+    arrived = hub.repositories["tester/kandi22-decoder-naruto-lora"]
+    pictures = {f"validation/step-00000{step}.png" for step in (0, 6)}
+    assert {path for path in arrived if path.count("/") < 2 and "/0" not in path} == {
+        ADAPTERS, "README.md", "training_curves.png", *pictures
+    }  # fmt: skip
+    own = load_file(tmp_path / "kandi22-decoder-naruto-lora" / ADAPTERS)
+    pushed = load(arrived[ADAPTERS])
+    assert set(pushed) == set(own)
+    assert all(torch.equal(pushed[name], own[name]) for name in own)
+    card = arrived["README.md"].decode()
+    assert "- lora\n" in card
+    assert str(tmp_path) not in card

@@ -744,7 +744,7 @@ def test_config_repeats_a_run(run, script, tmp_path):
     assert tree(tmp_path / "out") == tree(first)
 
 
-def test_local_rank(parse, monkeypatch, sd_flags):
+def test_local_rank(parse, monkeypatch, sd_flags, server, tmp_path):
     """What legacy launchers pass as a flag, today's libraries read from the environment, which has the last word."""
     PartialState()  # this process is a single one, whatever the environment says from here on
     monkeypatch.setenv("LOCAL_RANK", "5")
@@ -757,8 +757,9 @@ def test_local_rank(parse, monkeypatch, sd_flags):
     assert "LOCAL_RANK" not in os.environ  # one process, and no launcher
     runtime.default_signals()
     launcher = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = launch("sd", sd_flags(local_rank=0, max_train_steps=1), env=launcher)
-    assert done.returncode == 0, done.stderr  # which without LOCAL_RANK ends in an error of torch.distributed
+    launcher["ACCELERATE_USE_CPU"] = "true"
+    run = server.start(sd_flags(local_rank=0, max_train_steps=1), tmp_path, environment=launcher)
+    assert run.wait() == 0, run.output()  # which without LOCAL_RANK ends in an error of torch.distributed
 
 
 def test_allow_tf32(parse):
