@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 import torch
 from runs import DRAWS, TRAINED, rows
 from safetensors.torch import load_file
@@ -34,7 +35,7 @@ def assert_close(folder, expected, script):
         assert positions[0][name] == positions[1][name]
 
 
-@pytest.mark.parametrize("script", list(TRAINED)[1:])
+@pytest.mark.parametrize("script", list(tiny.SCRIPTS)[1:])
 def test_accumulation(finished, whole, script):
     """One batch of eight, four times two, and eight times one; but not four times one."""
     for batch, accumulation in ((2, 4), (1, 8)):
@@ -46,7 +47,9 @@ def test_accumulation(finished, whole, script):
 
 DRIVER = """
 import os, sys
+import tiny
 import torch
+import tiny
 from conftest import load_script
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -59,7 +62,7 @@ load_script({script!r}).main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("script", list(TRAINED)[1:])
+@pytest.mark.parametrize("script", list(tiny.SCRIPTS)[1:])
 def test_two_processes(command, whole, server, script, tmp_path):
     """Under DDP, no parameter is waited for in vain, and what is trained is the same on both ranks."""
     driver = tmp_path / "driver.py"
