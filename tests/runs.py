@@ -216,7 +216,7 @@ class Server:
         self.process.wait()
 
 
-LONGEST = 120  # seconds after which a process that waits for another in vain is ended, by SIGALRM
+LONGEST = 300  # seconds after which a process that waits for another in vain is ended, by SIGALRM
 
 
 def _serve() -> dict:
