@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import traceback
+import zipfile
 from pathlib import Path
 
 import hub_server
@@ -25,11 +26,13 @@ TOKENS = (FLAG, VARIABLE, OLD_VARIABLE, STORED)
 
 
 @pytest.fixture
-def planted(monkeypatch):
-    """Tokens in the environment and in the home's login file, as a login leaves it."""
+def planted(monkeypatch, tmp_path):
+    """Tokens in the environment and in the home's login file, as a login leaves it. Trackers are offline."""
     monkeypatch.setenv("HF_TOKEN", VARIABLE)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", OLD_VARIABLE)
     monkeypatch.delenv("WANDB_DIR", raising=False)
+    monkeypatch.setenv("COMET_START_ONLINE", "0")
+    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path / "out" / "comet"))
     file = Path(constants.HF_TOKEN_PATH)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(STORED)
@@ -62,7 +65,16 @@ def run(command, capfd, caplog, monkeypatch, tmp_path):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files by their places, and those in archives."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {place: content for name in files for place, content in unpacked(name, files[name])}
+
+
+def unpacked(name: str, content: bytes) -> list[tuple[str, bytes]]:
+    if not name.endswith(".zip"):
+        return [(name, content)]
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return [file for inner in archive.namelist() for file in unpacked(f"{name}/{inner}", archive.read(inner))]
 
 
 def found(everything: dict[str, bytes]) -> list[tuple[str, str]]:
@@ -71,8 +83,12 @@ def found(everything: dict[str, bytes]) -> list[tuple[str, str]]:
     return [(place, token) for place in everything for token, s in spellings if s in place.encode() + everything[place]]
 
 
-def test_a_planted_token_is_found():
+def test_a_planted_token_is_found(tmp_path):
     assert len(found({"a": b"x" + FLAG.encode() + b"y", STORED: b"", "c": OLD_VARIABLE.encode("utf-16")})) == 3
+    for name, inner in (("inner.zip", FLAG), ("outer.zip", None)):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a", inner) if inner else archive.write(tmp_path / "inner.zip", "b.zip")
+    assert sorted(found(contents(tmp_path))) == [("inner.zip/a", FLAG), ("outer.zip/b.zip/a", FLAG)]
 
 
 SHORT = {"max_train_steps": 2, "checkpointing_steps": 1}
@@ -98,6 +114,7 @@ def test_a_run_with_all_trackers_whose_upload_fails(script, run, planted):
     assert str(ended).startswith("error: --push_to_hub: RuntimeError: 401 for Authorization: Bearer ***; ")
     names = ["tfevents", "README.md", "run_config.yaml", "metrics.jsonl", "checkpoint-2/manifest.json"]
     names += [".wandb"] if importlib.util.find_spec("wandb") else []
+    names += ["messages.json"] if importlib.util.find_spec("comet_ml") else []
     for name in names:
         assert any(name in place for place in everything), name
     assert found(everything) == []
