@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import flags, load_script, short_run
+from conftest import flags, free_port, load_script, short_run
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from runs import _digest, checkpoints, rows, wait_until, weights
@@ -270,6 +270,54 @@ def test_four_devices_sharded_or_not_and_one_give_the_same_losses(whole, tokens,
         for row, wanted in zip(rows(tmp_path / name), rows(whole), strict=True):
             assert row == pytest.approx(wanted, rel=1e-4)
         assert distance(weights(tmp_path / name), weights(whole)) < 1e-5
+
+
+PROCESS = """
+import os, signal, sys, jax
+from conftest import load_script
+from t2i_training import flax_training, hub
+
+def step(self, *inputs, step=flax_training.Trained.step):
+    result = step(self, *inputs)
+    if self.updates == 6 and jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return result
+
+flax_training.Trained.step = step
+finish = hub.finish
+hub.finish = lambda *args: (finish(*args), print("others may leave:", not jax.distributed.is_initialized()))
+load_script("sd_flax").main(sys.argv[1:])
+"""
+
+
+def test_two_processes_give_the_same_losses_and_heed_signals(whole, tokens, tmp_path):
+    """SIGTERM to one of them, in the last update. While the main process uploads, the others have gone."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", PROCESS, *tokens(out, train_batch_size=1, checkpointing_steps=100)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]])}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    environment |= {"LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=open(tmp_path / f"log-{rank}", "w"),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    log = (tmp_path / "log-0").read_text()
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, log
+    assert "others may leave: True" in outputs[0]
+    assert checkpoints(out) == ["checkpoint-6"]
+    assert "2 x cpu" in log
+    for row, wanted in zip(rows(out), rows(whole), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4)
+    for part in ("unet", "checkpoint-6/unet"):
+        assert distance(weights(out, part), weights(whole, part)) < 1e-5
 
 
 # Cached encodings

@@ -291,6 +291,7 @@ def main(argv=None):
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
+    flax_devices.leave_hosts()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
     runtime.finish(stopped_by)

@@ -42,10 +42,17 @@ def _join_hosts(accelerator) -> None:
         probe.bind(("", 0))
         address = f"{os.environ['MASTER_ADDR']}:{probe.getsockname()[1]}"
     several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     jax.distributed.initialize(
         broadcast_object_list([address])[0], accelerator.num_processes, accelerator.process_index,
         local_device_ids=[accelerator.local_process_index] if several else None,
     )  # fmt: skip
+
+
+def leave_hosts() -> None:
+    """Part from the other hosts, all at the same time: later they would wait five minutes for the last, and abort."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def _possible_precision(wanted: str) -> str:
