@@ -8,8 +8,11 @@ import shutil
 import signal
 
 import pytest
+import torch
 from conftest import flags, load_script, short_run
 from runs import ALL_DRAWS, checkpoints, interrupt, outcome, rows, wait_until
+
+from t2i_training import runtime
 
 # Six pictures: epochs end inside batches, and most updates below stand in the middle of an epoch.
 SCENARIOS = {  # of five updates each
@@ -109,6 +112,23 @@ def test_drawn_seed_survives(train, tmp_path):
     assert outcome(pieces, 4) == outcome(whole, 4)
     other = train(output_dir=tmp_path / "other", seed=None, **options)
     assert rows(other) != rows(whole), "a seed drawn anew"
+
+
+def test_loss_scaling_begins_where_a_checkpoint_has_none(train, monkeypatch):
+    """As in a run in bf16 that goes on in fp16."""
+    train(max_train_steps=2, checkpointing_steps=2)
+    start = runtime.start
+
+    def start_scaled(args):
+        accelerator = start(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    monkeypatch.setattr(runtime, "start", start_scaled)
+    for steps in (4, 6):
+        folder = train(max_train_steps=steps, checkpointing_steps=steps, resume_from_checkpoint="latest")
+        scaler = torch.load(folder / f"checkpoint-{steps}" / "scaler.pt", weights_only=True)
+        assert scaler["_growth_tracker"] == steps - 2
 
 
 def test_another_seed_is_refused(train, tmp_path):

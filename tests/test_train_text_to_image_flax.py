@@ -19,7 +19,7 @@ import pytest
 import tiny
 import torch
 from conftest import flags, free_port, load_script, short_run
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from runs import _digest, checkpoints, rows, wait_until, weights
 from safetensors.torch import load_file, save_file
@@ -32,13 +32,15 @@ pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 from test_flax_models import old_flax_tree  # noqa: E402
 
-from t2i_training import flax_devices, flax_models, flax_training  # noqa: E402
+from t2i_training import flax_devices, flax_models, flax_training, runtime  # noqa: E402
 
 RUN = {  # six pictures, four an update
     "resolution": 16, "max_train_steps": 6, "gradient_accumulation_steps": 2, "use_ema": True, "snr_gamma": 5,
     "random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
     "checkpointing_steps": 6,
 }  # fmt: skip
+FROZEN = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+IMPORTS = os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]])  # of other processes
 JAX = {  # setting -> its value here, and its default
     "jax_disable_most_optimizations": (True, False), "jax_persistent_cache_min_compile_time_secs": (0, 1.0),
 }  # fmt: skip
@@ -56,6 +58,22 @@ def environment(tmp_path_factory):
         yield
     for name, (_, default) in settings.items():
         jax.config.update(name, default)
+
+
+@pytest.fixture(scope="module")
+def model(model, tmp_path_factory):
+    """The tiny pipeline with fewer layers, which take half the time to compile."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "sd")
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        cross_attention_dim=16, down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=32, mid_block_add_attention=False,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +121,7 @@ def outcome(folder: Path, step: int = 6) -> dict:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     names = {"unet/diffusion_pytorch_model.safetensors", "unet_ema/diffusion_pytorch_model.safetensors"}
     assert names | {"optimizer.safetensors"} <= set(manifest["files"])
+    assert manifest["versions"].items() >= {"jax": jax.__version__, "flax": flax.__version__}.items()
     saved = {name: _digest(checkpoint / name) for name in sorted(manifest.pop("files"))}
     exported = [path for path in folder.glob("[!.cl]*/*") if path.is_file()]
     exported = {str(path.relative_to(folder)): _digest(path) for path in sorted(exported)}
@@ -224,12 +243,66 @@ def test_resumed_after_being_killed(train, whole, tokens, tmp_path):
     assert outcome(out) == outcome(whole)
 
 
-def test_checkpoints_that_do_not_fit_are_refused(whole, tokens, tmp_path):
-    folder = shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+def test_resumed_with_nothing_left_to_do(train, whole, tmp_path, monkeypatch):
+    """The default seed gives way to the checkpoint's. What is trained goes to the devices once, when all is read."""
+    folder, before = shutil.copytree(whole, tmp_path / "out"), sum(array.nbytes for array in jax.live_arrays())
+    begin, held = flax_training.Trained.begin, []
+
+    def begun(self, *args):
+        held.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+        begin(self, *args)
+
+    monkeypatch.setattr(flax_training.Trained, "begin", begun)
+    train(folder, seed=None, resume_from_checkpoint="latest")
+    assert outcome(folder) == outcome(whole)
+    assert "seed: 3\n" in (folder / "run_config.yaml").read_text()
+    frozen = sum((folder / part).stat().st_size for part in FROZEN)
+    assert held[0] < frozen + 10_000, "these, and the noise schedule"
+    with pytest.raises(SystemExit, match="--seed 0 differs from the checkpoint's, 3: leave it out to continue"):
+        train(folder, seed=0, resume_from_checkpoint="latest")
+
+
+def test_default_seed(tokens, tmp_path):
+    args = load_script("sd_flax").parse_args(tokens(tmp_path / "out", seed=None))
+    assert args.seed == 0
+    runtime.settle_seed(args, {})
+    assert args.seed == 0
+    assert type(args.seed) is int
+
+
+@pytest.fixture
+def trained(tokens, tmp_path):
+    """trained(network, precision): what a run in that precision would train."""
     args = load_script("sd_flax").parse_args(tokens(tmp_path / "out"))
-    args.mixed_precision = "no"
     _, mesh = flax_devices.start(args)
-    trained = flax_training.Trained(args, flax_models.load_unet(folder / "unet"), mesh)
+    runtime.default_signals()
+
+    def make(network, precision="no"):
+        args.mixed_precision = precision
+        return flax_training.Trained(args, network, mesh)
+
+    return make
+
+
+def test_loss_scaling_begins_where_a_checkpoint_has_none(trained, whole, tmp_path):
+    """So a run in bf16 may go on in fp16, and one in fp16 in bf16."""
+    folder = shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    network = flax_models.load_unet(folder / "unet")
+    run = trained(network, "fp16")
+    run.load(folder)
+    assert run.state["scaling"] == {"scale": 2.0**16, "good": 0}
+    run.state["scaling"] = {"scale": np.float32(2.0**10), "good": np.int32(7)}
+    run.begin(lambda *_: None)
+    run.save(folder)
+    again = trained(network, "fp16")
+    again.load(folder)
+    assert again.state["scaling"] == {"scale": 2.0**10, "good": 7}
+    trained(network, "bf16").load(folder)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(trained, whole, tmp_path):
+    folder = shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    trained = trained(flax_models.load_unet(folder / "unet"))
     trained.load(folder)
     assert trained.updates == 6
     file = folder / "optimizer.safetensors"
@@ -257,19 +330,24 @@ def test_four_devices_sharded_or_not_and_one_give_the_same_losses(whole, tokens,
     ]  # fmt: skip
     environment = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": IMPORTS,
     }
     program = f"from conftest import load_script\nfor tokens in {runs!r}: load_script('sd_flax').main(tokens)"
     program += "\nimport jax; assert jax.device_count() == 4"
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "4 x cpu" in done.stderr
     for name in ("plain", "sharded"):
         for row, wanted in zip(rows(tmp_path / name), rows(whole), strict=True):
             assert row == pytest.approx(wanted, rel=1e-4)
         assert distance(weights(tmp_path / name), weights(whole)) < 1e-5
+
+
+def test_one_device_has_nothing_to_share(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"--shard_parameters spreads them .*, and here is one: leave it out"):
+        train(tmp_path / "out", shard_parameters=True)
 
 
 PROCESS = """
@@ -294,16 +372,13 @@ def test_two_processes_give_the_same_losses_and_heed_signals(whole, tokens, tmp_
     """SIGTERM to one of them, in the last update. While the main process uploads, the others have gone."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", PROCESS, *tokens(out, train_batch_size=1, checkpointing_steps=100)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]])}
-    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    environment |= {"LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=open(tmp_path / f"log-{rank}", "w"),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": IMPORTS, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = []
+    for rank in map(str, range(2)):
+        with open(tmp_path / f"log-{rank}", "w") as log:
+            ranked = environment | {"RANK": rank, "LOCAL_RANK": rank}
+            processes.append(subprocess.Popen(command, env=ranked, text=True, stdout=subprocess.PIPE, stderr=log))
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:

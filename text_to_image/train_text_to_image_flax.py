@@ -165,10 +165,10 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
     ]
     if args.cache_encodings:
         dtype = flax_devices.compute_dtype(args)
-        vae, text_encoder = jax.device_put(flax_pipeline.rounded((pipeline.vae, pipeline.text_encoder), dtype))
+        vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline, dtype))
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         encoders = [partial(flax_devices.encode_on_host, encode=encoder, dtype=dtype.__name__) for encoder in encoders]
-        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders)
+        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders, mesh.shape["devices"])
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
         latent_shape=pipeline.latent_shape(args.resolution), num_timesteps=noise_scheduler.config.num_train_timesteps,
@@ -180,19 +180,20 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
 def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
     """(train_step, frozen): a weight update as a pure function, and the weights it reads besides those it trains."""
     optimizer, frozen, merge = flax_training.make_optimizer(args), {}, {}
-    for name in () if args.cache_encodings else ("vae", "text_encoder"):
-        network = flax_pipeline.rounded(getattr(pipeline, name), flax_devices.compute_dtype(args))
-        weights, merge[name] = flax_models.split(network)
-        frozen[name] = flax_devices.place(weights, mesh)
+    if not args.cache_encodings:
+        networks = flax_pipeline.frozen(pipeline, flax_devices.compute_dtype(args))
+        for name, network in zip(("vae", "text_encoder"), networks, strict=True):
+            weights, merge[name] = flax_models.split(network)
+            frozen[name] = flax_devices.place(weights, mesh)
 
-    def train_step(state, batch, frozen, rate, ema_decay):
+    def train_step(state, batch, frozen, rate, ema_share):
         def loss_of(parameters, batch):
             if not args.cache_encodings:
                 batch = batch | encode(batch, **{name: merge[name](weights) for name, weights in frozen.items()})
             return compute_loss(trained.merge(parameters), batch, noise_scheduler, args)
 
         loss, gradient, grad_norm = flax_training.gradient_of(loss_of, state, batch, args.max_grad_norm)
-        return flax_training.update(state, gradient, grad_norm, optimizer, rate, ema_decay), loss, grad_norm
+        return flax_training.update(state, gradient, grad_norm, optimizer, rate, ema_share), loss, grad_norm
 
     return train_step, frozen
 
@@ -249,22 +250,22 @@ def main(argv=None):
 
     schedule = flax_training.make_schedule(args, mesh, progress.total)
     trained = flax_training.Trained(args, pipeline.unet, mesh)
-    train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
-    trained.begin(train_step)
-
+    pipeline.unet = None  # it lives on in `trained`
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
     )
     checkpoints.restore(folder)
+    train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
+    trained.begin(train_step)
     optim.set_position(args, schedule, progress.step)
     progress.begin(None, None)
     stream = loading.batches(loader, accelerator)
 
     def validate():
-        networks = {"unet": trained.export() if progress.step else trained.network()}
-        networks |= {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-        networks = jax.device_put(networks, jax.local_devices()[0])
-        draw = partial(draw_picture, pipeline=pipeline, args=args, **networks)
+        networks = flax_pipeline.frozen(pipeline, flax_devices.compute_dtype(args))
+        vae, text_encoder = jax.device_put(networks, jax.local_devices()[0])
+        unet = trained.export(flax_devices.local)
+        draw = partial(draw_picture, pipeline=pipeline, unet=unet, vae=vae, text_encoder=text_encoder, args=args)
         validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
         progress.restart_clock()
 
@@ -281,7 +282,7 @@ def main(argv=None):
         stopped_by = runtime.stop_requested(accelerator)
         if progress.step % args.checkpointing_steps == 0 or stopped_by:
             progress.read()  # the losses, so that nothing non-finite is ever saved
-            checkpoints.save(progress.position())
+            checkpoints.save(progress.position() | {"versions": flax_training.VERSIONS})
             progress.restart_clock()
         if progress.validation_due() and not stopped_by:
             validate()

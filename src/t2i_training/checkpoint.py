@@ -89,8 +89,12 @@ class CheckpointManager:
         """Read networks, optimizer and scaler from the checkpoint that `find_checkpoint` returned, if there is one."""
         if folder is None:
             return
+        scaler = self.accelerator.scaler
+        if not (folder / "scaler.pt").is_file():  # it was saved in another precision: the scale begins anew
+            self.accelerator.scaler = None
         with readable_errors("checkpoint", str(folder)):
             self.accelerator.load_state(str(folder))
+        self.accelerator.scaler = scaler
         if self.accelerator.is_main_process and folder.resolve().parent == self.output_dir.resolve():
             _abandon_later_ones(folder)
             self._rotate(keep=folder)  # which a run that was killed after its last save has not done
@@ -194,7 +198,8 @@ def _write_manifest(folder: Path, position: dict) -> None:
             path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
             for path, digest, _ in zip(paths, digests, synced, strict=True)
         }
-    manifest = {"format": FORMAT, **position, "versions": _versions(), "files": files}
+    versions = _versions() | position.get("versions", {})
+    manifest = {"format": FORMAT, **position, "versions": versions, "files": files}
     manifest["digest"] = _digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(folder / MANIFEST)

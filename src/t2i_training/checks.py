@@ -39,6 +39,10 @@ _PACKAGES = {  # flag -> the package that it needs
 }  # fmt: skip
 
 
+class DefaultSeed(int):
+    """A seed that nobody has typed: that of a checkpoint comes before it."""
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check; exits with status 2 and one line on stderr when something is wrong.
 

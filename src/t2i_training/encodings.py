@@ -60,13 +60,14 @@ def fingerprint(thing) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def cached(args, accelerator, dataset, pictures, readers: list, encoders: list) -> list[Callable]:
+def cached(args, accelerator, dataset, pictures, readers: list, encoders: list, devices: int = 1) -> list[Callable]:
     """Functions to call in place of `readers`: they give no longer what a network takes, but what it made of it.
 
     The readers are the script's own with everything bound but their input: `read_picture(source, crop_draw, mirror)`
     and, where captions are used, `read_caption(text)` give the tensors of one item. The encoders turn a batch of such
     items into what is kept. `pictures` is what `inspection.inspect` says of the rows. What is not on disk yet is
-    encoded now, by all processes; then the networks leave the device. From here on `source` is the number of a row.
+    encoded now, by all processes, on `devices` each; then the networks leave the device. From here on `source` is the
+    number of a row.
     """
     # However a square is cut out of a square picture, it is all of it.
     crops = 0 if getattr(args, "center_crop", True) else args.cache_crops
@@ -79,11 +80,11 @@ def cached(args, accelerator, dataset, pictures, readers: list, encoders: list) 
         for mirror in mirrors
     }
     read_view = partial(_read_view, read=readers[0], dataset=dataset, views=views, column=args.image_column)
-    store = _fill(args, accelerator, "pictures", wanted, read_view, (readers[0], encoders[0]))
+    store = _fill(args, accelerator, "pictures", wanted, read_view, (readers[0], encoders[0]), devices)
     cached_readers = [partial(_cached_picture, store=store, views=views)]
     if len(readers) > 1:
         texts = {_key(text): text for text in data.all_captions(dataset, args)}
-        store = _fill(args, accelerator, "captions", texts, readers[1], (readers[1], encoders[1]))
+        store = _fill(args, accelerator, "captions", texts, readers[1], (readers[1], encoders[1]), devices)
         cached_readers.append(partial(_cached_caption, store=store))
     for encoder in encoders:
         for network in encoder.keywords.values():
@@ -123,7 +124,7 @@ def _cached_caption(text: str, store: Store) -> dict:
     return store.read(_key(text))
 
 
-def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions: tuple) -> Store:
+def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions: tuple, devices: int) -> Store:
     """The store of `wanted`, {key: what `read` takes}, after those that it lacks have been encoded."""
     folder = Path(args.encodings_dir or Path(args.output_dir, "encodings"))
     readable = partial(runtime.readable_errors, "--encodings_dir", str(folder))
@@ -143,7 +144,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
     if missing:
         items = list(wanted.items())
         mine = [items[i] for i in missing[accelerator.process_index :: accelerator.num_processes]]
-        _encode(args, accelerator, store, kind, mine, read, functions[1])
+        _encode(args, accelerator, store, kind, mine, read, functions[1], devices)
         processes.wait(accelerator)
         with readable():
             _see_all(store, wanted)
@@ -173,12 +174,10 @@ class _Reading(torch.utils.data.Dataset):
         return self.read(self.items[i][1])
 
 
-def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read: Callable, encode: Callable) -> None:
+def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read, encode, devices: int) -> None:
     """Encode this process's `items`, (key, what `read` takes), and write a shard now and then, also when stopped."""
-    size, parts = (
-        min(BATCH, max(4, args.train_batch_size)),
-        [],
-    )  # parts: (keys, tensors by name) of the batches since a shard
+    size = devices * min(BATCH, max(4, args.train_batch_size))
+    parts = []  # (keys, tensors by name) of the batches since a shard
 
     def commit():
         if parts:

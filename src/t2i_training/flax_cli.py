@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 
+from . import checks
+
 PACKAGES = ("jax", "flax", "optax")
 
 
@@ -17,7 +19,7 @@ def add_flax_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower."
     )
-    parser.set_defaults(seed=0, mixed_precision="no")  # as the published Flax script has them
+    parser.set_defaults(seed=checks.DefaultSeed(0), mixed_precision="no")  # as the published Flax script has them
 
 
 def need_packages(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, patch_environment
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,18 +23,22 @@ from . import runtime
 
 def start(args):
     """(accelerator, mesh). Several hosts are joined where torchrun or `accelerate launch` started several processes."""
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # loader workers leave JAX alone
     wanted, args.mixed_precision = args.mixed_precision, "no"  # which is JAX's business
-    accelerator = runtime.start(args)
+    with patch_environment(accelerate_use_cpu="true"):
+        accelerator = runtime.start(args)
     if accelerator.num_processes > 1 and not jax.distributed.is_initialized():
         _join_hosts(accelerator)
     if jax.process_count() != accelerator.num_processes:
         runtime.fail("these devices belong to several hosts: start a process on each with torchrun")
     args.mixed_precision = _possible_precision(wanted)
-    jax.config.update("jax_default_matmul_precision", "default" if args.allow_tf32 else "highest")
+    full = args.mixed_precision == "no" and not args.allow_tf32
+    jax.config.update("jax_default_matmul_precision", "highest" if full else "default")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return accelerator, Mesh(np.array(devices).reshape(accelerator.num_processes, -1), ("hosts", "devices"))
+    mesh = Mesh(np.array(devices).reshape(accelerator.num_processes, -1), ("hosts", "devices"))
+    if args.shard_parameters and mesh.shape["devices"] == 1:
+        runtime.fail("--shard_parameters spreads them over the devices of a host, and here is one: leave it out")
+    return accelerator, mesh
 
 
 def _join_hosts(accelerator) -> None:
@@ -92,14 +96,29 @@ def _split_axis(shape: tuple[int, ...], parts: int) -> P:
 
 
 def fetch(tree):
-    """Arrays of the devices, wherever their parts are on this host, as NumPy arrays."""
+    """Arrays of the devices, wherever their parts are on this host, as NumPy arrays: good until the next step.
+
+    Each number is read once. What is read is an alias, for JAX keeps what has been read as long as the array lives.
+    """
 
     def get(array):
+        if array.is_fully_replicated:
+            return np.asarray(array.addressable_data(0))
         whole = np.empty(array.shape, array.dtype)
         for part in array.addressable_shards:
-            whole[part.index] = part.data
+            whole[part.index] = part.data.addressable_data(0)
         return whole
 
+    return jax.tree.map(get, tree)
+
+
+def local(tree):
+    """Arrays of the devices on the first of this host alone. What is whole there is not copied."""
+
+    def get(array):
+        return array.addressable_data(0) if array.is_fully_replicated else jax.device_put(fetch(array), first)
+
+    first = jax.local_devices()[0]
     return jax.tree.map(get, tree)
 
 
@@ -127,11 +146,14 @@ def to_torch(array: jax.Array) -> torch.Tensor:
 _jit = functools.cache(jax.jit)
 
 
+def on_host(arrays, *axes: str):
+    """Networks on every device of this host; or, with "devices", samples, of which each takes its share."""
+    return jax.device_put(arrays, NamedSharding(Mesh(np.array(jax.local_devices()), "devices"), P(*axes)))
+
+
 def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial, dtype: str) -> dict[str, torch.Tensor]:
-    """What `encodings` calls: `encode(batch)` by the devices of this host. Its networks are bound to it."""
-    devices, size = np.array(jax.local_devices()), len(next(iter(batch.values())))
-    mesh = Mesh(devices if size % len(devices) == 0 else devices[:1], "devices")
-    samples = {name: to_numpy(tensor) for name, tensor in batch.items()}
-    samples = jax.device_put(samples, NamedSharding(mesh, P("devices")))
-    networks = jax.device_put(encode.keywords, NamedSharding(mesh, P()))
-    return {name: to_torch(array) for name, array in _jit(encode.func)(samples, **networks).items()}
+    """What `encodings` calls: `encode(batch)` by the devices of this host, on which the networks bound to it are."""
+    size = len(next(iter(batch.values())))
+    places = np.arange(size + -size % jax.local_device_count()) % size  # some twice, so that all devices have as many
+    samples = on_host({name: to_numpy(tensor)[places] for name, tensor in batch.items()}, "devices")
+    return {name: to_torch(array)[:size] for name, array in _jit(encode.func)(samples, **encode.keywords).items()}

@@ -50,9 +50,9 @@ def load(args, dtype) -> Pipeline:
         folder,
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         getattr(diffusers, scheduler_class.removeprefix("Flax")).from_pretrained(folder / "scheduler"),
-        jax.device_get(unet),
-        jax.device_get(flax_models.load_vae(folder / "vae", **options)),
-        jax.device_get(flax_models.load_text_encoder(folder / "text_encoder", **options)),
+        unet,
+        flax_models.load_vae(folder / "vae", **options),
+        flax_models.load_text_encoder(folder / "text_encoder", **options),
     )
 
 
@@ -82,9 +82,10 @@ def _has_weights(folder: Path, stem: str, variant: str | None) -> bool:
         return False
 
 
-def rounded(network, dtype):
-    """A frozen network, its matrices in the type that it computes in. Vectors, of normalisations too, stay float32."""
-    return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, network)
+def frozen(pipeline: Pipeline, dtype) -> tuple:
+    """VAE and text encoder, their matrices in the type that they compute in. Vectors, of norms too, stay float32."""
+    networks = (pipeline.vae, pipeline.text_encoder)
+    return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, networks)
 
 
 def save(pipeline: Pipeline, unet, folder: Path, variant: str | None) -> None:

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import flax
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import optax
 import safetensors.numpy
@@ -16,6 +18,7 @@ from . import checkpoint, flax_models, optim
 from .flax_devices import fetch, place
 
 OPTIMIZER = "optimizer.safetensors"
+VERSIONS = {module.__name__: module.__version__ for module in (jax, jaxlib, flax, optax)}  # for a checkpoint's manifest
 FIRST_SCALE, PATIENCE = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
 
 
@@ -74,8 +77,11 @@ def gradient_of(loss_function, state: dict, batch: dict, max_norm: float):
     return losses.mean(), jax.tree.map(lambda array: array * factor, gradient), norm
 
 
-def update(state: dict, gradient, norm, optimizer, rate, ema_decay) -> dict:
-    """The state after one step of AdamW, with its average, and in fp16 with the loss scaled as GradScaler would."""
+def update(state: dict, gradient, norm, optimizer, rate, ema_share) -> dict:
+    """The state after one step of AdamW, with its average, and in fp16 with the loss scaled as GradScaler would.
+
+    `ema_share`, 1 - decay, is how much of the way to the weights the average goes.
+    """
     steps, moments = optimizer.update(gradient, state["optimizer"], state["parameters"])
     parameters = jax.tree.map(lambda array, step: array - rate * step, state["parameters"], steps)
     new = state | {"parameters": parameters, "optimizer": moments}
@@ -86,7 +92,7 @@ def update(state: dict, gradient, norm, optimizer, rate, ema_decay) -> dict:
         scale = jnp.where(finite, jnp.where(good == PATIENCE, 2.0, 1.0), 0.5) * scaling["scale"]
         new["scaling"] = {"scale": scale, "good": good % PATIENCE}
     if "average" in state:  # as diffusers' EMAModel
-        new["average"] = jax.tree.map(lambda a, p: a - (1 - ema_decay) * (a - p), state["average"], new["parameters"])
+        new["average"] = jax.tree.map(lambda a, p: a - ema_share * (a - p), state["average"], new["parameters"])
     return new
 
 
@@ -94,12 +100,14 @@ def update(state: dict, gradient, norm, optimizer, rate, ema_decay) -> dict:
 
 
 class Trained:
-    """The network that is trained: parameters, moments, average, on the devices in `state`. Saved and restored here."""
+    """The network that is trained: parameters, moments, average. Saved and restored here.
+
+    They are in `state`: in host memory until `begin` puts them on the devices, so that resuming takes no more of those.
+    """
 
     def __init__(self, args, network, mesh: Mesh):
         self.mesh, self.shard, self.updates = mesh, args.shard_parameters, 0
         parameters, self.merge = flax_models.split(network)
-        parameters = jax.tree.map(np.asarray, parameters)
         moments = jax.eval_shape(make_optimizer(args).init, parameters)
         moments = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), moments)
         state = {"parameters": parameters, "optimizer": moments}
@@ -107,40 +115,42 @@ class Trained:
             state["average"] = parameters
         if args.mixed_precision == "fp16":
             state["scaling"] = {"scale": np.float32(FIRST_SCALE), "good": np.int32(0)}
-        self.state = place(state, mesh, self.shard)
+        self.state = state
 
     def begin(self, train_step) -> None:
-        """Compile `train_step(state, batch, frozen, rate, ema_decay)`, which gives (state, loss, gradient norm).
+        """Be ready for `train_step(state, batch, frozen, rate, ema_share)`, which gives (state, loss, gradient norm).
 
-        The new state takes the old one's place in memory.
+        It is compiled when it is called first. The new state takes the old one's place in memory.
         """
+        self.state = place(self.state, self.mesh, self.shard)
         shardings = jax.tree.map(lambda array: array.sharding, self.state)
         self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
 
     def step(self, batch: dict, frozen: dict, rate: float):
         """One weight update: (loss, gradient norm), of which nothing is waited for."""
         self.updates += 1
-        decay = EMAModel([]).get_decay(self.updates)
-        self.state, loss, norm = self.train_step(self.state, batch, frozen, np.float32(rate), np.float32(decay))
+        share = 1 - EMAModel([]).get_decay(self.updates)  # here, for in float32 it would lose digits
+        self.state, loss, norm = self.train_step(self.state, batch, frozen, np.float32(rate), np.float32(share))
         return loss, norm
 
-    def network(self, part: str = "parameters"):
-        """The network on the host; with `part="average"`, the averaged one."""
-        return self.merge(fetch(self.state[part]))
+    def network(self, get=fetch, part: str = "parameters"):
+        """The network, in host memory or where else `get` takes it; with `part="average"`, the averaged one."""
+        return self.merge(get(self.state[part]))
 
-    def export(self):
+    def export(self, get=fetch):
         """The network that the run is for."""
-        return self.network("average" if "average" in self.state else "parameters")
+        return self.network(get, "average" if "average" in self.state else "parameters")
 
     def save(self, folder: Path) -> None:
         """A checkpoint's `unet/` and `unet_ema/`, as the PyTorch script writes them, and the moments."""
         flax_models.save(self.network(), folder / "unet")
         if "average" in self.state:
-            flax_models.save(self.network("average"), folder / "unet_ema")
+            flax_models.save(self.network(part="average"), folder / "unet_ema")
             counters = EMAModel([]).state_dict() | {"optimization_step": self.updates}
             counters.pop("shadow_params")
             config = json.loads((folder / "unet_ema" / "config.json").read_text())
-            (folder / "unet_ema" / "config.json").write_text(json.dumps(config | counters, indent=2, sort_keys=True))
+            text = json.dumps(config | counters, indent=2, sort_keys=True) + "\n"
+            (folder / "unet_ema" / "config.json").write_text(text, encoding="utf-8")
         safetensors.numpy.save_file(self._flat(fetch(self._moments())), folder / OPTIMIZER)
 
     def load(self, folder: Path) -> None:
@@ -156,6 +166,8 @@ class Trained:
             if "average" in self.state:
                 state["average"] = flax_models.split(flax_models.load_unet(folder / "unet_ema"))[0]
             saved, moments = safetensors.numpy.load_file(folder / OPTIMIZER), self._moments()
+            if not any(name in saved for name in self._flat({"scaling": moments.get("scaling")})):
+                moments.pop("scaling", None)  # it was saved in another precision: the scale begins anew
             names = self._flat(moments)
             state |= jax.tree.unflatten(jax.tree.structure(moments), [saved[name] for name in names])
             shapes = jax.tree.map(np.shape, state)
@@ -166,7 +178,7 @@ class Trained:
                 f"error: {folder} does not fit this model: {' '.join(str(error).split())[:300]}"
             ) from error
         self.updates = checkpoint.read_manifest(folder)["step"]
-        self.state = self.state | place(jax.tree.map(np.asarray, state), self.mesh, self.shard)
+        self.state = self.state | state
 
     def _moments(self) -> dict:
         return {name: self.state[name] for name in ("optimizer", "scaling") if name in self.state}

@@ -68,7 +68,7 @@ def make_loader(
         samples.rows = dataset.remove_columns(args.image_column)
     count = None if updates is None else updates * args.gradient_accumulation_steps
     visits = VisitStream(len(dataset), args.seed, devices * args.train_batch_size, rank, world_size, start, count)
-    return loader(samples, args, accelerator, args.train_batch_size, batch_sampler=visits)
+    return loader(samples, args, accelerator, visits.batch_size, batch_sampler=visits)
 
 
 def loader(dataset, args, accelerator, size: int, **order) -> torch.utils.data.DataLoader:

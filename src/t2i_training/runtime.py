@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, Projec
 from tqdm.auto import tqdm
 
 from . import processes, texts
-from .checks import public_config
+from .checks import DefaultSeed, public_config
 
 logger = get_logger("t2i_training")
 logger.logger.addFilter(lambda record: _make_printable(record))
@@ -145,10 +145,10 @@ def fail_after_step(message: str) -> None:
 def settle_seed(args, position: dict) -> None:
     """Set args.seed, equal on all processes, to the seed of the checkpoint with this manifest, or keep or draw one."""
     stored = position.get("seed")
-    if stored is not None and args.seed not in (None, stored):
+    if stored is not None and args.seed not in (None, stored) and not isinstance(args.seed, DefaultSeed):
         raise SystemExit(f"error: --seed {args.seed} differs from the checkpoint's, {stored}: leave it out to continue")
     seed = [stored if stored is not None else args.seed if args.seed is not None else secrets.randbelow(2**31)]
-    args.seed = broadcast_object_list(seed)[0]
+    args.seed = int(broadcast_object_list(seed)[0])
     logger.info(f"seed {args.seed}")
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx, serialization
 
@@ -27,7 +26,7 @@ BIN_STEMS = {"model": "pytorch_model"}  # transformers' .bin files have a name o
 
 
 def load(network_class: type[nnx.Module], folder: str | Path, *, variant: str | None = None, **options) -> nnx.Module:
-    """The network in `folder`, its parameters in float32 on the default device, whatever precision the file has.
+    """The network in `folder`, its parameters in float32 as NumPy arrays, whatever precision the file has.
 
     Reads, in this order, *.safetensors, *.bin and *.msgpack (of the Flax classes that diffusers had), the first two
     also where an index spreads them over several files; `variant` is the "fp16" of model.fp16.safetensors. `options` go
@@ -58,7 +57,7 @@ def fill(blanks: dict, files: list[Path]) -> dict:
                 raise ValueError(f"{file}: tensor {old_name} is {array.shape}, but config.json makes it {expected}")
             if is_torch and path[-1] == "kernel":
                 array = array.transpose(TO_FLAX[array.ndim])
-            parameters[path] = nnx.Param(jnp.asarray(array, jnp.float32))
+            parameters[path] = nnx.Param(np.array(array, np.float32))
     if missing := sorted(paths[name] for name in paths if paths[name] not in parameters):
         raise ValueError(f"{files[0]}: tensor {tensor_name(missing[0])} is missing ({len(missing)} in all)")
     return parameters
