@@ -149,8 +149,8 @@ def test_mfu_by_hand(sd_flags, monkeypatch):
     args = load_script("sd").parse_args(sd_flags())
     accelerator = runtime.start(args)
     runtime.default_signals()
-    meter = readouts.Speedometer(torch.nn.Linear(3, 5), linear, args, accelerator)
-    meter._peak = 1e-9
+    meter = readouts.Speedometer(readouts.Gauge(torch.nn.Linear(3, 5), linear, args, accelerator), accelerator)
+    meter.gauge.peak = 1e-9
     now = iter([0.0, 5.0, 5.0, 2.0])
     monkeypatch.setattr(readouts.time, "perf_counter", lambda: next(now))
     meter.restart(0)

@@ -258,7 +258,7 @@ def main(argv=None):
     train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
     trained.begin(train_step)
     optim.set_position(args, schedule, progress.step)
-    progress.begin(None, None)
+    progress.begin(None, None, flax_devices.Gauge(args, mesh, trained.sample_flops))
     stream = loading.batches(loader, accelerator)
 
     def validate():

@@ -9,6 +9,7 @@ import functools
 import os
 import socket
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from accelerate.utils import broadcast_object_list, patch_environment
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import runtime
+from . import flops, runtime
 
 
 def start(args):
@@ -70,6 +71,19 @@ def _possible_precision(wanted: str) -> str:
 def describe(mesh: Mesh) -> tuple[int, str]:
     """Devices of a host, and what they are."""
     return mesh.shape["devices"], mesh.devices.flat[0].device_kind
+
+
+class Gauge:
+    """What `readouts` has to know of JAX's devices. `sample_flops()` is asked for after the first update."""
+
+    def __init__(self, args, mesh: Mesh, sample_flops: Callable[[], float]):
+        self.devices, self.flops = mesh.size, lambda _batch: sample_flops()
+        self.peak = flops.peak_tflops(describe(mesh)[1], args.mixed_precision, args.allow_tf32)
+
+    def peak_memory(self) -> int | None:
+        """Bytes on one device since the process began: JAX's mark stays where it is."""
+        known = [device.memory_stats() for device in jax.local_devices()]
+        return max((facts["peak_bytes_in_use"] for facts in known if facts), default=None)
 
 
 def compute_dtype(args):

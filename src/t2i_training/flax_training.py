@@ -1,6 +1,7 @@
 """Weight updates in JAX by PyTorch's and diffusers' formulas, the state that they change, and its checkpoints."""
 
 import json
+import math
 from pathlib import Path
 
 import flax
@@ -14,7 +15,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from jax.sharding import Mesh
 
-from . import checkpoint, flax_models, optim
+from . import checkpoint, flax_flops, flax_models, optim
 from .flax_devices import fetch, place
 
 OPTIMIZER = "optimizer.safetensors"
@@ -115,7 +116,7 @@ class Trained:
             state["average"] = parameters
         if args.mixed_precision == "fp16":
             state["scaling"] = {"scale": np.float32(FIRST_SCALE), "good": np.int32(0)}
-        self.state = state
+        self.state, self._inputs = state, None
 
     def begin(self, train_step) -> None:
         """Be ready for `train_step(state, batch, frozen, rate, ema_share)`, which gives (state, loss, gradient norm).
@@ -128,10 +129,18 @@ class Trained:
 
     def step(self, batch: dict, frozen: dict, rate: float):
         """One weight update: (loss, gradient norm), of which nothing is waited for."""
+        if self._inputs is None:
+            inputs = self.state, batch, frozen, np.float32(rate), np.float32(0)
+            self._inputs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
         self.updates += 1
         share = 1 - EMAModel([]).get_decay(self.updates)  # here, for in float32 it would lose digits
         self.state, loss, norm = self.train_step(self.state, batch, frozen, np.float32(rate), np.float32(share))
         return loss, norm
+
+    def sample_flops(self) -> float:
+        """FLOPs of the trained network for one sample, counted over shapes after the first step."""
+        samples = next(iter(self._inputs[1].values())).shape[:2]
+        return flax_flops.count(self.train_step.__wrapped__, *self._inputs) / math.prod(samples)
 
     def network(self, get=fetch, part: str = "parameters"):
         """The network, in host memory or where else `get` takes it; with `part="average"`, the averaged one."""

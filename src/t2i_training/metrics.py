@@ -60,10 +60,10 @@ class Progress:
         completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
         return bool(self.args.validation_prompts) and completed and self.step < self.total
 
-    def begin(self, network, objective: Callable | None) -> None:
+    def begin(self, network, objective: Callable | None, gauge=None) -> None:
         """Open bar, metrics file and trackers: the run is ready to take steps on `objective(network, batch)`.
 
-        Without an `objective` no FLOPs are counted.
+        With a `gauge` of other devices than PyTorch's both may be None.
         """
         main = self.accelerator.is_main_process
         if main:
@@ -90,7 +90,8 @@ class Progress:
         self._bar = runtime.progress_bar = tqdm(
             total=self.total, initial=self.step, disable=not main, mininterval=interval, unit="step", dynamic_ncols=True
         )
-        self._speed = readouts.Speedometer(network, objective, self.args, self.accelerator)
+        gauge = gauge or readouts.Gauge(network, objective, self.args, self.accelerator)
+        self._speed = readouts.Speedometer(gauge, self.accelerator)
         self.restart_clock()
 
     def restart_clock(self) -> None:

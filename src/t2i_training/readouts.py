@@ -24,19 +24,35 @@ def timed(iterator: Iterator) -> Iterator:
         yield item
 
 
-class Speedometer:
-    """Speed since the last row, pauses left out, and memory since the last row.
-
-    `objective(network, batch)` is what is optimised: its FLOPs are counted at the first micro-batch, if it is given.
-    """
+class Gauge:
+    """What a row has to know of PyTorch's devices, and of `objective(network, batch)`, which is optimised on them."""
 
     def __init__(self, network, objective: Callable, args, accelerator):
-        self.accelerator, self._uncounted = accelerator, (objective, network) if objective else None
-        self._flops, self._peak = None, None  # FLOPs a sample; TFLOP/s of the device
-        if accelerator.device.type == "cuda":
-            name, tf32 = torch.cuda.get_device_name(accelerator.device), getattr(args, "allow_tf32", False)
-            self._peak = flops.peak_tflops(name, accelerator.mixed_precision, tf32)
-            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        self._network, self._objective, self._device = network, objective, accelerator.device
+        self.devices, self.peak = accelerator.num_processes, None  # TFLOP/s of one, if that is known
+        if self._device.type == "cuda":
+            name, tf32 = torch.cuda.get_device_name(self._device), getattr(args, "allow_tf32", False)
+            self.peak = flops.peak_tflops(name, accelerator.mixed_precision, tf32)
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def flops(self, batch: dict[str, torch.Tensor]) -> float:
+        """Of one sample of this micro-batch."""
+        return flops.count(self._objective, self._network, batch) / len(batch["index"])
+
+    def peak_memory(self) -> int | None:
+        """Bytes on this process's device since the last time."""
+        if self._device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak
+
+
+class Speedometer:
+    """Speed since the last row, pauses left out, and memory. FLOPs are counted at the first micro-batch."""
+
+    def __init__(self, gauge, accelerator):
+        self.gauge, self._uncounted, self._flops = gauge, accelerator.is_main_process, None
 
     def restart(self, samples_seen: int) -> None:
         """Leave out the time since the last row, and the memory that was used in it."""
@@ -46,18 +62,18 @@ class Speedometer:
 
     def count(self, batch: dict[str, torch.Tensor]) -> None:
         """Count the FLOPs of a sample, the first time; a readout must not end a run, so a failure is a warning."""
-        if self._uncounted is None or not self.accelerator.is_main_process:
+        if not self._uncounted:
             return
-        uncounted, self._uncounted, start = self._uncounted, None, time.perf_counter()
+        self._uncounted, start = False, time.perf_counter()
         try:
-            self._flops = flops.count(*uncounted, batch) / len(batch["index"])
+            self._flops = self.gauge.flops(batch)
         except Exception as error:  # an attention kernel that cannot be run on fakes, say
             logger.warning(f"FLOPs are not counted: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         self._start += time.perf_counter() - start
 
     def row(self, samples_seen: int, effective_batch: int) -> dict[str, float]:
         """images_per_second over all processes; seconds_per_step, of an update; data_wait, the share of the time spent
-        waiting for data (0..1); on CUDA peak_memory_gib, allocated by this process; tflops_per_second of the trained
+        waiting for data (0..1); on GPUs peak_memory_gib, allocated by this process; tflops_per_second of the trained
         network, per device; mfu, their share (0..1) of what the device could do, if that is known."""
         seconds, samples = max(time.perf_counter() - self._start, 1e-9), samples_seen - self._start_samples
         row = {
@@ -65,15 +81,14 @@ class Speedometer:
             "seconds_per_step": round(seconds / samples * effective_batch, 6),
             "data_wait": round((_waited - self._start_waited) / seconds, 4),
         }
-        device = self.accelerator.device
-        if device.type == "cuda":
-            row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-            torch.cuda.reset_peak_memory_stats(device)
+        peak_memory = self.gauge.peak_memory()
+        if peak_memory is not None:
+            row["peak_memory_gib"] = round(peak_memory / 2**30, 3)
         if self._flops:
-            tflops = self._flops * samples / seconds / self.accelerator.num_processes / 1e12
+            tflops = self._flops * samples / seconds / self.gauge.devices / 1e12
             row["tflops_per_second"] = float(f"{tflops:.4g}")
-            if self._peak:
-                row["mfu"] = round(tflops / self._peak, 4)
+            if self.gauge.peak:
+                row["mfu"] = round(tflops / self.gauge.peak, 4)
         return row
 
 

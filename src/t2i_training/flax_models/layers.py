@@ -4,6 +4,7 @@ Pictures and latents are (B, H, W, C), sequences (B, T, D). Parameters are float
 except normalisation and softmax, which are float32 always. Everything is built empty (zeros): weights come from a file.
 """
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -48,17 +49,37 @@ def layer_norm(features: int, eps: float = 1e-5, *, dtype) -> nnx.LayerNorm:
     return nnx.LayerNorm(features, epsilon=eps, dtype=dtype, rngs=NO_RNGS, **IN_FLOAT32)
 
 
+_as_written = False
+
+
+@contextlib.contextmanager
+def as_written():
+    """A context in which what is traced is the formulas alone: no fused attention, nothing computed again."""
+    global _as_written
+    _as_written = True
+    try:
+        yield
+    finally:
+        _as_written = False
+
+
+def recomputed(function):
+    """`function`, of whose call the backward pass keeps the inputs alone, and computes all else again."""
+    return function if _as_written else jax.checkpoint(function)
+
+
 def attention_implementation(head_dim: int, dtype) -> str:
     """Which one `attend` uses: "cudnn" (flash attention, no T x S matrix in memory) where it exists, else "xla".
 
-    It exists on NVIDIA GPUs from Ampere on, in half precision, for heads whose size is a multiple of 8 up to 128. The
-    larger heads of SD 1.x are on its two smallest grids, where that matrix is small.
+    It exists on NVIDIA GPUs in half precision, for heads whose size is a multiple of 8: up to 128 on Ampere and Ada, up
+    to 256 from Hopper on. The larger heads of SD 1.x are on its two smallest grids, where that matrix is small.
     """
-    if jax.default_backend() != "gpu" or dtype not in (jnp.float16, jnp.bfloat16) or head_dim % 8 or head_dim > 128:
+    if _as_written or jax.default_backend() != "gpu" or dtype not in (jnp.float16, jnp.bfloat16) or head_dim % 8:
         return "xla"
     device = jax.local_devices()[0]
-    recent = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
-    return "cudnn" if recent else "xla"
+    generation = float(device.compute_capability) if "cuda" in device.client.platform_version else 0
+    largest = 256 if generation >= 9 else 128 if generation >= 8 else 0
+    return "cudnn" if head_dim <= largest else "xla"
 
 
 def attend(query, key, value, heads: int, causal: bool = False):

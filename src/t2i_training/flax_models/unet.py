@@ -13,6 +13,7 @@ from .layers import (
     Upsample2D,
     conv,
     group_norm,
+    recomputed,
     sinusoidal_embedding,
 )
 
@@ -88,7 +89,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def __call__(self, noisy_latents, timesteps, text_states):
         """(B, h, w, C), (B,) whole numbers and (B, T, D) to (B, h, w, C) in the network's dtype; any h and w."""
-        config, run = self.config, jax.checkpoint(plain) if self.gradient_checkpointing else plain
+        config, run = self.config, recomputed(plain) if self.gradient_checkpointing else plain
         waves = sinusoidal_embedding(
             timesteps, config["block_out_channels"][0], config["flip_sin_to_cos"], config["freq_shift"]
         )
