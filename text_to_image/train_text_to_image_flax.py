@@ -70,6 +70,7 @@ from t2i_training import (  # noqa: E402
     losses,
     metrics,
     optim,
+    processes,
     runtime,
     validation,
 )
@@ -240,7 +241,7 @@ def main(argv=None):
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     runtime.settle_seed(args, position)
 
-    with accelerator.main_process_first():
+    with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
