@@ -95,6 +95,18 @@ def assert_same_weights(network, twin, dtype=torch.float32):
         np.testing.assert_array_equal(array, theirs[name].to(dtype).float().numpy(), err_msg=name)
 
 
+def assert_same_gradient(ours, twin, rtol=1e-3):
+    """Of every parameter, relative to its largest number; a key's bias has none but by rounding."""
+    ours = flax_models.state_dict(ours)
+    theirs = dict(zip(torch_names(twin), twin.parameters(), strict=True))
+    assert ours.keys() == theirs.keys()
+    largest = {name: parameter.grad.abs().max().item() for name, parameter in theirs.items()}
+    for name, parameter in theirs.items():
+        assert largest[name] > 0, name
+        error = np.abs(ours[name] - parameter.grad.numpy()).max()
+        assert error <= rtol * (largest[name] + 1e-4 * max(largest.values())), name
+
+
 @jit
 def call(network, *inputs):
     return network(*inputs)
@@ -133,12 +145,7 @@ def test_unet_and_its_gradient_are_the_torch_twins(config, gradient_checkpointin
     unet = flax_models.load_unet(tmp_path, gradient_checkpointing=gradient_checkpointing)
     output, gradient = squared(unet, *flax_inputs(*inputs))
     assert_close(output, channels_last(expected))
-    gradient = flax_models.state_dict(gradient)
-    assert gradient.keys() == dict(twin.named_parameters()).keys()
-    for name, parameter in twin.named_parameters():
-        largest = parameter.grad.abs().max().item()
-        assert largest > 0, name
-        assert np.abs(gradient[name] - parameter.grad.numpy()).max() <= 1e-3 * largest, name
+    assert_same_gradient(gradient, twin)
 
 
 def test_checkpointing_keeps_less_for_the_backward_pass(tmp_path):
@@ -162,25 +169,35 @@ def test_text_encoder_is_the_torch_twin(activation, dtype, atol, tmp_path):
     twin = make_twin("text_encoder", hidden_act=activation)
     twin.save_pretrained(tmp_path)
     input_ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
-    text_states = call(flax_models.load_text_encoder(tmp_path, dtype=dtype), jnp.asarray(input_ids.numpy()))
+    text_states, gradient = squared(
+        flax_models.load_text_encoder(tmp_path, dtype=dtype), jnp.asarray(input_ids.numpy())
+    )
     assert text_states.dtype == dtype
-    with torch.no_grad():
-        assert_close(text_states, twin(input_ids)[0], atol=atol)
+    expected = twin(input_ids)[0]
+    assert_close(text_states, expected.detach(), atol=atol)
+    expected.square().mean().backward()
+    assert_same_gradient(gradient, twin, rtol=1e-3 if dtype == jnp.float32 else 0.2)
 
 
 @pytest.mark.parametrize("config", [VAE, BARE_VAE], ids=["vae", "bare_vae"])
 def test_autoencoder_is_the_torch_twin(config, tmp_path):
     twin = make_twin("vae", **config)
     twin.save_pretrained(tmp_path)
-    vae = flax_models.load_vae(tmp_path)
     pixels = torch.rand(1, 3, 15, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    with torch.no_grad():
-        posterior = twin.encode(pixels).latent_dist
-        mean, std = jit(type(vae).encode)(vae, channels_last(pixels))
-        assert_close(mean, channels_last(posterior.mean))
-        assert_close(std, channels_last(posterior.std))
-        decoded = jit(type(vae).decode)(vae, channels_last(posterior.mean))
-        assert_close(decoded, channels_last(twin.decode(posterior.mean).sample))
+    posterior = twin.encode(pixels).latent_dist
+    expected = [posterior.mean, posterior.std, twin.decode(posterior.mean).sample]
+    sum(output.square().mean() for output in expected).backward()
+
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(vae):
+        mean, std = vae.encode(channels_last(pixels))
+        outputs = [mean, std, vae.decode(mean)]
+        return sum(jnp.square(output).mean() for output in outputs), outputs
+
+    (_, outputs), gradient = jit(loss)(flax_models.load_vae(tmp_path))
+    for output, theirs in zip(outputs, expected, strict=True):
+        assert_close(output, channels_last(theirs))
+    assert_same_gradient(gradient, twin)
 
 
 def test_bundled_pipeline():

@@ -32,7 +32,7 @@ pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 from test_flax_models import old_flax_tree  # noqa: E402
 
-from t2i_training import flax_devices, flax_models, flax_training, runtime  # noqa: E402
+from t2i_training import flax_devices, flax_models, flax_pipeline, flax_training, runtime  # noqa: E402
 
 RUN = {  # six pictures, four an update
     "resolution": 16, "max_train_steps": 6, "gradient_accumulation_steps": 2, "use_ema": True, "snr_gamma": 5,
@@ -201,6 +201,20 @@ def test_validation_draws_what_the_pipeline_draws(train, model, tmp_path):
             picture, wanted = (np.asarray(Image.open(run / name)).astype(int) for run in (ours, theirs))
             assert wanted.std() > 5
             assert np.abs(picture - wanted).max() <= 1
+
+
+def test_half_precision(train, whole, tmp_path):
+    """The networks compute in bfloat16; weights, average and moments stay float32."""
+    folder = train(tmp_path / "out", mixed_precision="bf16", cache_encodings=True, center_crop=True)
+    in_full = [row["loss"] for row in rows(whole)]
+    losses = [row["loss"] for row in rows(folder)]
+    assert losses == pytest.approx(in_full, rel=0.03)
+    assert losses != pytest.approx(in_full, rel=1e-4)
+    saved = {file: {tensor.dtype for tensor in load_file(file).values()} for file in folder.rglob("*.safetensors")}
+    encoded = {file.parent.name[:8]: kinds for file, kinds in saved.items() if "encodings" in file.parts}
+    assert torch.bfloat16 in encoded["captions"]
+    kept = [kinds for file, kinds in saved.items() if "encodings" not in file.parts]
+    assert set().union(*kept) == {torch.float32, torch.int32}
 
 
 # Interrupted
@@ -427,7 +441,8 @@ python train_text_to_image_flax.py \
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="fp16 would be another run")
-def test_guides_command_on_an_old_flax_repository(model, pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["--dataset_name=$dataset_name", "--train_data_dir=$TRAIN_DIR"])
+def test_guides_commands_on_an_old_flax_repository(source, model, pictures, tmp_path, monkeypatch):
     """As written, but for names of model and data, size and length. The model has msgpack files alone."""
     base = shutil.copytree(model, tmp_path / "flax-model")
     pipeline = StableDiffusionPipeline.from_pretrained(model)
@@ -437,7 +452,8 @@ def test_guides_command_on_an_old_flax_repository(model, pictures, tmp_path, mon
         name = "flax_model.msgpack" if part == "text_encoder" else "diffusion_flax_model.msgpack"
         tree = old_flax_tree(getattr(pipeline, part))
         (base / part / name).write_bytes(flax.serialization.msgpack_serialize(tree))
-    command = GUIDE.replace("$MODEL_NAME", str(base)).replace("$dataset_name", str(pictures))
+    command = GUIDE.replace("--dataset_name=$dataset_name", source).replace("$MODEL_NAME", str(base))
+    command = command.replace("$dataset_name", str(pictures)).replace("$TRAIN_DIR", str(pictures))
     command = command.replace("--resolution=512", "--resolution=16").replace("15000", "2")
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="fp16 needs a GPU: training in fp32"):
@@ -488,6 +504,21 @@ def test_without_jax(tokens, tmp_path):
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().endswith("error: jax not installed: pip install -r requirements_flax.txt")
+
+
+def test_variants_of_weights(tokens, model, tmp_path):
+    """A part of the pipeline that has none is read from its plain files, as diffusers does it."""
+    base = shutil.copytree(model, tmp_path / "model")
+    plain = base / "unet" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_suffix(".fp16.safetensors"))
+    parse, options = load_script("sd_flax").parse_args, {"pretrained_model_name_or_path": base}
+    pipeline = flax_pipeline.load(parse(tokens(tmp_path / "out", variant="fp16", **options)), jnp.float32)
+    theirs = StableDiffusionPipeline.from_pretrained(base, variant="fp16")
+    for part in ("unet", "vae"):
+        ours = flax_models.state_dict(getattr(pipeline, part))
+        assert all(np.array_equal(ours[name], value) for name, value in getattr(theirs, part).state_dict().items())
+    with pytest.raises(FileNotFoundError, match="there are no weights of --variant ema"):
+        flax_pipeline.load(parse(tokens(tmp_path / "out", variant="ema", **options)), jnp.float32)
 
 
 def test_model_that_does_not_load(tokens, model, tmp_path):

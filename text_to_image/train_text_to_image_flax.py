@@ -24,7 +24,6 @@ def parse_args(argv=None):
     cli.add_caption_args(parser)
     cli.add_image_args(parser)
     cli.add_training_args(parser)
-    flax_cli.add_flax_args(parser)
     cli.add_optimizer_args(parser, eight_bit=False)
     cli.add_scale_lr_arg(parser)
     cli.add_loss_args(parser)
@@ -35,6 +34,7 @@ def parse_args(argv=None):
     cli.add_checkpoint_args(parser)
     cli.add_validation_args(parser)
     cli.add_reporting_args(parser)
+    flax_cli.add_flax_args(parser)
     args = checks.parse(parser, argv)
     flax_cli.need_packages(parser)
     return args
@@ -165,10 +165,10 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
         partial(read_caption, tokenizer=pipeline.tokenizer),
     ]
     if args.cache_encodings:
-        dtype = flax_devices.compute_dtype(args)
-        vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline, dtype))
+        vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline))
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
-        encoders = [partial(flax_devices.encode_on_host, encode=encoder, dtype=dtype.__name__) for encoder in encoders]
+        dtype = pipeline.dtype.__name__
+        encoders = [partial(flax_devices.encode_on_host, encode=encoder, dtype=dtype) for encoder in encoders]
         readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders, mesh.shape["devices"])
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
@@ -182,8 +182,7 @@ def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
     """(train_step, frozen): a weight update as a pure function, and the weights it reads besides those it trains."""
     optimizer, frozen, merge = flax_training.make_optimizer(args), {}, {}
     if not args.cache_encodings:
-        networks = flax_pipeline.frozen(pipeline, flax_devices.compute_dtype(args))
-        for name, network in zip(("vae", "text_encoder"), networks, strict=True):
+        for name, network in zip(("vae", "text_encoder"), flax_pipeline.frozen(pipeline), strict=True):
             weights, merge[name] = flax_models.split(network)
             frozen[name] = flax_devices.place(weights, mesh)
 
@@ -263,8 +262,7 @@ def main(argv=None):
     stream = loading.batches(loader, accelerator)
 
     def validate():
-        networks = flax_pipeline.frozen(pipeline, flax_devices.compute_dtype(args))
-        vae, text_encoder = jax.device_put(networks, jax.local_devices()[0])
+        vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline), jax.local_devices()[0])
         unet = trained.export(flax_devices.local)
         draw = partial(draw_picture, pipeline=pipeline, unet=unet, vae=vae, text_encoder=text_encoder, args=args)
         validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)

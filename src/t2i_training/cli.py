@@ -126,15 +126,18 @@ def add_network_args(parser, *, xformers=True, checkpointing=True):
         help="Compile the trained network: block by block (the default), or as one, which takes minutes longer.",
     )
     if checkpointing:
-        group.add_argument(
-            "--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower."
-        )
+        add_gradient_checkpointing_arg(group)
     if xformers:
         group.add_argument(
             "--enable_xformers_memory_efficient_attention",
             action="store_true",
             help="Attention by xFormers instead of torch's own.",
         )
+
+
+def add_gradient_checkpointing_arg(group):
+    text = "Recompute activations: less memory, slower."
+    group.add_argument("--gradient_checkpointing", action="store_true", help=text)
 
 
 def add_optimizer_args(parser, *, eight_bit=True):

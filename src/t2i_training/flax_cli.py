@@ -3,12 +3,19 @@
 import argparse
 import importlib.util
 
-from . import checks
+from . import checks, cli
 
 PACKAGES = ("jax", "flax", "optax")
+HELP = {
+    "seed": "Seed of every draw; default: 0, and in a run that is resumed its checkpoint's.",
+    "train_batch_size": "Samples per micro-batch and device.",
+    "mixed_precision": "What the networks compute in; the default, no, is fp32. Weights are fp32 always.",
+    "scale_lr": "Multiply the rate by devices x batch x accumulation.",
+}
 
 
 def add_flax_args(parser: argparse.ArgumentParser) -> None:
+    """To be called after the groups of `cli`, of which a few flags mean or default to something else here."""
     group = parser.add_argument_group("Flax")
     group.add_argument(
         "--from_pt", action="store_true", help="Insist on PyTorch's weight files; by default whichever are there."
@@ -16,9 +23,9 @@ def add_flax_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shard_parameters", action="store_true", help="Spread weights, moments and average over a host's devices."
     )
-    group.add_argument(
-        "--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, slower."
-    )
+    cli.add_gradient_checkpointing_arg(group)
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
     parser.set_defaults(seed=checks.DefaultSeed(0), mixed_precision="no")  # as the published Flax script has them
 
 

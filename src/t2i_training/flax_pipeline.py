@@ -30,6 +30,7 @@ class Pipeline:
     unet: flax_models.UNet2DConditionModel
     vae: flax_models.AutoencoderKL
     text_encoder: flax_models.CLIPTextModel
+    dtype: type  # that they compute in
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of a picture's latents."""
@@ -40,50 +41,64 @@ class Pipeline:
 def load(args, dtype) -> Pipeline:
     """The pipeline --pretrained_model_name_or_path; its networks compute in `dtype`."""
     folder = local_folder(args)
-    files = [find_files(folder / part, stem, args.variant) for part, stem in STEMS.items()]
+    variants = {part: variant_of(folder / part, args.variant) for part in STEMS}
+    if args.variant and not any(variants.values()):
+        raise FileNotFoundError(f"there are no weights of --variant {args.variant}")
+    files = [find_files(folder / part, stem, variants[part]) for part, stem in STEMS.items()]
     if args.from_pt and any(file.suffix == ".msgpack" for found in files for file in found):
         raise FileNotFoundError("there are Flax weights only: leave --from_pt out")
     scheduler_class = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    options = {"variant": args.variant, "dtype": dtype}
-    unet = flax_models.load_unet(folder / "unet", gradient_checkpointing=args.gradient_checkpointing, **options)
+    unet = flax_models.load_unet(
+        folder / "unet", variant=variants["unet"], dtype=dtype, gradient_checkpointing=args.gradient_checkpointing
+    )
     return Pipeline(
         folder,
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         getattr(diffusers, scheduler_class.removeprefix("Flax")).from_pretrained(folder / "scheduler"),
         unet,
-        flax_models.load_vae(folder / "vae", **options),
-        flax_models.load_text_encoder(folder / "text_encoder", **options),
+        flax_models.load_vae(folder / "vae", variant=variants["vae"], dtype=dtype),
+        flax_models.load_text_encoder(folder / "text_encoder", variant=variants["text_encoder"], dtype=dtype),
+        dtype,
     )
+
+
+def variant_of(part: Path, variant: str | None) -> str | None:
+    """The variant if this part of a pipeline has any; else its plain weights serve, as with diffusers."""
+    return variant if variant and list(part.glob(f"*.{variant}*")) else None
 
 
 def local_folder(args) -> Path:
     """The pipeline's folder; of a hub's repository, what is needed of it, downloaded.
 
-    Weights of one kind are asked for after the other, until all networks have theirs.
+    Weights of one kind are asked for after the other, until all networks have theirs; those of a variant first.
     """
-    name, mark = args.pretrained_model_name_or_path, f".{args.variant}" if args.variant else ""
+    name, lacking = args.pretrained_model_name_or_path, ["*"]
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    for kind in ("safetensors", "bin", "msgpack"):
-        endings = [f"{stem}{mark}{shard}.{kind}" for stem in ALL_STEMS for shard in ("", "-?????-of-?????")]
-        wanted = ["model_index.json", "*/*.json", "*/*.txt", *(f"*/{ending}" for ending in endings)]
-        folder = Path(snapshot_download(name, revision=args.revision, cache_dir=args.cache_dir, allow_patterns=wanted))
-        if all(_has_weights(folder / part, stem, args.variant) for part, stem in STEMS.items()):
-            break
+    for mark in [f".{args.variant}", ""] if args.variant else [""]:
+        for kind in ("safetensors", "bin", "msgpack"):
+            endings = [f"{stem}{mark}{shard}.{kind}" for stem in ALL_STEMS for shard in ("", "-?????-of-?????")]
+            wanted = ["model_index.json", "*/*.json", "*/*.txt", *(f"{p}/{e}" for p in lacking for e in endings)]
+            source = {"revision": args.revision, "cache_dir": args.cache_dir}
+            folder = Path(snapshot_download(name, allow_patterns=wanted, **source))
+            lacking = [part for part, stem in STEMS.items() if not _has_weights(folder / part, stem, args.variant)]
+            if not lacking:
+                return folder
     return folder
 
 
-def _has_weights(folder: Path, stem: str, variant: str | None) -> bool:
+def _has_weights(part: Path, stem: str, variant: str | None) -> bool:
     try:
-        return all(file.is_file() for file in find_files(folder, stem, variant))
+        return all(file.is_file() for file in find_files(part, stem, variant_of(part, variant)))
     except FileNotFoundError:
         return False
 
 
-def frozen(pipeline: Pipeline, dtype) -> tuple:
+def frozen(pipeline: Pipeline) -> tuple:
     """VAE and text encoder, their matrices in the type that they compute in. Vectors, of norms too, stay float32."""
+    dtype = pipeline.dtype
     networks = (pipeline.vae, pipeline.text_encoder)
     return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, networks)
 
@@ -106,6 +121,7 @@ def save(pipeline: Pipeline, unet, folder: Path, variant: str | None) -> None:
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
         checker = pipeline.folder / "safety_checker"
         if _has_weights(checker, "model", variant):
+            variant = variant_of(checker, variant)
             weights = find_files(checker, "model", variant)
             if weights[0].suffix != ".msgpack" and _copy(checker, folder, weights, variant):
                 index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
