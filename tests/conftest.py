@@ -131,7 +131,7 @@ def load_quick_flax_script(patch: pytest.MonkeyPatch):
     script = load_script("sd_flax")
     from t2i_training import flax_devices, flax_training
 
-    def begin(trained, _train_step):
+    def begin(trained, train_step, begin=flax_training.Trained.begin):
         def shrink(tree):
             shrunk = script.jax.tree.map(lambda array: array * 0.9, flax_devices.fetch(tree))
             return flax_devices.place(shrunk, trained.mesh)
@@ -140,8 +140,10 @@ def load_quick_flax_script(patch: pytest.MonkeyPatch):
             names = {"parameters", "average"} & set(state)
             return state | {name: shrink(state[name]) for name in names}, 1.0, 1.0
 
+        begin(trained, train_step)
         trained.train_step = step
 
+    patch.setattr(flax_training.Trained, "sample_flops", lambda _: 1e6)
     patch.setattr(flax_training.Trained, "begin", begin)
     patch.setattr(script, "draw_picture", lambda index, **_: script.Image.new("RGB", (16, 16), "grey"))
     return script

@@ -80,8 +80,11 @@ class Gauge:
         self.devices, self.flops = mesh.size, lambda _batch: sample_flops()
         self.peak = flops.peak_tflops(describe(mesh)[1], args.mixed_precision, args.allow_tf32)
 
+    def restart(self) -> None:
+        """Nothing: JAX's mark of the most memory that was used stays where it is."""
+
     def peak_memory(self) -> int | None:
-        """Bytes on one device since the process began: JAX's mark stays where it is."""
+        """Bytes on one device since the process began."""
         known = [device.memory_stats() for device in jax.local_devices()]
         return max((facts["peak_bytes_in_use"] for facts in known if facts), default=None)
 
@@ -165,7 +168,7 @@ def on_host(arrays, *axes: str):
     return jax.device_put(arrays, NamedSharding(Mesh(np.array(jax.local_devices()), "devices"), P(*axes)))
 
 
-def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial, dtype: str) -> dict[str, torch.Tensor]:
+def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial, dtype: type) -> dict[str, torch.Tensor]:
     """What `encodings` calls: `encode(batch)` by the devices of this host, on which the networks bound to it are."""
     size = len(next(iter(batch.values())))
     places = np.arange(size + -size % jax.local_device_count()) % size  # some twice, so that all devices have as many

@@ -33,6 +33,10 @@ class Gauge:
         if self._device.type == "cuda":
             name, tf32 = torch.cuda.get_device_name(self._device), getattr(args, "allow_tf32", False)
             self.peak = flops.peak_tflops(name, accelerator.mixed_precision, tf32)
+
+    def restart(self) -> None:
+        """Forget the memory that was used until now."""
+        if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def flops(self, batch: dict[str, torch.Tensor]) -> float:
@@ -40,12 +44,8 @@ class Gauge:
         return flops.count(self._objective, self._network, batch) / len(batch["index"])
 
     def peak_memory(self) -> int | None:
-        """Bytes on this process's device since the last time."""
-        if self._device.type != "cuda":
-            return None
-        peak = torch.cuda.max_memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return peak
+        """Bytes on this process's device since the restart."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
 
 class Speedometer:
@@ -56,8 +56,7 @@ class Speedometer:
 
     def restart(self, samples_seen: int) -> None:
         """Leave out the time since the last row, and the memory that was used in it."""
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.accelerator.device)
+        self.gauge.restart()
         self._start, self._start_samples, self._start_waited = time.perf_counter(), samples_seen, _waited
 
     def count(self, batch: dict[str, torch.Tensor]) -> None:
