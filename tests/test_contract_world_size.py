@@ -1,15 +1,11 @@
 """Contract: a run depends on its effective batch, not on how processes, accumulation and loader workers share it."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
-import tiny
 import torch
-from conftest import flags, free_port, launch, load_script, short_run
+from conftest import flags, launch, load_script, short_run
 from runs import ALL_DRAWS, interrupt, outcome, rows, wait_until, weights
 
 # Six pictures and an effective batch of eight: every update crosses the border of an epoch.
@@ -56,21 +52,18 @@ def test_two_processes(sd_flags, whole, tmp_path):
     assert_close(tmp_path / "out", whole)
 
 
-def test_two_processes_interrupted_then_one(sd_flags, train, whole, tmp_path):
-    """A scheduler's SIGTERM goes to the launcher, which passes it on. One process continues, with accumulation."""
-    out, log = tmp_path / "out", tmp_path / "log"
+def test_two_processes_interrupted_then_one(sd_flags, train, server, tmp_path):
+    """A scheduler's SIGTERM reaches both of them. One process continues, with accumulation."""
+    out = tmp_path / "out"
     endless = {"max_train_steps": 10000, "checkpointing_steps": 10000, "lr_scheduler": "constant_with_warmup"}
     options = TWO_PROCESSES | endless
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command += [str(tiny.SCRIPTS["sd"]), *sd_flags(**options)]
-    with open(log, "w") as file:
-        run = subprocess.Popen(command, stderr=file, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    run = server.start(sd_flags(**options), tmp_path, processes=2)
     wait_until(lambda: (out / "metrics.jsonl").exists() and len(rows(out)) >= 2)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(60) != 0
+    run.kill(signal.SIGTERM)
+    assert run.wait_for_all() == [143, 143]
     (checkpoint,) = out.glob("checkpoint-*")
     step = json.loads((checkpoint / "manifest.json").read_text())["step"]
-    assert len(rows(out)) == step, log.read_text()
+    assert len(rows(out)) == step, run.output()
     options |= {"max_train_steps": step + 2, "gradient_accumulation_steps": 2}
     train(**options, resume_from_checkpoint="latest")
     expected = train(**options, output_dir=tmp_path / "expected")
