@@ -24,7 +24,7 @@ import torch
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
 
-# Those of a minute and those that follow, so that no worker is left with one of them when the others are done.
+# The longest first, so that no worker is left with one of them when the others have nothing to do.
 LONG_FILES = (
     "test_learning.py", "test_train_text_to_image_flax.py", "test_train_text_to_image.py", "test_contract_encodings.py",
     "test_compile.py", "test_contract_resume.py", "test_campaign.py", "test_contract_world_size_all.py",
@@ -78,19 +78,16 @@ def server():
 
 @pytest.fixture(scope="session", autouse=True)
 def count_flops_once():
-    """Hundreds of runs of a few networks: half a second for each would be minutes. test_flops.py counts for itself.
-
-    A sample's share is the same in batches of any size.
-    """
+    """Hundreds of runs, a second each: a network's class is counted once. test_flops.py counts for itself."""
     from t2i_training import flops
 
     count, known = flops.count, {}
 
     def count_once(objective, network, batch):
-        key, size = (str(network), str({name: tensor.shape[1:] for name, tensor in batch.items()})), len(batch["index"])
-        if key not in known:
-            known[key] = count(objective, network, batch) / size
-        return known[key] * size
+        kind = type(network)
+        if kind not in known:
+            known[kind] = count(objective, network, batch)
+        return known[kind]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flops, "count", count_once)
