@@ -27,7 +27,7 @@ import yaml
 from accelerate import PartialState
 from conftest import load_script
 from diffusers import UNet2DConditionModel
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -352,9 +352,14 @@ HEADERS = st.dictionaries(
 ).map(lambda header: json.dumps(header).encode())  # fmt: skip
 
 
+def weights_file(header: bytes, rest: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + rest
+
+
+@example(damage=weights_file(b'{"": {"dtype": "\\u001b[2J", "shape": [], "data_offsets": [0, 0]}}'))
 @fuzz(
     damage=st.tuples(st.lists(st.integers(0, 30_000), max_size=3), st.none() | st.integers(0, 6_000))
-    | st.builds(lambda head, rest: len(head).to_bytes(8, "little") + head + rest, HEADERS, st.binary(max_size=80))
+    | st.builds(weights_file, HEADERS, st.binary(max_size=80))
     | st.binary(max_size=60)
 )
 def test_adapters(damage, adapters):

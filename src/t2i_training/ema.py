@@ -8,6 +8,8 @@ import safetensors.torch
 import torch
 from diffusers.training_utils import EMAModel
 
+from . import texts
+
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -104,4 +106,4 @@ def load_networks(name: str, model, ema: EMAModel | None, folder: Path) -> None:
         if ema is not None:
             load_ema(ema, model, folder / f"{name}_ema")
     except (RuntimeError, KeyError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
+        raise SystemExit(f"error: {folder} does not fit this model: {texts.reason(error)[:300]}") from error

@@ -15,7 +15,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from jax.sharding import Mesh
 
-from . import checkpoint, flax_flops, flax_models, optim
+from . import checkpoint, flax_flops, flax_models, optim, texts
 from .flax_devices import fetch, place
 
 OPTIMIZER = "optimizer.safetensors"
@@ -183,9 +183,7 @@ class Trained:
             if shapes != jax.tree.map(np.shape, {name: self.state[name] for name in state}):
                 raise ValueError("tensors of other shapes")
         except (ValueError, KeyError) as error:
-            raise SystemExit(
-                f"error: {folder} does not fit this model: {' '.join(str(error).split())[:300]}"
-            ) from error
+            raise SystemExit(f"error: {folder} does not fit this model: {texts.reason(error)[:300]}") from error
         self.updates = checkpoint.read_manifest(folder)["step"]
         self.state = self.state | state
 

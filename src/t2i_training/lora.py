@@ -9,6 +9,8 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
+from . import texts
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Kandinsky's decoder attends to picture and condition at once; the condition enters through projections of its own.
 # Without adapters there, the network could not learn to read an embedding differently, only to look differently.
@@ -50,7 +52,7 @@ def load_networks(model, folder: Path) -> None:
             raise ValueError("its adapters have other names or another rank")
         set_peft_model_state_dict(model, weights, adapter_name="default")
     except (OSError, ValueError, SafetensorError) as error:
-        raise SystemExit(f"error: {folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
+        raise SystemExit(f"error: {folder} does not fit this model: {texts.reason(error)[:300]}") from error
 
 
 def adapter_weights(model) -> dict[str, torch.Tensor]:
