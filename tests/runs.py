@@ -245,8 +245,8 @@ def _serve() -> dict:
 
 
 if __name__ == "__main__":
-    os.environ |= json.loads(sys.argv[1])
-    for name in tiny.SCRIPTS:
+    os.environ |= (given := json.loads(sys.argv[1]))
+    for name in tiny.ALL_SCRIPTS if "JAX_PLATFORMS" in given else tiny.SCRIPTS:
         load_script(name)
     import datasets  # noqa: F401
     import matplotlib.figure  # noqa: F401

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import flags, free_port, load_script, short_run
+from conftest import flags, load_script, short_run
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from runs import _digest, checkpoints, rows, wait_until, weights
+from runs import Server, _digest, checkpoints, rows, wait_until, weights
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -32,7 +32,7 @@ pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 from test_flax_models import old_flax_tree  # noqa: E402
 
-from t2i_training import flax_devices, flax_models, flax_pipeline, flax_training, runtime  # noqa: E402
+from t2i_training import flax_devices, flax_flops, flax_models, flax_pipeline, flax_training, metrics, runtime  # noqa: E402
 
 RUN = {  # six pictures, four an update
     "resolution": 16, "max_train_steps": 6, "gradient_accumulation_steps": 2, "use_ema": True, "snr_gamma": 5,
@@ -40,7 +40,6 @@ RUN = {  # six pictures, four an update
     "checkpointing_steps": 6,
 }  # fmt: skip
 FROZEN = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
-IMPORTS = os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]])  # of other processes
 JAX = {  # setting -> its value here, and its default
     "jax_disable_most_optimizations": (True, False), "jax_persistent_cache_min_compile_time_secs": (0, 1.0),
 }  # fmt: skip
@@ -55,9 +54,18 @@ def environment(tmp_path_factory):
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
         patch.setenv("JAX_PLATFORMS", "cpu")
+        patch.setattr(flax_flops, "count", lambda *_: 10**6)  # a second in each run: test_flax_flops.py counts
         yield
     for name, (_, default) in settings.items():
         jax.config.update(name, default)
+
+
+@pytest.fixture(scope="module")
+def server(environment):
+    """As in conftest.py, with JAX imported as well."""
+    server = Server({"JAX_PLATFORMS": "cpu"})
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +197,11 @@ def test_no_program_is_compiled_after_the_first_step(whole):
     assert programs == [1] * 6
 
 
+def test_rows_say_how_fast_it_was(whole):
+    for row in metrics.read_metrics(whole):
+        assert row["tflops_per_second"] == pytest.approx(1e-6 * row["images_per_second"] / 4, rel=1e-3)
+
+
 def test_validation_draws_what_the_pipeline_draws(train, model, tmp_path):
     prompts = ["picture 1", "a green one"]
     options = {"validation_prompts": prompts, "max_train_steps": 2, "checkpointing_steps": 2}
@@ -241,14 +254,11 @@ def test_resumed_after_a_signal(train, whole, tmp_path):
     assert outcome(pieces) == outcome(whole)
 
 
-def test_resumed_after_being_killed(train, whole, tokens, tmp_path):
+def test_resumed_after_being_killed(train, whole, server, tokens, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(tiny.FLAX_SCRIPT), *tokens(out, checkpointing_steps=1)]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until((out / "checkpoint-3").is_dir, 120)
-    finally:
-        run.kill()
+    run = server.start(tokens(out, checkpointing_steps=1), tmp_path, tiny.FLAX_SCRIPT)
+    wait_until((out / "checkpoint-3").is_dir, 120)
+    run.kill(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     assert not (out / "model_index.json").exists()
     newest = max(out.glob("checkpoint-?"))
@@ -336,23 +346,27 @@ def test_checkpoints_that_do_not_fit_are_refused(trained, whole, tmp_path):
 # Devices
 
 
-def test_four_devices_sharded_or_not_and_one_give_the_same_losses(whole, tokens, tmp_path):
+FOUR_DEVICES = """
+import json, sys
+import jax
+from conftest import load_script
+
+for tokens in map(json.loads, sys.argv[1:]):
+    load_script("sd_flax").main(tokens)
+assert jax.device_count() == 4
+"""
+
+
+def test_four_devices_sharded_or_not_and_one_give_the_same_losses(whole, server, tokens, tmp_path):
     """One sample on each of four devices at a time; on one device, two times two."""
     options = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
-    runs = [
-        tokens(tmp_path / "plain", **options), tokens(tmp_path / "sharded", shard_parameters=True, **options),
-    ]  # fmt: skip
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false",
-        "PYTHONPATH": IMPORTS,
-    }
-    program = f"from conftest import load_script\nfor tokens in {runs!r}: load_script('sd_flax').main(tokens)"
-    program += "\nimport jax; assert jax.device_count() == 4"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 x cpu" in done.stderr
+    runs = {"plain": options, "sharded": options | {"shard_parameters": True}}
+    (tmp_path / "program.py").write_text(FOUR_DEVICES)
+    runs = [json.dumps(tokens(tmp_path / name, **options)) for name, options in runs.items()]
+    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"}
+    run = server.start(runs, tmp_path, tmp_path / "program.py", environment=four)
+    assert run.wait() == 0, run.output()
+    assert "4 x cpu" in run.output()
     for name in ("plain", "sharded"):
         for row, wanted in zip(rows(tmp_path / name), rows(whole), strict=True):
             assert row == pytest.approx(wanted, rel=1e-4)
@@ -364,8 +378,9 @@ def test_one_device_has_nothing_to_share(train, tmp_path):
         train(tmp_path / "out", shard_parameters=True)
 
 
-PROCESS = """
-import os, signal, sys, jax
+TWO_PROCESSES = """
+import os, signal, sys
+import jax
 from conftest import load_script
 from t2i_training import flax_training, hub
 
@@ -382,27 +397,16 @@ load_script("sd_flax").main(sys.argv[1:])
 """
 
 
-def test_two_processes_give_the_same_losses_and_heed_signals(whole, tokens, tmp_path):
-    """SIGTERM to one of them, in the last update. While the main process uploads, the others have gone."""
+def test_two_processes_give_the_same_losses_and_heed_signals(whole, server, tokens, tmp_path):
+    """SIGTERM to one of them, in the last update. While the main process uploads, the other has gone."""
     out = tmp_path / "out"
-    command = [sys.executable, "-c", PROCESS, *tokens(out, train_batch_size=1, checkpointing_steps=100)]
-    environment = os.environ | {"PYTHONPATH": IMPORTS, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = []
-    for rank in map(str, range(2)):
-        with open(tmp_path / f"log-{rank}", "w") as log:
-            ranked = environment | {"RANK": rank, "LOCAL_RANK": rank}
-            processes.append(subprocess.Popen(command, env=ranked, text=True, stdout=subprocess.PIPE, stderr=log))
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    log = (tmp_path / "log-0").read_text()
-    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, log
-    assert "others may leave: True" in outputs[0]
+    (tmp_path / "program.py").write_text(TWO_PROCESSES)
+    options = tokens(out, train_batch_size=1, checkpointing_steps=100)
+    run = server.start(options, tmp_path, tmp_path / "program.py", processes=2)
+    assert run.wait_for_all() == [128 + signal.SIGTERM] * 2, run.output()
+    assert "others may leave: True" in run.output()
+    assert "2 x cpu" in run.output()
     assert checkpoints(out) == ["checkpoint-6"]
-    assert "2 x cpu" in log
     for row, wanted in zip(rows(out), rows(whole), strict=True):
         assert row == pytest.approx(wanted, rel=1e-4)
     for part in ("unet", "checkpoint-6/unet"):
