@@ -371,11 +371,10 @@ def test_sigterm_ends_the_inspection_at_once(pictures, inspect, tmp_path, monkey
         with pytest.raises(SystemExit) as stopped:
             inspect(folder)
         assert stopped.value.code == 143
-        assert time.perf_counter() - began < 1.5
+        assert time.perf_counter() - began < 5  # all of them would take twice as long, and more
     finally:
         signal.signal(signal.SIGTERM, before)
-    time.sleep(0.2)
-    assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
+    wait_until(lambda: not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name], 5)
 
 
 # --- a picture that turns bad while the run goes on
