@@ -1,6 +1,7 @@
 """Runs a training script as it is and times its weight updates: `driver.py CONNECTION SCRIPT FLAGS...`, see runs.py.
 
-The script does not know of it: torch calls a hook after each step of any optimizer. There this process tells how long
+The script does not know of it: torch calls a hook after each step of any optimizer, and what takes the step of the Flax
+script is wrapped, which is waited for, and JAX tells how long it compiles. There this process tells how long
 the updates took that it was asked for, and waits until more are asked for. So several runs can take turns, and every
 script is measured by the same clock at the same place.
 """
@@ -10,6 +11,8 @@ import runpy
 import sys
 import time
 from multiprocessing.connection import Connection
+
+import runs
 
 
 def time_caching() -> list[float]:
@@ -28,6 +31,33 @@ def time_caching() -> list[float]:
     return seconds
 
 
+def time_compilation() -> list[float]:
+    """Seconds that JAX spends on tracing, lowering and compiling, as they come."""
+    import jax
+
+    seconds = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: seconds.append(duration) if event.startswith("/jax/core/compile") else None
+    )
+    return seconds
+
+
+def after_flax_updates(hook) -> None:
+    """Call `hook` when an update of the Flax script is done."""
+    import jax
+
+    from t2i_training import flax_training
+
+    step = flax_training.Trained.step
+
+    def stepped(trained, *inputs):
+        result = jax.block_until_ready(step(trained, *inputs))
+        hook()
+        return result
+
+    flax_training.Trained.step = stepped
+
+
 def main() -> None:
     descriptor, script = sys.argv[1:3]
     sys.argv = sys.argv[2:]
@@ -35,6 +65,8 @@ def main() -> None:
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    flax = os.path.basename(script) == runs.FLAX_FILE
+    compiling = time_compilation() if flax else []
     asked, times = 1, []  # the first update belongs to the start; times[0] is when this turn began
     parent = Connection(int(descriptor))
     caching = time_caching() if "--cache_encodings" in sys.argv else []
@@ -46,11 +78,14 @@ def main() -> None:
             torch.cuda.synchronize()  # at the ends of a turn alone: the script may run ahead of the device within it
         times.append(time.perf_counter())
         if not asked:
-            parent.send((times, sum(caching)))
+            parent.send((times, sum(caching), sum(compiling)))
             asked = parent.recv()
             times = [time.perf_counter()]
 
-    register_optimizer_step_post_hook(after_update)
+    if flax:
+        after_flax_updates(after_update)
+    else:
+        register_optimizer_step_post_hook(after_update)
     runpy.run_path(script, run_name="__main__")
 
 

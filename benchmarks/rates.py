@@ -76,6 +76,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     start: float | None = None
     caching: float = 0.0
+    compiling: float = 0.0
     failed: str = ""  # the reason
 
 
@@ -104,10 +105,15 @@ def measure(bench: Bench, name: str) -> dict[str, Result]:
         results["cold"] = Result()
         with _noting_failure(results["cold"]), bench.start(name, CACHED, scripts[CACHED]) as run:
             results["cold"].start, results["cold"].caching = run.started, run.caching
+    alternate(bench, name, scripts, results)
+    return results
+
+
+def alternate(bench: Bench, name: str, scripts: dict[str, Path], results: dict[str, Result]) -> None:
+    """Measure the variants of script `name` in turns; on a GPU one after the other."""
     # Several networks at once do not fit on a GPU; there the clock is steadier too.
     for group in [[variant] for variant in scripts] if bench.cuda else [list(scripts)]:
         _take_turns(bench, name, {variant: scripts[variant] for variant in group}, results)
-    return results
 
 
 def _take_turns(bench: Bench, name: str, scripts: dict[str, Path], results: dict[str, Result]) -> None:
@@ -117,6 +123,7 @@ def _take_turns(bench: Bench, name: str, scripts: dict[str, Path], results: dict
             with _noting_failure(results[variant]):
                 run = stack.enter_context(bench.start(name, variant, script))
                 results[variant].start, results[variant].caching = run.started, run.caching
+                results[variant].compiling = run.compiling
                 run.turn(plan.dropped)
                 under_way[variant] = run
         for _ in range(plan.rounds):

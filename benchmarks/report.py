@@ -82,6 +82,22 @@ def _rate(results: dict, column: str, base: str | None, batch: int) -> str:
     return rate if column == base or base is None else f"{rate} ({rates.speed_up(results[base], result):.2f}x)"
 
 
+def flax_table(torch: rates.Result, flax: rates.Result, batch: int) -> str:
+    """Both scripts at the same updates; of the Flax script also what compiling takes of its start."""
+    header = ["script", "batch", "s an update", "images/s", "times torch's", "start to first update, s", "compiling, s"]
+    rows = []
+    for name, result in {"torch": torch, "Flax": flax}.items():
+        if not result.seconds:
+            rows.append([name, str(batch), result.failed or "does not start", *["-"] * 4])
+            continue
+        seconds = statistics.median(result.seconds)
+        ratio = f"{rates.speed_up(torch, result):.2f}" if torch.seconds else "-"
+        compiling = f"{result.compiling:.1f}" if result.compiling else "-"
+        line = [name, str(batch), f"{seconds:.4g}", f"{batch / seconds:.3g}", ratio, f"{result.start:.1f}", compiling]
+        rows.append(line)
+    return table(header, rows)
+
+
 def failures(measured: dict) -> str:
     lines = [
         f"* {name}, {variant}: `{result.failed}`"

@@ -5,6 +5,7 @@ python benchmarks/run.py --size medium --reference_scripts DIR
 
 import argparse
 import dataclasses
+import importlib.metadata
 import shlex
 import signal
 import sys
@@ -20,14 +21,14 @@ import runs
 import starts
 import torch
 
-PARTS = ("flops", "rate", "starts", "checkpoint", "help")
+PARTS = ("flops", "rate", "starts", "checkpoint", "help")  # without flax, which needs JAX
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(models.SCALES), default="medium", help="Of the networks.")
     parser.add_argument("--scripts", nargs="+", choices=list(runs.SCRIPTS), default=list(runs.SCRIPTS))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "flax"], default=list(PARTS))
     parser.add_argument("--reference_scripts", type=Path, metavar="DIR", help="Holds the scripts to compare with.")
     parser.add_argument("--output", type=Path, default=runs.HERE / "RESULTS.md", help="Where the tables go.")
     parser.add_argument("--append", action="store_true", help="To what is in that file, instead of in its place.")
@@ -109,6 +110,18 @@ def add_checkpoint(args, bench: rates.Bench, results: report.Report) -> None:
     results.add(f"### Checkpoints\n\n{report.table(header, rows)}")
 
 
+def add_flax(args, bench: rates.Bench, results: report.Report) -> None:
+    scripts = {"torch": runs.own_script("sd"), "flax": runs.flax_script()}
+    with bench.start("sd", "torch", scripts["torch"]):
+        pass  # thrown away, as above
+    measured = {name: rates.Result() for name in scripts}
+    rates.alternate(bench, "sd", scripts, measured)
+    text = f"{bench.resolution} px. Compiling is within the start, and not in the updates."
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax"))
+    batch = bench.plan.batch["sd"]
+    results.add(f"### Flax beside torch\n\n{text} {versions}.\n\n{report.flax_table(*measured.values(), batch)}")
+
+
 def add_help(args, bench: rates.Bench, results: report.Report) -> None:
     rows = []
     for name in args.scripts:
@@ -126,7 +139,8 @@ def main() -> None:
     if "flops" in args.parts:
         text = "GFLOP per image; the real figures are of Stable Diffusion 1.5 and Kandinsky 2.2 at 512 px."
         results.add(f"### Arithmetic\n\n{text}\n\n{report.work_table(args.size, args.scripts)}")
-    for part, add in {"rate": add_rates, "starts": add_starts, "checkpoint": add_checkpoint, "help": add_help}.items():
+    parts = {"rate": add_rates, "starts": add_starts, "checkpoint": add_checkpoint, "help": add_help, "flax": add_flax}
+    for part, add in parts.items():
         if part in args.parts:
             add(args, bench, results)
 

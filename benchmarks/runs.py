@@ -21,6 +21,7 @@ SCRIPTS = {  # by the name that tables use; the reference's file may have anothe
     "decoder": "kandinsky2_2/text_to_image/train_text_to_image_decoder.py",
     "decoder_lora": "kandinsky2_2/text_to_image/train_text_to_image_decoder_lora.py",
 }
+FLAX_FILE = "train_text_to_image_flax.py"  # beside the torch script of the same runs
 REFERENCE_NAMES = {
     "prior_lora": ("train_text_to_image_lora_prior.py", "train_text_to_image_prior_lora.py"),
     "decoder_lora": ("train_text_to_image_lora_decoder.py", "train_text_to_image_decoder_lora.py"),
@@ -36,6 +37,10 @@ def own_script(name: str) -> Path:
     return HERE.parent / SCRIPTS[name]
 
 
+def flax_script() -> Path:
+    return own_script("sd").with_name(FLAX_FILE)
+
+
 def reference_script(name: str, folder: Path | None) -> Path | None:
     """The reference's script of the same run, anywhere below `folder`."""
     wanted = REFERENCE_NAMES.get(name, (Path(SCRIPTS[name]).name,))
@@ -45,14 +50,15 @@ def reference_script(name: str, folder: Path | None) -> Path | None:
 
 def environment(work: Path) -> dict[str, str]:
     """Of all runs: nothing is downloaded, and nothing that a user has configured has a say."""
-    return os.environ | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    return kept | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Run:
     """A run that has made its first update.
 
-    `started` is the time that took, from the start of the process, and `caching` that within `encodings.cached`, in
-    seconds. The run ends with `close`, wherever it stands: nothing is exported.
+    `started` is the time that took, from the start of the process, `caching` that within `encodings.cached`, and
+    `compiling` that of JAX's compiler, in seconds. The run ends with `close`, wherever it stands: nothing is exported.
     """
 
     def __init__(self, script: Path, flags: list[str], work: Path):
@@ -66,13 +72,13 @@ class Run:
         )  # fmt: skip
         theirs.close()
         try:
-            times, self.caching = self._receive()
+            times, self.caching, self.compiling = self._receive()
         except BaseException:
             self.close()
             raise
         self.started = times[0] - began
 
-    def _receive(self) -> tuple[list[float], float]:
+    def _receive(self) -> tuple[list[float], float, float]:
         try:
             if self._connection.poll(LONGEST_TURN):
                 return self._connection.recv()
@@ -88,7 +94,7 @@ class Run:
         """
         with contextlib.suppress(ConnectionError):  # it has ended, as receiving will tell
             self._connection.send(updates)
-        times, _ = self._receive()
+        times, *_ = self._receive()
         return [after - before for before, after in itertools.pairwise(times)]
 
     def _last_line(self) -> str:

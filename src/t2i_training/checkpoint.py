@@ -37,6 +37,7 @@ class CheckpointManager:
 
     def __init__(self, accelerator, output_dir, total_limit: int | None, save_models: Callable, load_models: Callable):
         self.accelerator, self.output_dir, self.total_limit = accelerator, Path(output_dir), total_limit
+        self.save_models = save_models
 
         def before_save(_models, weights, folder):
             weights.clear()  # or accelerate would write model.safetensors next to ours
@@ -62,7 +63,10 @@ class CheckpointManager:
             with saving(target.name, partial):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                accelerator.save_state(str(partial))
+                if accelerator._models:
+                    accelerator.save_state(str(partial))
+                else:  # nothing is PyTorch's, on whose GPU accelerate would look for random numbers, and take memory
+                    self.save_models(partial)
                 for random_state in partial.glob("random_states_*.pkl"):
                     random_state.unlink()  # no draw comes from a global generator
                 forget_local_paths(partial)
