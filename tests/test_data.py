@@ -341,6 +341,13 @@ def test_loader_ends_with_the_last_update(pictures):
     assert len(list(loading.batches(loader, accumulating(2)))) == 8
 
 
+def test_loader_workers_are_counted_for_the_batch_of_all_devices(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(loading.machine, "loader_workers", lambda _args, size: sizes.append(size) or 0)
+    loading.make_loader([{"image": None}], visit_record, options(train_batch_size=2), CPU, start=0, devices=4)
+    assert sizes == [8]
+
+
 def test_sample_carries_its_index(pictures):
     samples = loading.Samples(data.open_dataset(options(train_data_dir=str(pictures))), visit_record, "image", seed=3)
     sample = samples[(2, 5)]

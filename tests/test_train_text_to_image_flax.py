@@ -348,12 +348,21 @@ def test_checkpoints_that_do_not_fit_are_refused(trained, whole, tmp_path):
 
 FOUR_DEVICES = """
 import json, sys
-import jax
+from functools import partial
+import jax, numpy as np, torch
 from conftest import load_script
+from t2i_training import flax_devices
 
 for tokens in map(json.loads, sys.argv[1:]):
     load_script("sd_flax").main(tokens)
 assert jax.device_count() == 4
+
+def times(batch, number):
+    return {"product": number * batch["x"]}
+
+encode = partial(times, number=flax_devices.on_host(np.float32(2)))
+product = flax_devices.encode_on_host({"x": torch.arange(7)}, encode, dtype=float)["product"]
+assert product.tolist() == list(range(0, 14, 2)), "seven by four devices"
 """
 
 
@@ -371,6 +380,19 @@ def test_four_devices_sharded_or_not_and_one_give_the_same_losses(whole, server,
         for row, wanted in zip(rows(tmp_path / name), rows(whole), strict=True):
             assert row == pytest.approx(wanted, rel=1e-4)
         assert distance(weights(tmp_path / name), weights(whole)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision"),
+    [({}, "highest"), ({"allow_tf32": True}, "default"), ({"mixed_precision": "bf16"}, "default")],
+)
+def test_precision_of_products(changes, precision, tokens, tmp_path):
+    """In full where the run is; in half precision anything above JAX's default would be slower for nothing."""
+    before = dict(os.environ)
+    flax_devices.start(load_script("sd_flax").parse_args(tokens(tmp_path / "out", **changes)))
+    runtime.default_signals()
+    assert jax.config.jax_default_matmul_precision == precision
+    assert os.environ.get("ACCELERATE_USE_CPU") == before.get("ACCELERATE_USE_CPU")
 
 
 def test_one_device_has_nothing_to_share(train, tmp_path):
