@@ -88,6 +88,24 @@ def write_card(
     for key, value in (("base_model", base_model), ("datasets", args.dataset_name)):
         if value and is_hub_name(value):
             head[key] = [value] if key == "datasets" else value
+    prediction_type = getattr(args, "prediction_type", None)
+    if prediction_type is not None and "lora" in tags:  # adapters bring no scheduler; the base's may be another
+        line = f'pipe.scheduler.register_to_config(prediction_type="{prediction_type}")'
+        usage = usage.replace('\npipe("', f'\n{line}\npipe("')
+    table = "\n".join(f"| {name} | {escape(str(value))} |" for name, value in _settings(args, base_model, steps))
+    body = (
+        f"# {title}\n\nFine-tuned from {escape(_public_name(base_model))} on captioned pictures.\n\n"
+        f"{_pictures(args)}## Use\n\n```python\n{usage.strip()}\n```\n\n## Training\n\n| | |\n|---|---|\n{table}\n\n"
+        "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
+        "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
+    )
+    data = ModelCardData(**head)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    write_text(Path(args.output_dir) / "README.md", str(card))
+
+
+def _settings(args, base_model: str, steps: int) -> list[tuple]:
+    """The rows of the card's table."""
     rows = [
         ("base model", _public_name(base_model)),
         ("data", _public_name(args.dataset_name or args.train_data_dir)),
@@ -98,22 +116,9 @@ def write_card(
         ("mixed precision", args.mixed_precision or "accelerate's"),
         ("seed", args.seed),
     ]
-    prediction_type = getattr(args, "prediction_type", None)
-    if prediction_type is not None:
-        rows.append(("prediction type", prediction_type))
-        if "lora" in tags:  # adapters bring no scheduler, and the base model's may be of the other kind
-            line = f'pipe.scheduler.register_to_config(prediction_type="{prediction_type}")'
-            usage = usage.replace('\npipe("', f'\n{line}\npipe("')
-    table = "\n".join(f"| {name} | {escape(str(value))} |" for name, value in rows)
-    body = (
-        f"# {title}\n\nFine-tuned from {escape(_public_name(base_model))} on captioned pictures.\n\n"
-        f"{_pictures(args)}## Use\n\n```python\n{usage.strip()}\n```\n\n## Training\n\n| | |\n|---|---|\n{table}\n\n"
-        "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
-        "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
-    )
-    data = ModelCardData(**head)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-    write_text(Path(args.output_dir) / "README.md", str(card))
+    if getattr(args, "prediction_type", None) is not None:
+        rows.append(("prediction type", args.prediction_type))
+    return rows
 
 
 def is_hub_name(name: str) -> bool:
