@@ -73,7 +73,7 @@ def base_shares():
 
 
 def test_full_run_learns_the_style(base_shares, tmp_path):
-    """A quarter of the quickstart's steps on a quarter of its batch; a noise offset moves the ground's colour soon."""
+    """Fewer than half of the quickstart's steps on half of its batch; a noise offset moves the ground's colour soon."""
     assert carried(base_shares) <= 1  # measured: 0
     folder = run("sd", tmp_path / "out", **QUICK, noise_offset=0.3, learning_rate=2e-3, max_train_steps=160)
     assert carried(night_shares(measure.load(folder))) >= 15  # measured: 16
