@@ -1,0 +1,85 @@
+"""The recipes run and continue; the launcher's settings are such as it knows."""
+
+import os
+import subprocess
+
+import pytest
+import tiny
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import flags, load_script
+from runs import TRAINED, rows
+from safetensors.torch import load_file
+
+EXAMPLES = tiny.REPOSITORY / "examples"
+RECIPES = {
+    "sd_full.sh": "sd", "sd_lora.sh": "sd_lora", "sd_flax.sh": "sd_flax", "kandinsky_prior.sh": "prior",
+    "kandinsky_prior_lora.sh": "prior_lora", "kandinsky_decoder.sh": "decoder",
+    "kandinsky_decoder_lora.sh": "decoder_lora",
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe(name, *arguments): (words before the script, the script's path, its flags) of what it would launch."""
+    for program in ("accelerate", "python"):
+        path = tmp_path / "programs" / program
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+        path.chmod(0o755)
+
+    def run(name: str, *arguments, **environment) -> tuple[list[str], str, list[str]]:
+        environment = os.environ | {"PATH": f"{tmp_path / 'programs'}:{os.environ['PATH']}"} | environment
+        words = ["bash", str(EXAMPLES / "recipes" / name), *map(str, arguments)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+        found = done.stdout.split("\0")[:-1]
+        (at,) = (i for i, word in enumerate(found) if word.endswith(".py"))
+        return found[:at], found[at], found[at + 1 :]
+
+    return run
+
+
+def test_every_recipe_is_known():
+    assert sorted(RECIPES) == sorted(path.name for path in (EXAMPLES / "recipes").iterdir())
+    assert sorted(RECIPES.values()) == sorted(tiny.ALL_SCRIPTS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_launches_its_script(recipe, name, pictures, tmp_path):
+    before, script, tokens = recipe(name, pictures, tmp_path / "out", "--seed=3")
+    assert tiny.ALL_SCRIPTS[RECIPES[name]].samefile(script)
+    args = load_script(RECIPES[name]).parse_args(tokens)
+    if name == "sd_flax.sh":
+        assert (before, args.mixed_precision) == ([], "bf16")
+    else:
+        assert before == ["launch", "--mixed_precision=bf16"]
+    assert args.seed == 3
+    assert args.train_data_dir == str(pictures)
+    assert args.output_dir == str(tmp_path / "out")
+    assert args.max_train_steps >= 1000
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "sd_flax.sh"])
+def test_recipe_trains_and_continues(recipe, name, model, prior_model, decoder_model, pictures, tmp_path):
+    script, out = RECIPES[name], tmp_path / "out"
+    small = {"resolution": 32, "train_batch_size": 1, "checkpointing_steps": 1, "report_to": "none"}
+    if not script.startswith("sd"):
+        small |= {"pretrained_prior_model_name_or_path": prior_model}
+        small |= {"pretrained_decoder_model_name_or_path": decoder_model}
+    for steps in (1, 2):
+        _, _, tokens = recipe(name, pictures, out, *flags(**small, max_train_steps=steps), MODEL=str(model))
+        load_script(script).main(tokens)
+        assert [row["step"] for row in rows(out)] == list(range(1, steps + 1))
+    assert all(tensor.isfinite().all() for tensor in load_file(out / TRAINED[script]).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cpu.yaml", {"distributed_type": "NO", "use_cpu": True, "mixed_precision": "no"}),
+        ("one_gpu.yaml", {"distributed_type": "NO", "use_cpu": False, "mixed_precision": "bf16"}),
+        ("multi_gpu.yaml", {"distributed_type": "MULTI_GPU", "use_cpu": False, "mixed_precision": "bf16"}),
+    ],
+)
+def test_launcher_knows_the_settings(name, expected):
+    config = load_config_from_file(str(EXAMPLES / "accelerate" / name)).to_dict()
+    assert {key: config[key] for key in expected} == expected
