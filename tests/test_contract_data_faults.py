@@ -296,10 +296,22 @@ def test_a_second_start_decodes_nothing(pictures, inspect, monkeypatch):
     assert len(second_embedded) == 3
 
 
-def test_embedded_pictures_are_remembered_by_their_bytes(inspect, monkeypatch):
-    first = inspect(embedded(text=["a", "b", "c"]))[1]
-    monkeypatch.setattr(images, "decode_with_size", never)
-    assert inspect(embedded(text=["a", "b", "c"]))[1] == first
+def test_pictures_within_a_data_set_are_not_read_again(inspect, tmp_path, monkeypatch):
+    """As long as the data set is the same by its fingerprint; captions are looked at at every start."""
+
+    def opened():
+        options = {"dataset_name": str(tmp_path / "data"), "dataset_config_name": None, "train_data_dir": None}
+        options |= {"cache_dir": str(tmp_path / "cache"), "image_column": "image", "max_train_samples": None}
+        return data.open_dataset(SimpleNamespace(**options))
+
+    (tmp_path / "data").mkdir()
+    stored = embedded(text=["a", None, "c"]).cast_column("image", datasets.Image())
+    stored.to_parquet(tmp_path / "data" / "train.parquet")
+    first = inspect(opened(), caption_column=None)[1]
+    assert [(picture.width, picture.height) for picture in first] == [(4, 4)] * 3
+    monkeypatch.setattr(inspection, "_look", never)
+    assert inspect(opened(), caption_column=None)[1] == first
+    assert "row 1: it has no caption" in refusal(inspect, opened())
 
 
 @pytest.mark.parametrize("size_stays", [True, False])

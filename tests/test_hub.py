@@ -157,3 +157,17 @@ def test_guides_command_that_pushes(written, pushing, tmp_path):
     card = arrived["README.md"].decode()
     assert "- lora\n" in card
     assert str(tmp_path) not in card
+
+
+def test_no_folder_of_this_machine_is_uploaded(pushing, command, tmp_path):
+    """A decoder's card names its prior; here that is a folder, which the card that stays has to name."""
+    server, port = pushing
+    tokens = command("decoder", output_dir=tmp_path / "out", max_train_steps=1, push_to_hub=True)
+    prior = tokens[tokens.index("--pretrained_prior_model_name_or_path") + 1]
+    with hub_server.running(TOKEN, port) as hub:
+        run = server.start(tokens, tmp_path, "decoder", environment={"HF_TOKEN": TOKEN})
+        assert run.wait() == 0, run.output()
+    arrived = hub.repositories["tester/out"]
+    assert [path for path, data in arrived.items() if prior.encode() in data] == []
+    assert f"prior:\n- {prior}\n" in (tmp_path / "out" / "README.md").read_text()
+    assert "the uploaded card names no prior" in run.output()

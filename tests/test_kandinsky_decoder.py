@@ -505,8 +505,10 @@ def test_pictures_need_no_captions(finished, command, pictures, tmp_path, script
     (tmp_path / "bare").mkdir()
     for i in range(6):
         (tmp_path / "bare" / f"{i}.png").write_bytes((pictures / f"{i}.png").read_bytes())
-    bare = finished(script, train_data_dir=tmp_path / "bare")
-    assert differ(load_file(bare / TRAINED[script]), load_file(finished(script) / TRAINED[script])) == []
+    for cached in (False, True):
+        captioned = finished(script, cache_encodings=cached)
+        bare = finished(script, train_data_dir=tmp_path / "bare", cache_encodings=cached)
+        assert differ(load_file(bare / TRAINED[script]), load_file(captioned / TRAINED[script])) == []
 
 
 def test_rank(finished):

@@ -20,11 +20,12 @@ from t2i_training import machine
         (16, 2, 2**29, 2),
     ],
 )
-def test_automatic_number_of_workers(cores, processes, free, workers, monkeypatch):
+def test_automatic_number_of_workers(cores, processes, free, workers, monkeypatch, caplog):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(machine.os.path, "isdir", lambda _: True)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     args = SimpleNamespace(resolution=512, train_batch_size=16, dataloader_num_workers=None)
     assert machine.loader_workers(args, args.train_batch_size) == workers
+    assert ("--shm-size" in caplog.text) == (free < 10**12)
     assert machine.loader_workers(SimpleNamespace(dataloader_num_workers=5), 1) == 5

@@ -42,11 +42,13 @@ SCHEDULES = {  # of 6 updates, 2 of them warm-up, at a rate of 1
     "piecewise_constant:1:2,0.1:4,0.01": [1, 1, 0.1, 0.1, 0.01, 0.01],
 }
 
+NO_WARM_UP = ("constant", "piecewise_constant:1:2,0.1:4,0.01")
+
 
 def schedule_of(parse, name, accumulation=1):
     args = parse(
-        lr_scheduler=name, learning_rate=1, lr_warmup_steps=2, max_train_steps=6,
-        gradient_accumulation_steps=accumulation,
+        lr_scheduler=name, learning_rate=1, lr_warmup_steps=0 if name in NO_WARM_UP else 2,
+        max_train_steps=6, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     return optimizer, optim.make_schedule(args, optimizer, 6)
@@ -78,6 +80,25 @@ def test_setting_a_schedule_is_stepping_it(parse, name):
         stepped_optimizer.step()
         stepped.step()
         assert schedule.get_last_lr() == stepped.get_last_lr()
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in NO_WARM_UP])
+def test_a_run_that_is_all_warm_up(parse, name):
+    """After its last update the schedule is stepped once more, before the checkpoint is saved."""
+    args = parse(lr_scheduler=name, learning_rate=1, lr_warmup_steps=4, max_train_steps=4)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
+    schedule, rates = optim.make_schedule(args, optimizer, 4), []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == [0, 0.25, 0.5, 0.75]
+
+
+def test_a_rate_below_that_polynomial_ends_with(parse):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-8)
+    with pytest.raises(SystemExit, match=r"^error: --lr_scheduler polynomial: .*1e-07"):
+        optim.make_schedule(parse(lr_scheduler="polynomial", lr_warmup_steps=0), optimizer, 4)
 
 
 # --- optimizer

@@ -7,6 +7,6 @@ exec accelerate launch --mixed_precision="${PRECISION:-bf16}" "$here/kandinsky2_
     --train_data_dir="${1:?usage: kandinsky_decoder_lora.sh PICTURES OUTPUT [flags]}" \
     --output_dir="${2:?usage: kandinsky_decoder_lora.sh PICTURES OUTPUT [flags]}" --resume_from_checkpoint=latest --checkpoints_total_limit=3 \
     --resolution=768 --train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing \
-    --rank=16 --snr_gamma=5 --image_embeds_dropout=0.1 --learning_rate=1e-4 --lr_warmup_steps=100 \
+    --rank=16 --snr_gamma=5 --image_embeds_dropout=0.1 --learning_rate=1e-4 --lr_scheduler=constant_with_warmup --lr_warmup_steps=100 \
     --max_train_steps=5000 \
     "${@:3}"

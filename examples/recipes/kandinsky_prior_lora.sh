@@ -6,6 +6,6 @@ here=$(dirname "${BASH_SOURCE[0]}")/../..
 exec accelerate launch --mixed_precision="${PRECISION:-bf16}" "$here/kandinsky2_2/text_to_image/train_text_to_image_prior_lora.py" \
     --train_data_dir="${1:?usage: kandinsky_prior_lora.sh PICTURES OUTPUT [flags]}" \
     --output_dir="${2:?usage: kandinsky_prior_lora.sh PICTURES OUTPUT [flags]}" --resume_from_checkpoint=latest --checkpoints_total_limit=3 \
-    --train_batch_size=16 --rank=16 --caption_dropout=0.1 --learning_rate=1e-4 --lr_warmup_steps=100 \
+    --train_batch_size=16 --rank=16 --caption_dropout=0.1 --learning_rate=1e-4 --lr_scheduler=constant_with_warmup --lr_warmup_steps=100 \
     --max_train_steps=5000 \
     "${@:3}"

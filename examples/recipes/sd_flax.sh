@@ -9,5 +9,5 @@ exec python "$here/text_to_image/train_text_to_image_flax.py" --mixed_precision=
     --pretrained_model_name_or_path="${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}" \
     --resolution=512 --random_flip --train_batch_size=4 --gradient_accumulation_steps=4 \
     --gradient_checkpointing --use_ema --snr_gamma=5 --caption_dropout=0.1 --learning_rate=1e-5 \
-    --lr_warmup_steps=100 --max_train_steps=15000 \
+    --lr_scheduler=constant_with_warmup --lr_warmup_steps=100 --max_train_steps=15000 \
     "${@:3}"

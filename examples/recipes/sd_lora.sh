@@ -8,5 +8,5 @@ exec accelerate launch --mixed_precision="${PRECISION:-bf16}" "$here/text_to_ima
     --output_dir="${2:?usage: sd_lora.sh PICTURES OUTPUT [flags]}" --resume_from_checkpoint=latest --checkpoints_total_limit=3 \
     --pretrained_model_name_or_path="${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}" \
     --resolution=512 --random_flip --train_batch_size=4 --rank=16 --snr_gamma=5 --learning_rate=1e-4 \
-    --lr_warmup_steps=100 --max_train_steps=5000 --save_kohya \
+    --lr_scheduler=constant_with_warmup --lr_warmup_steps=100 --max_train_steps=5000 --save_kohya \
     "${@:3}"

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from accelerate.utils import broadcast_object_list
 
 from . import texts
-from .files import forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside, sync
+from .files import forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside, sha256, sync
 from .processes import wait
 from .runtime import logger, readable_errors
 
@@ -165,7 +165,7 @@ def verify(folder: Path) -> str | None:
             path = folder / name
             if not path.is_file():
                 return f"{texts.printable(name)} is missing"
-            if path.stat().st_size != size or _sha256(path) != digest:
+            if path.stat().st_size != size or sha256(path) != digest:
                 return f"{texts.printable(name)} is damaged"
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it was not written by these scripts or not completely"
@@ -197,7 +197,7 @@ def _write_manifest(folder: Path, position: dict) -> None:
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(2 * len(paths)) as pool:
-        synced, digests = pool.map(sync, paths), pool.map(_sha256, paths)
+        synced, digests = pool.map(sync, paths), pool.map(sha256, paths)
         files = {
             path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
             for path, digest, _ in zip(paths, digests, synced, strict=True)
@@ -215,11 +215,6 @@ def _versions() -> dict[str, str]:
     import importlib.metadata
 
     return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "accelerate", "numpy")}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _numbered(output_dir: Path) -> list[Path]:

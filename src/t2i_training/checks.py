@@ -37,6 +37,7 @@ _NEEDS = {  # flag -> the flag without which it would do nothing
 _PACKAGES = {  # flag -> the package that it needs
     "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
 }  # fmt: skip
+_NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 
 
 class DefaultSeed(int):
@@ -118,9 +119,19 @@ def _check_combinations(parser, args):
     for name, package in _PACKAGES.items():
         if getattr(args, name, False) and importlib.util.find_spec(package) is None:
             parser.error(f"--{name} needs the package {package}: pip install {package}, or leave the flag out")
+    _check_schedule(parser, args)
+
+
+def _check_schedule(parser, args):
     name = args.lr_scheduler.partition(":")[0]
+    if name in ("constant", "piecewise_constant") and args.lr_warmup_steps not in (
+        0, parser.get_default("lr_warmup_steps"),
+    ):  # fmt: skip
+        parser.error(
+            f"--lr_warmup_steps does nothing with --lr_scheduler {name}: take constant_with_warmup, or leave it out"
+        )
     if name == "piecewise_constant":
-        if not re.fullmatch(r"piecewise_constant:([\d.e+-]+:\d+,)+[\d.e+-]+", args.lr_scheduler):
+        if not re.fullmatch(rf"piecewise_constant:({_NUMBER}:\d+,)+{_NUMBER}", args.lr_scheduler):
             parser.error(
                 "--lr_scheduler piecewise_constant takes its rules behind a colon, e.g. "
                 "piecewise_constant:1:1000,0.1:2000,0.01 (factor:until_step, ..., last factor)"

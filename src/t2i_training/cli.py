@@ -116,7 +116,7 @@ def add_training_args(parser):
     group.add_argument("--local_rank", type=int, default=-1, help="Set by legacy launchers; use accelerate launch.")
 
 
-def add_network_args(parser, *, xformers=True, checkpointing=True):
+def add_network_args(parser, *, xformers=True):
     group = parser.add_argument_group("network")
     group.add_argument(
         "--torch_compile",
@@ -125,8 +125,7 @@ def add_network_args(parser, *, xformers=True, checkpointing=True):
         choices=["regional", "whole"],
         help="Compile the trained network: block by block (the default), or as one, which takes minutes longer.",
     )
-    if checkpointing:
-        add_gradient_checkpointing_arg(group)
+    add_gradient_checkpointing_arg(group)
     if xformers:
         group.add_argument(
             "--enable_xformers_memory_efficient_attention",
@@ -146,7 +145,7 @@ def add_optimizer_args(parser, *, eight_bit=True):
     group.add_argument(
         "--lr_scheduler", default="constant", help=", ".join([*LR_SCHEDULERS, "piecewise_constant:RULES"])
     )
-    group.add_argument("--lr_warmup_steps", type=int, default=500, help="Warm-up, in weight updates.")
+    group.add_argument("--lr_warmup_steps", type=int, default=500, help="Warm-up, in updates; not for constant.")
     if eight_bit:
         group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")

@@ -6,7 +6,6 @@ rename. So a damaged one is known by its name, and any number of processes and r
 
 import concurrent.futures
 import contextlib
-import hashlib
 import os
 import secrets
 import time
@@ -77,7 +76,7 @@ class Store:
         """
         names = {self._places[key][0] for key in keys if key in self._places}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            hashes = dict(zip(names, threads.map(lambda name: _hash_file(self.folder / name), names), strict=True))
+            hashes = dict(zip(names, threads.map(lambda name: _hash(self.folder / name), names), strict=True))
         damaged = {name for name, digest in hashes.items() if name != f"{digest}.safetensors"}
         for name in damaged:
             self._discard(name, "its content has changed")
@@ -97,7 +96,7 @@ class Store:
                 safetensors.torch.save_file(tensors, temporary)
                 files.make_readable(temporary)
                 files.sync(temporary)
-                temporary.rename(self.folder / f"{_hash_file(temporary)}.safetensors")
+                temporary.rename(self.folder / f"{_hash(temporary)}.safetensors")
             finally:
                 temporary.unlink(missing_ok=True)
             files.sync(self.folder)
@@ -116,6 +115,5 @@ class Store:
         return {tensor: shard.get_slice(tensor)[i] for tensor in shard.keys() if tensor != "keys"}  # noqa: SIM118
 
 
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+def _hash(file: Path) -> str:
+    return files.sha256(file)[:32]

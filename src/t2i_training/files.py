@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import itertools
 import json
 import os
@@ -23,6 +24,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ PACKAGES = ("jax", "flax", "optax")
 HELP = {
     "seed": "Seed of every draw; default: 0, and in a run that is resumed its checkpoint's.",
     "train_batch_size": "Samples per micro-batch and device.",
-    "mixed_precision": "What the networks compute in; the default, no, is fp32. Weights are fp32 always.",
+    "mixed_precision": "What networks compute in; default: fp32, or what accelerate launch says. Weights are fp32.",
     "scale_lr": "Multiply the rate by devices x batch x accumulation.",
 }
 

@@ -26,6 +26,8 @@ def start(args):
     """(accelerator, mesh). Several hosts are joined where torchrun or `accelerate launch` started several processes."""
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # loader workers leave JAX alone
     wanted, args.mixed_precision = args.mixed_precision, "no"  # which is JAX's business
+    if wanted == "no":
+        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of `accelerate launch --mixed_precision`
     with patch_environment(accelerate_use_cpu="true"):
         accelerator = runtime.start(args)
     if accelerator.num_processes > 1 and not jax.distributed.is_initialized():

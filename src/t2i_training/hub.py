@@ -1,5 +1,6 @@
 """The model card that every run writes, the tokenizer files that older stacks read, and the upload to the hub."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -46,7 +47,23 @@ def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: i
             f"done after {steps} updates: the result and how to use it are in {args.output_dir}/README.md{where}"
         )
         if repo_id is not None:
-            push(args, repo_id, exported)
+            with _public_card(args, steps, card):
+                push(args, repo_id, exported)
+
+
+@contextlib.contextmanager
+def _public_card(args, steps: int, card: dict):
+    """Inside, the card names no folder of this machine as the prior, which diffusers needs to find it here."""
+    (prior,) = card.get("prior", [""])
+    private = bool(prior) and not is_hub_name(prior)
+    if private:
+        logger.warning(f"the uploaded card names no prior, for {prior} is none of the hub: upload it, and add its name")
+        write_card(args, steps=steps, **{name: value for name, value in card.items() if name != "prior"})
+    try:
+        yield
+    finally:
+        if private:
+            write_card(args, steps=steps, **card)
 
 
 def push(args, repo_id: str, exported: list[str]) -> None:
@@ -77,8 +94,8 @@ def write_card(
 ) -> None:
     """README.md of the output folder: what it is, from what and how it was made, how to use it, before/after pictures.
 
-    `head` adds entries to the card's YAML head. Local paths are left out: the hub takes names only there, and they
-    are nobody's business.
+    `head` adds entries to the card's YAML head. Local paths of models and data are left out: the hub takes names only
+    there, and they are nobody's business.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

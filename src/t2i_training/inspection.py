@@ -74,6 +74,7 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
     first, end = size * rank // world_size, size * (rank + 1) // world_size
     columns = [name for name in (args.image_column, caption_column, folder.FAULTS) if name in dataset.column_names]
     rows, found = dataset.select_columns(columns).with_format("arrow"), []
+    texts_alone = dataset.select_columns(columns[1:]).with_format("arrow") if columns[1:] else None
     PIL.Image.init()  # or it loads its rarer kinds when first met, and another thread's picture goes unrecognised
     pool = ThreadPoolExecutor(machine.cores())
     bar = tqdm(
@@ -84,8 +85,15 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
         with bar, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL on harmless metadata; real faults raise
             for start in range(first, end, _CHUNK):
-                chunk = rows[start : min(start + _CHUNK, end)].to_pylist()
-                looked_at = pool.map(functools.partial(_look, known=known), [row[args.image_column] for row in chunk])
+                chunk = range(start, min(start + _CHUNK, end))
+                keys = [f"{dataset._fingerprint}:{row}" for row in chunk]  # of pictures that the data set itself holds
+                if known.keys() >= {*keys}:  # they are not read again
+                    looked_at = [(key, Picture(*known[key], None)) for key in keys]
+                    chunk = _rows(texts_alone, chunk)
+                else:
+                    chunk = _rows(rows, chunk)
+                    entries = [row[args.image_column] for row in chunk]
+                    looked_at = pool.map(functools.partial(_look, known=known), entries, keys)
                 for row, (key, picture) in zip(chunk, looked_at, strict=True):
                     fault = _metadata_fault(row.get(folder.FAULTS), args.image_column, caption_column)
                     reason = fault or picture.error or (caption_column and caption_fault(row[caption_column]))
@@ -96,23 +104,29 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
     return found
 
 
-def _look(entry: dict | None, known: dict) -> tuple[str | None, Picture]:
-    """(key in the memo, picture) of an image column's entry. Runs in a thread."""
-    digest, key = "", None
+def _rows(dataset, numbers: range) -> list[dict]:
+    """Rows of a data set in Arrow's format; of none, rows without entries."""
+    return [{} for _ in numbers] if dataset is None else dataset[numbers.start : numbers.stop].to_pylist()
+
+
+def _look(entry: dict | None, key: str, known: dict) -> tuple[str | None, Picture]:
+    """(key in the memo, picture) of an image column's entry; `key` is that of a picture without a file of its own.
+
+    Runs in a thread.
+    """
+    digest = ""
     if not entry or (entry["bytes"] is None and not entry["path"]):
-        return key, Picture(digest, 0, 0, "it has no picture")
+        return None, Picture(digest, 0, 0, "it has no picture")
     try:
         content = entry["bytes"]
         if content is None:
             status = os.stat(entry["path"])
             key = f"{entry['path']}:{status.st_size}:{status.st_mtime_ns}"
-            if key in known:
-                return key, Picture(*known[key], None)
-            content = Path(entry["path"]).read_bytes()
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        key = key or digest
         if key in known:
             return key, Picture(*known[key], None)
+        if content is None:
+            content = Path(entry["path"]).read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         if not content:
             return key, Picture(digest, 0, 0, "the file is empty")
         _, (width, height) = images.decode_with_size(content, min_side=1)

@@ -65,7 +65,8 @@ def make_loader(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     samples = Samples(dataset, make_sample, args.image_column, args.seed)
     if args.cache_encodings:  # the pictures, which the data set itself may hold, are read no more
-        samples.rows = dataset.remove_columns(args.image_column)
+        others = [name for name in dataset.column_names if name != args.image_column]
+        samples.rows = dataset.select_columns(others) if others else [{}] * len(dataset)
     count = None if updates is None else updates * args.gradient_accumulation_steps
     visits = VisitStream(len(dataset), args.seed, devices * args.train_batch_size, rank, world_size, start, count)
     return loader(samples, args, accelerator, visits.batch_size, batch_sampler=visits)

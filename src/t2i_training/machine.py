@@ -3,6 +3,8 @@
 import os
 import shutil
 
+from .runtime import logger
+
 SHARED_MEMORY = "/dev/shm"  # where loader workers put their batches
 
 
@@ -20,5 +22,11 @@ def loader_workers(args, batch_size: int) -> int:
     if workers and os.path.isdir(SHARED_MEMORY):  # containers are often given 64 MB, and beyond it a worker dies
         batch = 8 * args.resolution**2 * batch_size  # bytes: pixels, perhaps twice, and what is drawn
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(workers, shutil.disk_usage(SHARED_MEMORY).free // (3 * batch * local))  # 2 ahead, 1 on its way
+        hold = shutil.disk_usage(SHARED_MEMORY).free // (3 * batch * local)  # workers' batches: 2 ahead, 1 on its way
+        if hold < workers:
+            logger.logger.warning(  # accelerate's adapter wants a run under way
+                f"{SHARED_MEMORY} holds the batches of {hold} loader workers, not of {workers}: loading may be slower; "
+                "give the container more (docker run --shm-size=8g), or --dataloader_num_workers"
+            )
+        workers = min(workers, hold)
     return workers

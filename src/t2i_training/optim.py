@@ -40,13 +40,18 @@ def make_schedule(args, optimizer, num_updates: int):
     from diffusers.optimization import get_scheduler
 
     name, _, rules = args.lr_scheduler.partition(":")
-    return get_scheduler(
-        name,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=num_updates,
-        step_rules=rules or None,
-    )
+    if name == "polynomial" and num_updates == args.lr_warmup_steps:
+        num_updates += 1  # it divides by the number of updates after the warm-up
+    try:
+        return get_scheduler(
+            name,
+            optimizer=optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=num_updates,
+            step_rules=rules or None,
+        )
+    except ValueError as error:  # of a rate below that which polynomial ends with
+        raise SystemExit(f"error: --lr_scheduler {name}: {error}") from error
 
 
 def set_position(args, schedule, step: int) -> None:

@@ -54,7 +54,7 @@ def start(args) -> Accelerator:
     _log_above_progress_bars()
     logging.getLogger("t2i_training").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     _quiet_libraries(accelerator)
-    _refuse_sharding(accelerator)
+    _refuse_backends(accelerator)
     if accelerator.num_processes > 1:
         processes.connect()
     args.mixed_precision = accelerator.mixed_precision  # as launched: run_config.yaml and the card say what was done
@@ -73,7 +73,9 @@ def _make_printable(record: logging.LogRecord) -> bool:
     return True
 
 
-def _refuse_sharding(accelerator) -> None:
+def _refuse_backends(accelerator) -> None:
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise SystemExit("error: TPUs are not for this script: train_text_to_image_flax.py runs on them")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         name = accelerator.distributed_type.value
         raise SystemExit(

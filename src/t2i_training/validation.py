@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from . import processes
 from .files import whole
 from .networks import eager
 from .runtime import logger
@@ -19,12 +20,12 @@ from .runtime import logger
 def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], step: int, output_dir, accelerator):
     """Draw picture i for prompts[i], spread over the processes; save, log and lay them out under those of step 0.
 
-    All processes call it, so none waits long enough at a barrier for a time-out. Writes
-    validation/step-<n>/<i>.png and validation/step-<n>.png.
+    All processes call it. Writes validation/step-<n>/<i>.png and validation/step-<n>.png.
     """
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     with eager():  # other batch sizes: compiling for them would take longer than drawing
         pictures = [(i, draw_picture(i)) for i in mine]
+    processes.wait(accelerator)  # without a limit, which gathering has
     drawn = dict(gather_object(pictures))
     if not accelerator.is_main_process:
         return
