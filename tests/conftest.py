@@ -15,11 +15,13 @@ from types import SimpleNamespace
 
 os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="t2i-tests-"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ |= {"WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"ACCELERATE_USE_CPU": "true", "JAX_PLATFORMS": "cpu"}  # results there are the same bit for bit
 
 import pytest
 import tiny
 import tiny_kandinsky
 import torch
+from accelerate import PartialState
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
@@ -34,6 +36,20 @@ LONG_FILES = (
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(autouse=True)
+def device(request, monkeypatch):
+    """Tests marked `gpu` run on it, all others on the CPU."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")
@@ -232,7 +248,7 @@ def launch(script: str, tokens: list[str], *, processes: int = 0, **options) -> 
             "--master_port",
             str(free_port()),
         ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | options.pop("env", {})
+    environment = os.environ | options.pop("env", {})
     command += [str(tiny.ALL_SCRIPTS[script]), *tokens]
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 

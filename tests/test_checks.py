@@ -67,6 +67,12 @@ def test_command_line_wins(config, parse):
     assert args.validation_prompts == ["c"]
 
 
+def test_command_line_turns_off_what_the_file_turns_on(config, parse):
+    path = config("use_ema: true\nforeach_ema: true\nrandom_flip: true\n")
+    args = parse("--config", path, "--use_ema=false", "--foreach_ema=false", "--center_crop=false")
+    assert (args.use_ema, args.foreach_ema, args.random_flip, args.center_crop) == (False, False, True, False)
+
+
 def test_one_prompt_needs_no_list(config, parse):
     assert parse("--config", config("validation_prompts: a red bird\n")).validation_prompts == ["a red bird"]
 
@@ -227,9 +233,24 @@ def test_lr_schedules(name, parse):
 
 def test_piecewise_constant_wants_rules(parse, refused):
     assert parse(lr_scheduler="piecewise_constant:1:1000,0.1:2000,0.01")
-    for name in ("piecewise_constant", "piecewise_constant:", "piecewise_constant:0.1", "piecewise_constant:1:x,2"):
+    for name in (
+        "piecewise_constant",
+        "piecewise_constant:",
+        "piecewise_constant:0.1",
+        "piecewise_constant:1:x,2",
+        "piecewise_constant:1.2.3:10,1",
+    ):
         assert "e.g. piecewise_constant:1:1000,0.1:2000,0.01" in refused(parse, lr_scheduler=name)
     assert "--lr_scheduler must be one of linear, cosine, " in refused(parse, lr_scheduler="warm")
+
+
+@pytest.mark.parametrize("name", ["constant", "piecewise_constant:1:1000,0.1"])
+def test_schedules_without_a_warm_up(parse, refused, name):
+    message = refused(parse, lr_scheduler=name, lr_warmup_steps=100)
+    assert f"--lr_warmup_steps does nothing with --lr_scheduler {name.partition(':')[0]}" in message
+    for steps in (0, 500):  # the guides', and the default
+        assert parse(lr_scheduler=name, lr_warmup_steps=steps).lr_warmup_steps == steps
+    assert parse(lr_scheduler="constant_with_warmup", lr_warmup_steps=100).lr_warmup_steps == 100
 
 
 def test_prediction_types(parse, refused):

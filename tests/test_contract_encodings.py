@@ -306,7 +306,7 @@ def test_validation_draws_as_without_the_cache(train, tmp_path):
         assert first.tobytes() == second.tobytes()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("script", DRAWS)
 def test_encoders_leave_the_device(train, script, tmp_path, monkeypatch):
     module, seen = load_script(script), []

@@ -171,12 +171,7 @@ def test_a_hub_that_repeats_the_token(command, tmp_path):
     home.mkdir()
     (home / "token").write_text(STORED)
     with hub_server.running("hf_another") as hub:
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(home),
-            "ACCELERATE_USE_CPU": "true",
-        }
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(tiny.SCRIPTS["sd"]), json.dumps(runs)],
             capture_output=True, text=True, env=os.environ | environment,

@@ -106,7 +106,6 @@ SCRIPTS = {  # script -> flags that add to its step
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_host_never_waits_for_the_gpu(command, script, precision):

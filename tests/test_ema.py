@@ -68,7 +68,6 @@ def test_average_is_diffusers(network, model, flags):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offloaded_average_is_the_same_on_a_gpu(network, model):
     twin = UNet2DConditionModel.from_pretrained(model, subfolder="unet").cuda()
     offloaded = ema.make_ema(options(offload_ema=True), network.cuda(), torch.device("cuda"))

@@ -1,7 +1,6 @@
 """The Flax networks against their torch twins, on tiny networks with random weights, and their files."""
 
 import json
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a GPU would multiply float32 in TF32
 jax = pytest.importorskip("jax")
 nnx = pytest.importorskip("flax.nnx")
 pytest.importorskip("optax")

@@ -9,7 +9,6 @@ import shlex
 
 import pytest
 import tiny
-import torch
 from conftest import load_script
 from runs import TRAINED, rows, wait_until
 from safetensors.torch import load_file
@@ -82,7 +81,6 @@ def written(model, prior_model, decoder_model, pictures):
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "decoder_lora"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 of the launcher would be another run")
 def test_command_runs_as_written(written, name, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     script, tokens = written(name)

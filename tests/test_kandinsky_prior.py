@@ -471,7 +471,6 @@ def test_bf16_exports_fp32(finished, prior_model):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fp16_trains_under_its_loss_scaler(finished, script):
     folder = finished(script, mixed_precision="fp16", max_train_steps=8, **FLAGS[script])
     weights = load_file(folder / TRAINED[script])

@@ -108,7 +108,6 @@ def test_recomputed_blocks_are_copied_whole():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layout_of_a_run(command):
     from runs import in_memory
 

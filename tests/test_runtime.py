@@ -167,7 +167,6 @@ def test_frozen_in_half_precision_leaves_the_original_unrounded(start):
     assert (module.weight == 1 / 3).all()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works here")
 def test_fp16_without_a_gpu_trains_in_fp32_and_says_so(start):
     with pytest.warns(UserWarning, match="fp16 needs a GPU: training in fp32"):
         _, accelerator = start(mixed_precision="fp16")

@@ -312,7 +312,7 @@ accelerate launch --mixed_precision="fp16"  train_text_to_image.py \\
 
 def test_the_guides_command_from_the_scripts_folder(model, pictures, tmp_path):
     shutil.copy(tiny.SCRIPTS["sd"], tmp_path)
-    environment = os.environ | {"MODEL_NAME": str(model), "dataset_name": str(pictures), "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"MODEL_NAME": str(model), "dataset_name": str(pictures)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
         ["bash", "-c", GUIDE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
@@ -757,7 +757,6 @@ def test_local_rank(parse, monkeypatch, sd_flags, server, tmp_path):
     assert "LOCAL_RANK" not in os.environ  # one process, and no launcher
     runtime.default_signals()
     launcher = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    launcher["ACCELERATE_USE_CPU"] = "true"
     run = server.start(sd_flags(local_rank=0, max_train_steps=1), tmp_path, environment=launcher)
     assert run.wait() == 0, run.output()  # which without LOCAL_RANK ends in an error of torch.distributed
 
@@ -801,7 +800,6 @@ def test_precision_of_the_launcher_holds_unless_the_flag_says_otherwise(run, mon
     assert differ(weights(overruled), weights(run())) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_fp16_without_a_gpu_trains_in_fp32_and_says_so(run):
     with pytest.warns(UserWarning, match="fp16 needs a GPU: training in fp32"):
         folder = run(mixed_precision="fp16")

@@ -53,7 +53,6 @@ def environment(tmp_path_factory):
         for name, (value, _) in settings.items():
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
-        patch.setenv("JAX_PLATFORMS", "cpu")
         patch.setattr(flax_flops, "count", lambda *_: 10**6)  # a second in each run: test_flax_flops.py counts
         yield
     for name, (_, default) in settings.items():
@@ -393,6 +392,15 @@ def test_precision_of_products(changes, precision, tokens, tmp_path):
     runtime.default_signals()
     assert jax.config.jax_default_matmul_precision == precision
     assert os.environ.get("ACCELERATE_USE_CPU") == before.get("ACCELERATE_USE_CPU")
+
+
+def test_precision_of_the_launcher(tokens, tmp_path, monkeypatch):
+    """As in the other scripts `accelerate launch --mixed_precision` holds, unless the script's own flag is given."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = load_script("sd_flax").parse_args(tokens(tmp_path / "out"))
+    flax_devices.start(args)
+    runtime.default_signals()
+    assert args.mixed_precision == "bf16"
 
 
 def test_one_device_has_nothing_to_share(train, tmp_path):

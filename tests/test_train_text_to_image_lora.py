@@ -217,7 +217,6 @@ def test_bf16_keeps_adapters_and_optimizer_in_fp32(command, run):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fp16_trains_under_its_loss_scaler(command):
     frozen, trained, folder = precision_of_a_run(command, "sd_lora", UNet2DConditionModel, "fp16", **DRAWN)
     check_precision(torch.float16, frozen, trained, folder)

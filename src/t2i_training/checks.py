@@ -47,10 +47,11 @@ class DefaultSeed(int):
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check; exits with status 2 and one line on stderr when something is wrong.
 
-    With `--config FILE` the file's values stand in front of the command line's, so the command line wins.
+    With `--config FILE` the file's values stand in front of the command line's, so the command line wins; what the file
+    turns on, `--switch=false` turns off.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(settings.tokens(parser, argv) + argv)
+    args = parser.parse_args(settings.switch_off(parser, settings.tokens(parser, argv) + argv))
     check(parser, args)
     if hasattr(args, "validation_prompt"):  # several pictures of one prompt are validated like several prompts
         args.validation_prompts = (

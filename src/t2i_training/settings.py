@@ -29,6 +29,15 @@ def tokens(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     return found
 
 
+def switch_off(parser: argparse.ArgumentParser, tokens: list[str]) -> list[str]:
+    """The tokens without the switches that `--switch=false` among them turns off, be it the file that turns them on."""
+    for action in parser._actions:
+        switch = action.option_strings[-1]
+        if action.nargs == 0 and f"{switch}=false" in tokens:
+            tokens = [token for token in tokens if token not in (switch, f"{switch}=false")]
+    return tokens
+
+
 def _read_config(parser, path: str) -> dict:
     import yaml
 
