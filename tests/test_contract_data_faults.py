@@ -52,10 +52,6 @@ def inspect(tmp_path):
     return run
 
 
-def messages(caplog) -> list[str]:
-    return [message.removeprefix("[RANK 0] ") for message in caplog.messages]
-
-
 def listed(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -98,9 +94,9 @@ def test_a_run_fails_before_models_are_loaded_and_lists_all(odd, tmp_path, caplo
     assert message.endswith(f"{tmp_path}/out/bad_samples.jsonl: mend or remove them, or leave them out with "
                             "--skip_bad_samples")  # fmt: skip
     check_list(tmp_path / "out" / "bad_samples.jsonl", cases)
-    rows = [line for line in messages(caplog) if line.startswith("row ")]
+    rows = [line for line in caplog.messages if line.startswith("row ")]
     assert len(rows) == 20
-    assert f"and 21 more, all in {tmp_path}/out/bad_samples.jsonl" in messages(caplog)
+    assert f"and 21 more, all in {tmp_path}/out/bad_samples.jsonl" in caplog.messages
 
 
 @pytest.mark.parametrize("script", ["sd", "prior", "decoder_lora"])
@@ -264,13 +260,13 @@ def test_pictures_without_a_line_are_told(inspect, tmp_path, caplog):
     (folder / "notes.txt").write_text("no picture")
     assert len(inspect(folder)[0]) == 2
     expected = "have no line in metadata.jsonl and are left out: 2.png, 3.png, 4.png, 5.png, 6.png, ..."
-    assert f"7 pictures in {folder} {expected}" in messages(caplog)
+    assert f"7 pictures in {folder} {expected}" in caplog.messages
 
 
 def test_repeated_samples_are_told(odd, inspect, caplog):
     """The same file twice, and copies under other names; other captions of a picture are no repeat."""
     inspect(odd[0], skip=True)
-    told = [line for line in messages(caplog) if "repeat an earlier one" in line]
+    told = [line for line in caplog.messages if "repeat an earlier one" in line]
     assert len(told) == 1
     assert told[0].startswith("6 samples repeat an earlier one, picture and caption; the first: row ")
     caplog.clear()

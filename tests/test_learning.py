@@ -97,34 +97,33 @@ def mean_loss(unet) -> float:
 
 
 def test_lora_run_learns_the_style(base_shares, tmp_path):
-    """Wholly on the captions it was trained on; on others less than the full run, whose biases move every picture.
+    """As the full run does, though adapters have no biases, which in that one move every picture's ground.
 
-    Measured at rank 4: 10 of 16 after 240 steps of 4 samples (here), 12 after 500 of 8; at rank 16: 12.
+    The empty caption has to learn the ground as well, or guidance pushes away from it; at rank 4: 14 of 16.
     """
     pipeline = measure.load(BASE)
     before = mean_loss(pipeline.unet)
     folder = run(
-        "sd_lora", tmp_path / "out", **QUICK, rank=4, learning_rate=1e-2, adam_weight_decay=0, max_train_steps=240
-    )
+        "sd_lora", tmp_path / "out", **QUICK | {"train_batch_size": 8}, rank=16, learning_rate=8e-3,
+        adam_weight_decay=0, max_train_steps=300, snr_gamma=5, noise_offset=0.3, caption_dropout=0.3,
+        cache_encodings=True,
+    )  # fmt: skip
     pipeline.load_lora_weights(folder, weight_name=lora.WEIGHTS_NAME)
-    shares = night_shares(pipeline)
     assert mean_loss(pipeline.unet) < before / 3
     assert sum(base_shares) / 16 < 0.01  # measured: 0.0002
-    assert carried(shares[:8]) >= 6  # the captions of the pictures; measured: 7
-    assert carried(shares) >= 8  # measured: 10
-    sizes = [sum(file.stat().st_size for file in path.rglob("*.safetensors")) for path in (folder, BASE)]
-    assert sizes[0] < 0.03 * sizes[1]  # below 0.01 at rank 1, and see the next test
+    assert carried(night_shares(pipeline)) >= 14  # measured: 16, and 15 from seed 1
 
 
-def test_lora_file_is_small():
-    """Of Stable Diffusion 1.5 at the default rank, the UNet alone counted: 0.80 million of 860 million weights."""
+@pytest.mark.parametrize(("rank", "expected"), [(4, 797_184), (16, 3_188_736)])
+def test_lora_file_is_small(rank, expected):
+    """Of Stable Diffusion 1.5, the UNet alone counted: 0.8 million of 860 million weights at the default rank."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
         whole = sum(parameter.numel() for parameter in unet.parameters())
-        unet.add_adapter(LoraConfig(r=4, target_modules=list(lora.ATTENTION)))
+        unet.add_adapter(LoraConfig(r=rank, target_modules=list(lora.ATTENTION)))
     assert whole == 859_520_964
     adapters = sum(parameter.numel() for parameter in optim.trainable(unet))
-    assert adapters == 797_184
+    assert adapters == expected
     assert adapters < 0.01 * whole
 
 

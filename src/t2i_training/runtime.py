@@ -69,7 +69,8 @@ def start(args) -> Accelerator:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    record.msg, record.args = texts.printable(record.getMessage()), ()
+    message = record.getMessage().removeprefix("[RANK 0] ")  # what accelerate adds; others log errors alone
+    record.msg, record.args = texts.printable(message), ()
     return True
 
 

@@ -23,7 +23,6 @@ class Table:
         told = dict(report.user_properties)
         if report.when == "call" and "case" in told:
             seen = re.sub(r"/\S*/(?=[\w.-]+)", "", str(told.get("seen", "")))  # temporary folders
-            seen = seen.removeprefix("[RANK 0] ")
             self.lines.append(" | ".join([report.outcome, *told["case"], seen]))
         elif report.skipped:
             self.lines.append(f"skipped | {report.nodeid} | {report.longrepr[-1]}")
