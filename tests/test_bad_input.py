@@ -80,6 +80,7 @@ USAGE_ERRORS = {  # refused before torch is imported: exit status 2
     "no model": ({"pretrained_model_name_or_path": None}, "required: --pretrained_model_name_or_path"),
     "model folder missing": (NO_MODEL, "--pretrained_model_name_or_path {root}/nowhere: there is no such folder"),
     "no data": ({"train_data_dir": None}, "no data: give --dataset_name, or --train_data_dir"),
+    "no pictures": ({"train_data_dir": "{empty_folder}"}, "--train_data_dir {empty_folder} holds no metadata.jsonl"),
     "data folder missing": ({"train_data_dir": "{root}/gone"}, "--train_data_dir {root}/gone: there is no such folder"),
     "data set missing": (
         {"train_data_dir": None, "dataset_name": "{root}/gone"},
@@ -193,7 +194,6 @@ RUN_ERRORS = {  # found once data and models are opened: exit status 1
     ),
     "no rows": (own_data("{no_rows}"), "--dataset_name {no_rows}: "),
     "no such configuration": (own_data("{renamed}", dataset_config_name="winter"), "'winter'"),
-    "no pictures": ({"train_data_dir": "{empty_folder}"}, "--train_data_dir {empty_folder}"),
     "broken metadata": (
         {"train_data_dir": "{broken_metadata}"},
         "--train_data_dir {broken_metadata}: ValueError: metadata.jsonl line 1: the line is no JSON",

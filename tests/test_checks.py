@@ -253,6 +253,38 @@ def test_schedules_without_a_warm_up(parse, refused, name):
     assert parse(lr_scheduler="constant_with_warmup", lr_warmup_steps=100).lr_warmup_steps == 100
 
 
+@pytest.mark.parametrize(
+    "name", ["output_dir", "train_data_dir", "pretrained_model_name_or_path", "resume_from_checkpoint", "revision"]
+)
+def test_an_empty_value_is_refused(parse, refused, name):
+    """As of an environment variable that is not set: the output would go into the working directory."""
+    assert f"--{name} is empty" in refused(parse, f"--{name}=")
+
+
+def test_a_mistyped_flag(parse, refused):
+    assert "unrecognized arguments: --learning_rte=1 (did you mean --learning_rate?)" in refused(
+        parse, "--learning_rte=1"
+    )
+    assert "did you mean" not in refused(parse, "--xyz=1")
+
+
+def test_folder_without_captions(parse, refused, tmp_path):
+    """Nothing is imported yet; a .txt beside each picture, as other trainers have it, is not read."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "0.txt").touch()
+    message = refused(parse, train_data_dir=tmp_path / "pictures")
+    assert "pictures holds no metadata.jsonl, with a line for each picture such as " in message
+    (tmp_path / "pictures" / "train").mkdir()
+    (tmp_path / "pictures" / "train" / "metadata.csv").touch()
+    assert parse(train_data_dir=tmp_path / "pictures")
+
+
+def test_files_in_place_of_folders(parse, refused, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert "from_single_file" in refused(parse, pretrained_model_name_or_path=tmp_path / "model.safetensors")
+    assert "model.safetensors is a file" in refused(parse, train_data_dir=tmp_path / "model.safetensors")
+
+
 def test_prediction_types(parse, refused):
     for name in ("epsilon", "v_prediction"):
         assert parse(prediction_type=name).prediction_type == name
@@ -299,6 +331,7 @@ def test_paths_that_are_not_there(parse, refused, tmp_path):
 
 def test_output_inside_the_data(parse, refused, tmp_path):
     """Its validation pictures would be found by the next run."""
+    (tmp_path / "metadata.jsonl").touch()
     for flag in ("train_data_dir", "dataset_name"):
         flags = {"train_data_dir": None, flag: tmp_path, "output_dir": tmp_path / "out"}
         assert f"--output_dir {tmp_path / 'out'} is inside --{flag}" in refused(parse, **flags)

@@ -80,6 +80,14 @@ def test_file_is_put_in_place_when_it_is_whole(tmp_path, monkeypatch, name):
     assert file.read_bytes() != b"earlier"
 
 
+def test_a_readme_of_the_users_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("my notes")
+    for _ in range(2):
+        write_card(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "README.md.1"]
+    assert (tmp_path / "README.md.1").read_text() == "my notes"
+
+
 def test_a_model_is_there_at_every_moment_of_a_second_export(tmp_path, monkeypatch):
     """Its folders change places with the new ones: there is no moment without them."""
     (tmp_path / "unet").mkdir()

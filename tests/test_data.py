@@ -45,6 +45,17 @@ def refusal(function, *args) -> str:
 # --- opening
 
 
+def test_data_set_of_save_to_disk(tmp_path):
+    """Alone, or as the splits of a dictionary."""
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    stored = captions(image=[Image.fromarray(pixels)], text=["a"]).cast_column("image", datasets.Image())
+    stored.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=stored).save_to_disk(tmp_path / "several")
+    for name in ("one", "several"):
+        dataset = data.open_dataset(options(dataset_name=str(tmp_path / name)))
+        assert dataset["text"][:] == ["a"]
+
+
 def test_folder_of_pictures(pictures):
     dataset = data.open_dataset(options(train_data_dir=str(pictures)))
     assert dataset["text"][:] == [f"picture {i}" for i in range(tiny.PICTURES)]

@@ -36,6 +36,7 @@ from t2i_training import (
     checks,
     data,
     encoding_store,
+    files,
     folder,
     hub,
     images,
@@ -408,7 +409,7 @@ def test_random_shard(content, place):
 
 def look_into(store, path) -> None:
     """Nothing is read that is not what was written."""
-    whole = encoding_store._hash_file(path) == path.stem
+    whole = files.sha256(path)[:32] == path.stem
     store.scan()
     store.verify([b"k" * 16, b"l" * 16])
     assert store.missing([b"k" * 16, b"l" * 16]) == ([] if whole else [0, 1])

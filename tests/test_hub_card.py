@@ -59,7 +59,7 @@ def test_card_of_a_run_on_hub_names(card):
         "print(1)",
         "| data | someone/pictures |",
         "| weight updates | 4 |",
-        "| learning rate | 1e&#45;05 &#40;constant&#41; |",
+        "| learning rate | 1e-05 &#40;constant&#41; |",
         "| batch size x accumulation | 2 x 1 |",
         "| seed | 3 |",
     ):
@@ -76,6 +76,20 @@ def test_metadata_adds_and_replaces(card):
     """The decoder names its prior, and has a licence of its own."""
     head, _ = card(prior=["someone/prior"], license="apache-2.0")
     assert (head["prior"], head["license"]) == (["someone/prior"], "apache-2.0")
+
+
+def test_licence_is_that_of_a_base_that_lies_here(card, tmp_path):
+    (tmp_path / "base").mkdir()
+    for text, expected in (("apache-2.0", "apache-2.0"), ("[a, b]", "creativeml-openrail-m")):
+        (tmp_path / "base" / "README.md").write_text(f"---\nlicense: {text}\n---\n")
+        assert card(base_model=str(tmp_path / "base"))[0]["license"] == expected
+
+
+def test_what_the_objective_was(card):
+    _, body = card({"snr_gamma": 5, "use_ema": True, "noise_offset": 0.1})
+    for line in ("| snr gamma | 5.0 |", "| use ema | True |", "| noise offset | 0.1 |"):
+        assert line in body
+    assert "caption dropout" not in body
 
 
 def test_local_paths_never_appear(card, model, pictures, tmp_path):

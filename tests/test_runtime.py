@@ -83,7 +83,7 @@ def test_setting_a_schedule_is_stepping_it(parse, name):
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in NO_WARM_UP])
-def test_a_run_that_is_all_warm_up(parse, name):
+def test_a_run_that_is_all_warm_up(parse, name, caplog):
     """After its last update the schedule is stepped once more, before the checkpoint is saved."""
     args = parse(lr_scheduler=name, learning_rate=1, lr_warmup_steps=4, max_train_steps=4)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
@@ -93,6 +93,7 @@ def test_a_run_that_is_all_warm_up(parse, name):
         optimizer.step()
         schedule.step()
     assert rates == [0, 0.25, 0.5, 0.75]
+    assert "the run's 4 updates are all warm-up: --lr_warmup_steps 4" in caplog.text
 
 
 def test_a_rate_below_that_polynomial_ends_with(parse):

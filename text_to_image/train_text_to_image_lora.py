@@ -208,7 +208,7 @@ CARD = {
     "usage": """
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("the base model")
+pipe = StableDiffusionPipeline.from_pretrained("<pretrained_model_name_or_path>")
 pipe.load_lora_weights("path/to/this/folder")
 pipe("a caption like those it was trained on").images[0].save("picture.png")
 """,

@@ -196,7 +196,7 @@ CARD = {
     "usage": """
 from diffusers import AutoPipelineForText2Image
 
-pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
+pipe = AutoPipelineForText2Image.from_pretrained("<pretrained_decoder_model_name_or_path>")
 pipe.unet.load_lora_adapter("path/to/this/folder", prefix=None, weight_name="pytorch_lora_weights.safetensors")
 pipe("a caption").images[0].save("picture.png")
 """,

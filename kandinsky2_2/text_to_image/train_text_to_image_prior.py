@@ -209,7 +209,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 prior = DiffusionPipeline.from_pretrained("path/to/this/folder")
 components = {f"prior_{name}": component for name, component in prior.components.items()}
-pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-2-decoder", **components)
+pipe = AutoPipelineForText2Image.from_pretrained("<pretrained_decoder_model_name_or_path>", **components)
 pipe("a caption like those it was trained on").images[0].save("picture.png")
 """,
 }

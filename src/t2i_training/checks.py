@@ -37,6 +37,7 @@ _NEEDS = {  # flag -> the flag without which it would do nothing
 _PACKAGES = {  # flag -> the package that it needs
     "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
 }  # fmt: skip
+_ARCHIVES = {".zip", ".tar", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}  # what `datasets` looks into
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 
 
@@ -85,6 +86,8 @@ def _check_texts(parser, args):
             parser.error(f"--{name} holds a null character")
         if name.startswith("validation_prompt") and re.search("[\ud800-\udfff]", " ".join(items if value else [])):
             parser.error(f"--{name} holds bytes that are not UTF-8")
+        if value == "" and name != "validation_prompt":
+            parser.error(f"--{name} is empty")
     if args.hub_token is not None:
         args.hub_token = args.hub_token.strip()
         if not re.fullmatch("[!-~]+", args.hub_token):
@@ -188,13 +191,34 @@ def _check_reporting(parser, args):
         )
 
 
+def _check_folder(parser, args):
+    """Whether --train_data_dir can be a folder of captioned pictures: a look at names alone."""
+    folder = Path(args.train_data_dir)
+    if not folder.is_dir():
+        fault = " is a file" if folder.exists() else ": there is no such folder"
+        parser.error(f"--train_data_dir {folder}{fault}")
+    if (folder / "metadata.jsonl").is_file() or args.caption_column is None:
+        return
+    kinds = {path.suffix.lower() for path in folder.rglob("*") if path.stem == "metadata" or path.suffix in _ARCHIVES}
+    if not kinds & {".jsonl", ".csv", ".parquet", *_ARCHIVES}:
+        parser.error(
+            f"--train_data_dir {folder} holds no metadata.jsonl, with a line for each picture such as "
+            '{"file_name": "0001.jpg", "text": "a red fox"}; data sets of other forms are for --dataset_name'
+        )
+
+
 def _check_paths(parser, args):
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error("no data: give --dataset_name, or --train_data_dir with a folder of captioned pictures")
-    if args.dataset_name is None and not Path(args.train_data_dir).is_dir():
-        parser.error(f"--train_data_dir {args.train_data_dir}: there is no such folder")
+    if args.dataset_name is None:
+        _check_folder(parser, args)
     for name, value in vars(args).items():
         is_path = name == "dataset_name" or name.startswith("pretrained_")
+        if name.startswith("pretrained_") and value and Path(value).is_file():
+            parser.error(
+                f"--{name} {value} is a file; what is needed is the folder that diffusers' "
+                "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder) makes of it"
+            )
         if is_path and value and value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
             parser.error(f"--{name} {value}: there is no such folder")
     if args.dataset_name is not None and Path(args.dataset_name, "metadata.jsonl").is_file():
@@ -211,12 +235,8 @@ def _check_paths(parser, args):
     if data.is_dir() and output_dir.resolve().is_relative_to(data):
         parser.error(f"--output_dir {output_dir} is inside --{source}: its pictures would become training data")
     for name, value in vars(args).items():
-        if (
-            name.startswith("pretrained_")
-            and value
-            and Path(value).is_dir()
-            and output_dir.resolve() == Path(value).resolve()
-        ):
+        is_model = name.startswith("pretrained_") and value and Path(value).is_dir()
+        if is_model and output_dir.resolve() == Path(value).resolve():
             parser.error(f"--output_dir {output_dir} is the model of --{name}, which would be overwritten")
     wanted = args.resume_from_checkpoint
     if wanted not in (None, "latest") and not (output_dir / wanted).is_dir() and not Path(wanted).is_dir():

@@ -5,6 +5,7 @@ flags may hold, and how they go together, is checked in `checks.py`.
 """
 
 import argparse
+import difflib
 import re
 
 from . import texts
@@ -16,8 +17,17 @@ TRACKERS = [
 ]  # fmt: skip
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help if silent else f"{action.help} Default: %(default)s."
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print a usage of some forty lines in front of it
+        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f" (did you mean {near[0]}?)" if near else ""
         message = re.sub(r"hf_\w{9,}", "hf_***", texts.printable(" ".join(message.split())))
         if re.search("^unrecognized|has no flag", message):  # perhaps a mistyped --hub_token
             message = re.sub(r"(\S*tok\S*?[= ])\S+", r"\1***", message)
@@ -26,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose description is the script's own docstring, with the `--config` flag already on it."""
-    parser = _Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(usage="%(prog)s FLAGS", description=docstring, formatter_class=_Formatter)
     parser.add_argument("--config", metavar="YAML", help="File with defaults for any flag; the command line wins.")
     return parser
 
@@ -70,23 +80,15 @@ def add_data_args(parser):
 def add_caption_args(parser):
     group = parser.add_argument_group("captions")
     group.add_argument("--caption_column", default="text", help="Column of a caption, or of a list to draw one from.")
-    group.add_argument(
-        "--caption_dropout",
-        type=float,
-        default=0.0,
-        help="Share of samples that see the empty caption; about 0.1 keeps classifier-free guidance alive.",
-    )
+    text = "Share of samples that see the empty caption; about 0.1 keeps classifier-free guidance alive."
+    group.add_argument("--caption_dropout", type=float, default=0.0, help=text)
 
 
 def add_decoder_condition_args(parser):
     group = parser.add_argument_group("condition")
     group.add_argument("--caption_column", help="Checked if given; the decoder is conditioned on the picture itself.")
-    group.add_argument(
-        "--image_embeds_dropout",
-        type=float,
-        default=0.0,
-        help="Share of samples that see the empty embedding; about 0.1 keeps classifier-free guidance alive.",
-    )
+    text = "Share of samples that see the empty embedding; about 0.1 keeps classifier-free guidance alive."
+    group.add_argument("--image_embeds_dropout", type=float, default=0.0, help=text)
 
 
 def add_resolution_arg(parser, text: str):
@@ -118,13 +120,8 @@ def add_training_args(parser):
 
 def add_network_args(parser, *, xformers=True):
     group = parser.add_argument_group("network")
-    group.add_argument(
-        "--torch_compile",
-        nargs="?",
-        const="regional",
-        choices=["regional", "whole"],
-        help="Compile the trained network: block by block (the default), or as one, which takes minutes longer.",
-    )
+    text = "Compile the trained network: block by block (the default), or as one, which takes minutes longer."
+    group.add_argument("--torch_compile", nargs="?", const="regional", choices=["regional", "whole"], help=text)
     add_gradient_checkpointing_arg(group)
     if xformers:
         group.add_argument(

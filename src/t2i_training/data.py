@@ -24,7 +24,9 @@ def open_dataset(args):
     where = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
     try:
         place = args.train_data_dir if args.dataset_name is None else args.dataset_name
-        if args.dataset_name is not None and not os.path.exists(os.path.join(place, folder.METADATA)):
+        if args.dataset_name is not None and os.path.exists(os.path.join(place, "state.json")):  # of save_to_disk
+            splits = {"train": datasets.load_from_disk(place)}
+        elif args.dataset_name is not None and not os.path.exists(os.path.join(place, folder.METADATA)):
             splits = datasets.load_dataset(
                 args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, data_dir=args.train_data_dir
             )

@@ -57,10 +57,15 @@ def _exchange(first: Path, second: Path) -> bool:
     return False
 
 
+def free_name(path: Path) -> Path:
+    """Its name with a number behind it that nothing there has."""
+    names = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
 def set_aside(folder: Path) -> None:
-    """Keep what stands there under another name: a number behind its own."""
-    names = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
-    folder.rename(next(name for name in names if not name.exists()))
+    """Keep what stands there under another name."""
+    folder.rename(free_name(folder))
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,11 +3,16 @@
 import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 from . import texts
 from .runtime import logger
 
+OBJECTIVE = (  # flags that the card tells of where they are set
+    "prediction_type", "rank", "use_ema", "snr_gamma", "noise_offset", "input_perturbation", "dream_training",
+    "caption_dropout", "image_embeds_dropout",
+)  # fmt: skip
 TAGS = ("text-to-image", "diffusers", "diffusers-training")  # every card carries these besides its own
 
 
@@ -33,11 +38,13 @@ def _failure(args, error: Exception, consequence: str = "") -> SystemExit:
 def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: int, card: dict) -> None:
     """After the export: write the card and, if asked for, upload. Main process only.
 
-    `card` goes to `write_card`; its "base_model" and "prior" name the flags that hold them. Call it after
-    `Progress.close`: the curves are there to be uploaded, and no process waits in a collective meanwhile.
+    `card` goes to `write_card`; its "base_model" and "prior" name the flags that hold them, and so does what stands in
+    angle brackets in its "usage". Call it after `Progress.close`: the curves are there to be uploaded, and no process
+    waits in a collective meanwhile.
     """
     if accelerator.is_main_process:
-        card = card | {"base_model": getattr(args, card["base_model"])}
+        usage = re.sub("<(pretrained_.*?)>", lambda flag: _loadable_name(getattr(args, flag[1])), card["usage"])
+        card = card | {"base_model": getattr(args, card["base_model"]), "usage": usage}
         if "prior" in card:  # diffusers looks for a decoder's prior in this list, be it a hub name or a folder
             card["prior"] = [getattr(args, card["prior"])]
         write_card(args, steps=steps, **card)
@@ -99,9 +106,14 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    from .files import write_text
+    from .files import free_name, write_text
 
-    head = {"license": license, "library_name": "diffusers", "inference": True, "tags": [*tags, *TAGS]} | head
+    head = {
+        "license": _license(base_model) or license,
+        "library_name": "diffusers",
+        "inference": True,
+        "tags": [*tags, *TAGS],
+    } | head
     for key, value in (("base_model", base_model), ("datasets", args.dataset_name)):
         if value and is_hub_name(value):
             head[key] = [value] if key == "datasets" else value
@@ -111,14 +123,26 @@ def write_card(
         usage = usage.replace('\npipe("', f'\n{line}\npipe("')
     table = "\n".join(f"| {name} | {escape(str(value))} |" for name, value in _settings(args, base_model, steps))
     body = (
-        f"# {title}\n\nFine-tuned from {escape(_public_name(base_model))} on captioned pictures.\n\n"
+        f"# {title}\n\nFine-tuned from {escape(_public_name(base_model))} on the pictures named below.\n\n"
         f"{_pictures(args)}## Use\n\n```python\n{usage.strip()}\n```\n\n## Training\n\n| | |\n|---|---|\n{table}\n\n"
         "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
         "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
     )
     data = ModelCardData(**head)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-    write_text(Path(args.output_dir) / "README.md", str(card))
+    file = Path(args.output_dir) / "README.md"
+    if file.exists() and TAGS[-1] not in file.read_text(encoding="utf-8", errors="replace"):
+        shutil.copy2(file, free_name(file))  # it is the user's
+    write_text(file, str(card))
+
+
+def _license(base_model: str) -> str | None:
+    """What the card of a base that lies here says."""
+    from huggingface_hub import ModelCard
+
+    with contextlib.suppress(Exception):  # it has no card, or one that cannot be read
+        found = ModelCard.load(Path(base_model) / "README.md").data.license
+        return found if re.fullmatch(r"[\w.-]+", found) else None
 
 
 def _settings(args, base_model: str, steps: int) -> list[tuple]:
@@ -133,14 +157,17 @@ def _settings(args, base_model: str, steps: int) -> list[tuple]:
         ("mixed precision", args.mixed_precision or "accelerate's"),
         ("seed", args.seed),
     ]
-    if getattr(args, "prediction_type", None) is not None:
-        rows.append(("prediction type", args.prediction_type))
+    rows += [(flag.replace("_", " "), getattr(args, flag)) for flag in OBJECTIVE if getattr(args, flag, None)]
     return rows
 
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` can be a repository on the hub, and is no folder here."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
+
+
+def _loadable_name(name: str) -> str:
+    return name if is_hub_name(name) else "path/to/the/base/model"
 
 
 def _public_name(name: str) -> str:
@@ -150,7 +177,7 @@ def _public_name(name: str) -> str:
 def escape(text: str) -> str:
     """Text from a prompt or a caption as inert Markdown on one line."""
     text = texts.printable(" ".join(text.split()))
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|&~$:@-])", lambda match: f"&#{ord(match[1])};", text)
+    return re.sub(r"(^-|[\\`*_{}\[\]<>()#+!|&~$:@])", lambda match: f"&#{ord(match[1])};", text)
 
 
 def _pictures(args) -> str:
@@ -158,7 +185,7 @@ def _pictures(args) -> str:
     prompts = args.validation_prompts
     if not grids or not prompts:
         return ""
-    listed = "\n".join(f"- {escape(prompt)}" for prompt in dict.fromkeys(prompts))
+    listed = "\n".join(f"- {escape(prompt) or '(empty)'}" for prompt in dict.fromkeys(prompts))
     return f"![base model and fine-tuned model](validation/{grids[-1].name})\n\n{listed}\n\n"
 
 

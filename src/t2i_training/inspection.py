@@ -64,6 +64,7 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None):
         good = [row for row in range(len(dataset)) if row not in bad]
         dataset, pictures = dataset.select(good), [pictures[row] for row in good]
     if accelerator.is_main_process:
+        _warn_of_small_ones(args, pictures)
         _warn_of_repeats(args, dataset, pictures, caption_column)
     return dataset.remove_columns([folder.FAULTS] if folder.FAULTS in dataset.column_names else []), pictures
 
@@ -211,6 +212,13 @@ def _last_line(args, dataset, bad: dict[int, str]) -> str:
         f"error: {len(bad)} of {len(dataset)} samples cannot be used; {example}; all in "
         f"{Path(args.output_dir) / BAD}: mend or remove them, or leave them out with --skip_bad_samples"
     )
+
+
+def _warn_of_small_ones(args, pictures: list[Picture]) -> None:
+    """Enlarged pictures are blurred, and so will be what is drawn. The prior sees none at --resolution."""
+    side = args.resolution if hasattr(args, "center_crop") else 0
+    if small := sum(min(picture.width, picture.height) < side for picture in pictures):
+        logger.warning(f"{small} of {len(pictures)} pictures are smaller than --resolution {side}: enlarged")
 
 
 def _warn_of_repeats(args, dataset, pictures: list[Picture], caption_column: str | None) -> None:

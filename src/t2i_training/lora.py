@@ -49,7 +49,7 @@ def load_networks(model, folder: Path) -> None:
         weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
         expected = get_peft_model_state_dict(model, adapter_name="default")
         if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
-            raise ValueError("its adapters have other names or another rank")
+            raise ValueError("its adapters have other names, or another --rank")
         set_peft_model_state_dict(model, weights, adapter_name="default")
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"error: {folder} does not fit this model: {texts.reason(error)[:300]}") from error

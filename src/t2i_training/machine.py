@@ -1,10 +1,13 @@
-"""What the machine offers to a process of the run: CPU cores, and shared memory for loader workers."""
+"""What the machine offers to a process of the run, CPU cores and memory; what is said where it is too little."""
 
+import logging
 import os
 import shutil
+import sys
 
-from .runtime import logger
+from . import texts
 
+logger = logging.getLogger("t2i_training")
 SHARED_MEMORY = "/dev/shm"  # where loader workers put their batches
 
 
@@ -24,9 +27,25 @@ def loader_workers(args, batch_size: int) -> int:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         hold = shutil.disk_usage(SHARED_MEMORY).free // (3 * batch * local)  # workers' batches: 2 ahead, 1 on its way
         if hold < workers:
-            logger.logger.warning(  # accelerate's adapter wants a run under way
+            logger.warning(
                 f"{SHARED_MEMORY} holds the batches of {hold} loader workers, not of {workers}: loading may be slower; "
                 "give the container more (docker run --shm-size=8g), or --dataloader_num_workers"
             )
         workers = min(workers, hold)
     return workers
+
+
+def explain_out_of_memory() -> None:
+    """Have this process end with one line, and no stack trace, where the GPU's or the host's memory is used up."""
+
+    def hook(kind, error, traceback):
+        reason = texts.reason(error)
+        if not any(words in reason for words in ("out of memory", "can't allocate memory", "RESOURCE_EXHAUSTED")):
+            return sys.__excepthook__(kind, error, traceback)
+        advice = (
+            "lower --train_batch_size (and raise --gradient_accumulation_steps as much), or take "
+            "--gradient_checkpointing, --cache_encodings, --mixed_precision=bf16"
+        )
+        print(f"error: {kind.__name__}: {reason[:200]}; {advice}", file=sys.stderr)
+
+    sys.excepthook = hook

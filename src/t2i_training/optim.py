@@ -4,6 +4,8 @@ import warnings
 
 import torch
 
+from .runtime import logger
+
 
 def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The parameters to train. A list, and to be taken again after `prepare`, which may have replaced them."""
@@ -40,6 +42,10 @@ def make_schedule(args, optimizer, num_updates: int):
     from diffusers.optimization import get_scheduler
 
     name, _, rules = args.lr_scheduler.partition(":")
+    if args.lr_warmup_steps >= num_updates and name not in ("constant", "piecewise_constant"):
+        logger.logger.warning(
+            f"the run's {num_updates} updates are all warm-up: --lr_warmup_steps {args.lr_warmup_steps}"
+        )
     if name == "polynomial" and num_updates == args.lr_warmup_steps:
         num_updates += 1  # it divides by the number of updates after the warm-up
     try:

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 from tqdm.auto import tqdm
 
-from . import processes, texts
+from . import machine, processes, texts
 from .checks import DefaultSeed, public_config
 
 logger = get_logger("t2i_training")
@@ -64,6 +64,7 @@ def start(args) -> Accelerator:
     if getattr(args, "allow_tf32", False):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
+    machine.explain_out_of_memory()
     _catch_signals()
     return accelerator
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import textwrap
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,8 @@ def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], ste
     All processes call it. Writes validation/step-<n>/<i>.png and validation/step-<n>.png.
     """
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    with eager():  # other batch sizes: compiling for them would take longer than drawing
+    with eager(), warnings.catch_warnings():  # other batch sizes: compiling would take longer than drawing
+        warnings.simplefilter("ignore", FutureWarning)  # of diffusers' pipelines, about their calls of each other
         pictures = [(i, draw_picture(i)) for i in mine]
     processes.wait(accelerator)  # without a limit, which gathering has
     drawn = dict(gather_object(pictures))

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from t2i_training import checkpoint
-from t2i_training.encoding_store import _hash_file
+from t2i_training.files import sha256
 
 HIDDEN = {".lock", ".inspected_pictures.json"}  # that a finished run leaves
 
@@ -87,7 +87,7 @@ def _read_weights(path: Path) -> None:
 
 def _read_encodings(path: Path) -> None:
     _read_weights(path)
-    if path.stem != _hash_file(path):
+    if path.stem != sha256(path)[:32]:
         raise ValueError("its content is not what its name says")
 
 
