@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Kandinsky 2.2 decoder, whole UNet. Usage: bash examples/recipes/kandinsky_decoder.sh FOLDER_OF_CAPTIONED_PICTURES OUTPUT_FOLDER [more flags]
-# Interrupted, the same command continues.
+# Interrupted, the same command continues. PRECISION (bf16) is taken from the environment; add --validation_prompts "...".
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")/../..
 exec accelerate launch --mixed_precision="${PRECISION:-bf16}" "$here/kandinsky2_2/text_to_image/train_text_to_image_decoder.py" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stable Diffusion 1.5, whole UNet, in JAX on all devices of this machine. Usage: bash examples/recipes/sd_flax.sh FOLDER_OF_CAPTIONED_PICTURES OUTPUT_FOLDER [more flags]
-# Interrupted, the same command continues.
+# Interrupted, the same command continues. MODEL (folder or hub name) and PRECISION (bf16) are taken from the environment; add --validation_prompts "...".
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")/../..
 exec python "$here/text_to_image/train_text_to_image_flax.py" --mixed_precision="${PRECISION:-bf16}" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stable Diffusion 1.5, LoRA. Usage: bash examples/recipes/sd_lora.sh FOLDER_OF_CAPTIONED_PICTURES OUTPUT_FOLDER [more flags]
-# Interrupted, the same command continues.
+# Interrupted, the same command continues. MODEL (folder or hub name) and PRECISION (bf16) are taken from the environment; add --validation_prompt "...".
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")/../..
 exec accelerate launch --mixed_precision="${PRECISION:-bf16}" "$here/text_to_image/train_text_to_image_lora.py" \
