@@ -29,7 +29,7 @@ ACT = {  # acts from the checkpoint on
 }  # fmt: skip
 REFUSED = {  # what the one line says
     "seed": (4, "error: --seed 4 differs from the checkpoint's, 3: leave it out to continue"),
-    "rank": (2, "does not fit this model: its adapters have other names or another rank"),
+    "rank": (2, "does not fit this model: its adapters have other names, or another --rank"),
 }
 SAID = {  # besides the flag itself
     "train_batch_size": "the effective batch is now 3, not 2",
@@ -138,10 +138,14 @@ def test_refused(resume, out, case, flag):
 def test_checkpoint_of_another_model(run, resume, out, case, tmp_path, other):
     case(f"resumed with the checkpoint of {other}", "one line that names the checkpoint")
     if other == "another script":
-        message = refusal(run, output_dir=out, script="sd", resume_from_checkpoint="latest")
+        message, fault = (
+            refusal(run, output_dir=out, script="sd", resume_from_checkpoint="latest"),
+            "is not of this script",
+        )
     else:
         message = refusal(resume, pretrained_model_name_or_path=wider(tmp_path / "model"))
-    assert message.startswith(f"error: {out / 'checkpoint-2'} does not fit this model: ")
+        fault = "does not fit this model"
+    assert message.startswith(f"error: {out / 'checkpoint-2'} {fault}: ")
     case.seen(message)
 
 

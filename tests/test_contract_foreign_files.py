@@ -80,6 +80,12 @@ def test_file_is_put_in_place_when_it_is_whole(tmp_path, monkeypatch, name):
     assert file.read_bytes() != b"earlier"
 
 
+def test_a_result_that_will_be_replaced_is_told(run, tmp_path, caplog):
+    for told in (False, True):
+        run("sd", tmp_path / "out", max_train_steps=1, checkpointing_steps=500)
+        assert ("holds the result of an earlier run" in caplog.text) == told
+
+
 def test_a_readme_of_the_users_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("my notes")
     for _ in range(2):

@@ -42,6 +42,7 @@ from t2i_training import (
     images,
     inspection,
     lora,
+    manifest,
     metrics,
     texts,
 )
@@ -161,7 +162,7 @@ def saved(place) -> Path:
     (path / "optimizer.bin").write_bytes(bytes(range(50)))
     (path / "unet" / "config.json").write_text("{}")
     position = {"step": 4, "samples_seen": 8, "seed": 3, "dataset_size": 6, "unreported": [[1.5, 2.0]]}
-    checkpoint._write_manifest(path, position)
+    manifest.write_manifest(path, position)
     assert checkpoint.verify(path) is None
     PartialState()  # the log asks it for the rank
     return path

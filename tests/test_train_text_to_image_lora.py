@@ -260,7 +260,7 @@ def test_another_rank_does_not_resume(run, command, tmp_path):
         load_script("sd_lora").main(command("sd_lora", rank=8, resume_from_checkpoint=checkpoint))
     assert (
         error.value.code
-        == f"error: {checkpoint} does not fit this model: its adapters have other names or another rank"
+        == f"error: {checkpoint} does not fit this model: its adapters have other names, or another --rank"
     )
 
 

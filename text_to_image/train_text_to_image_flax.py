@@ -5,9 +5,8 @@ or the velocity, as the model was trained (arXiv:2112.10752, arXiv:2202.00512). 
 
     python train_text_to_image_flax.py \\
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --train_data_dir=my_pictures --use_ema --resolution=512 --random_flip \\
-        --train_batch_size=4 --gradient_checkpointing --mixed_precision=bf16 \\
-        --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_model
+        --train_data_dir=my_pictures --output_dir=my_model --resolution=512 --random_flip --train_batch_size=4 \\
+        --use_ema --gradient_checkpointing --mixed_precision=bf16 --learning_rate=1e-5 --max_train_steps=15000
 
 Each device of the machine takes --train_batch_size samples at a time. --resume_from_checkpoint=latest continues.
 """
@@ -284,6 +283,7 @@ def main(argv=None):
             progress.restart_clock()
         if progress.validation_due() and not stopped_by:
             validate()
+    checkpoints.settle()
 
     if progress.step >= progress.total:
         exported = files.publish(args.output_dir, partial(export, pipeline, trained, args), accelerator)

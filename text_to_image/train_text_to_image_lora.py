@@ -279,6 +279,7 @@ def main(argv=None):
             progress.restart_clock()
         if progress.validation_due() and not stopped_by:
             validate()
+    checkpoints.settle()
 
     if progress.step >= progress.total:
         exported = files.publish(args.output_dir, partial(export, args, network), accelerator)

@@ -275,6 +275,7 @@ def main(argv=None):
             progress.restart_clock()
         if progress.validation_due() and not stopped_by:
             validate()
+    checkpoints.settle()
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):

@@ -267,6 +267,7 @@ def main(argv=None):
             progress.restart_clock()
         if progress.validation_due() and not stopped_by:
             validate()
+    checkpoints.settle()
 
     if progress.step >= progress.total:
         exported = files.publish(args.output_dir, partial(lora.save_networks, network), accelerator)

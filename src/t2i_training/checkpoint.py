@@ -1,28 +1,25 @@
 """Numbered checkpoints that are whole or absent.
 
-A checkpoint is written into a hidden sibling folder, synced to disk, described by a manifest (position, seed, versions,
-size and SHA-256 of every file) and put in place by one rename. Old ones are removed after that, and only folders that
-carry such a manifest. Killing a run at any moment therefore leaves the previous checkpoints untouched.
+A checkpoint is written into a hidden sibling folder. Then, while training goes on, it is synced to disk, described by a
+manifest (position, seed, versions, size and SHA-256 of every file) and put in place by one rename. Old ones are removed
+after that, and only folders that carry such a manifest. Killing a run at any moment therefore leaves the previous
+checkpoints untouched.
 """
 
-import hashlib
-import json
+import copy
 import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from . import texts
-from .files import forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside, sha256, sync
+from .files import forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside
+from .manifest import MANIFEST, read_manifest, verify, write_manifest
 from .processes import wait
 from .runtime import logger, readable_errors
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-_COUNTS = ("samples_seen", "seed", "effective_batch", "dataset_size")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)")
 
@@ -37,7 +34,7 @@ class CheckpointManager:
 
     def __init__(self, accelerator, output_dir, total_limit: int | None, save_models: Callable, load_models: Callable):
         self.accelerator, self.output_dir, self.total_limit = accelerator, Path(output_dir), total_limit
-        self.save_models = save_models
+        self.save_models, self._commit = save_models, None
 
         def before_save(_models, weights, folder):
             weights.clear()  # or accelerate would write model.safetensors next to ours
@@ -55,11 +52,16 @@ class CheckpointManager:
                 if _LEFTOVER.fullmatch(leftover.name):
                     remove_folder(leftover)
 
-    def save(self, position: dict) -> Path:
-        """Commit checkpoint-<step>. `position` holds step, samples_seen and whatever else resuming has to know."""
+    def save(self, position: dict) -> None:
+        """Write checkpoint-<step>. `position` holds step, samples_seen and whatever else resuming has to know.
+
+        Training waits until the files are written. Syncing and hashing them and the rename, which take as long again,
+        go on in a thread meanwhile, until the next save or `settle`, which fails if they did.
+        """
         accelerator, target = self.accelerator, self.output_dir / f"checkpoint-{position['step']}"
         partial = target.with_name(f".{target.name}.partial")
         if accelerator.is_main_process:  # weights and optimizer are the same on all
+            self._finish_commit()
             with saving(target.name, partial):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
@@ -71,14 +73,29 @@ class CheckpointManager:
                     random_state.unlink()  # no draw comes from a global generator
                 forget_local_paths(partial)
                 make_readable(partial)
-                _write_manifest(partial, position)
-                if target.exists() and not (target / MANIFEST).is_file():
-                    set_aside(target)  # it is the user's
-                replace_folder(partial, target)
-            self._rotate(keep=target)
-            logger.info(f"saved {target}")
+            pool = ThreadPoolExecutor(1)
+            self._commit = target, partial, pool.submit(self._put_in_place, partial, target, copy.deepcopy(position))
+            pool.shutdown(wait=False)
         wait(accelerator)
-        return target
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is in place. All processes call it."""
+        self._finish_commit()
+        wait(self.accelerator)
+
+    def _finish_commit(self) -> None:
+        if self._commit is not None:
+            (target, partial, commit), self._commit = self._commit, None
+            with saving(target.name, partial):
+                commit.result()
+            logger.info(f"saved {target}")
+
+    def _put_in_place(self, partial: Path, target: Path, position: dict) -> None:
+        write_manifest(partial, position)
+        if target.exists() and not (target / MANIFEST).is_file():
+            set_aside(target)  # it is the user's
+        replace_folder(partial, target)
+        self._rotate(keep=target)
 
     def _rotate(self, keep: Path) -> None:
         ours = [folder for folder in _ours(self.output_dir) if not folder.is_symlink()]
@@ -145,76 +162,6 @@ def _named(output_dir: Path, wanted: str) -> Path:
     if fault is not None:
         raise SystemExit(f"error: --resume_from_checkpoint {wanted}: {fault}")
     return folder
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint folder."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
-def verify(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None if every file has the size and the hash that its manifest states."""
-    try:
-        manifest = read_manifest(folder)
-        number = re.fullmatch(r"\.?checkpoint-(\d+)(\..+)?", folder.name)  # or it was given another name
-        if not _is_ours(manifest) or (number and int(number[1]) != manifest["step"]):
-            return f"{MANIFEST} is of another format"
-        if "digest" in manifest and manifest["digest"] != _digest(manifest):
-            return f"{MANIFEST} is damaged"
-        for name, (size, digest) in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{texts.printable(name)} is missing"
-            if path.stat().st_size != size or sha256(path) != digest:
-                return f"{texts.printable(name)} is damaged"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}, so it was not written by these scripts or not completely"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None
-
-
-def _is_ours(manifest: dict) -> bool:
-    """Whether a run can have written it: counts that are counts, and files that lie in the checkpoint's folder."""
-    counts = [manifest[name] for name in ("step", *_COUNTS) if name == "step" or name in manifest]
-    pairs = [pair for pair in manifest.get("unreported", []) if len(pair) != 2 or {*map(type, pair)} - {int, float}]
-    paths = [PurePosixPath(name) for name in manifest["files"]]
-    inside = paths and all(path.parts and not path.is_absolute() and ".." not in path.parts for path in paths)
-    sound = all(type(n) is int and n >= 0 for n in counts) and not pairs and inside
-    return manifest["format"] == FORMAT and bool(sound)
-
-
-def _digest(manifest: dict) -> str:
-    """A hash of all of a manifest but this entry."""
-    rest = {name: value for name, value in manifest.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _write_manifest(folder: Path, position: dict) -> None:
-    """Flush every file to the disk, then the manifest that describes them. All processes wait meanwhile.
-
-    Files are hashed, out of memory, while the disk writes them, each in a thread of its own.
-    """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(2 * len(paths)) as pool:
-        synced, digests = pool.map(sync, paths), pool.map(sha256, paths)
-        files = {
-            path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
-            for path, digest, _ in zip(paths, digests, synced, strict=True)
-        }
-    versions = _versions() | position.get("versions", {})
-    manifest = {"format": FORMAT, **position, "versions": versions, "files": files}
-    manifest["digest"] = _digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    sync(folder / MANIFEST)
-    for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        sync(directory)
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "accelerate", "numpy")}
 
 
 def _numbered(output_dir: Path) -> list[Path]:

@@ -197,10 +197,10 @@ def _check_folder(parser, args):
     if not folder.is_dir():
         fault = " is a file" if folder.exists() else ": there is no such folder"
         parser.error(f"--train_data_dir {folder}{fault}")
-    if (folder / "metadata.jsonl").is_file() or args.caption_column is None:
+    names = {f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet")}
+    if args.caption_column is None or any((folder / name).is_file() for name in names):
         return
-    kinds = {path.suffix.lower() for path in folder.rglob("*") if path.stem == "metadata" or path.suffix in _ARCHIVES}
-    if not kinds & {".jsonl", ".csv", ".parquet", *_ARCHIVES}:
+    if not any(path.name in names or path.suffix.lower() in _ARCHIVES for path in folder.rglob("*")):
         parser.error(
             f"--train_data_dir {folder} holds no metadata.jsonl, with a line for each picture such as "
             '{"file_name": "0001.jpg", "text": "a red fox"}; data sets of other forms are for --dataset_name'

@@ -105,5 +105,7 @@ def load_networks(name: str, model, ema: EMAModel | None, folder: Path) -> None:
         model.load_state_dict(safetensors.torch.load_file(folder / name / WEIGHTS_NAME))
         if ema is not None:
             load_ema(ema, model, folder / f"{name}_ema")
-    except (RuntimeError, KeyError, FileNotFoundError) as error:
+    except FileNotFoundError:
+        raise SystemExit(f"error: {folder} is not of this script: it holds no whole {name}") from None
+    except (RuntimeError, KeyError) as error:
         raise SystemExit(f"error: {folder} does not fit this model: {texts.reason(error)[:300]}") from error

@@ -51,6 +51,8 @@ def load_networks(model, folder: Path) -> None:
         if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its adapters have other names, or another --rank")
         set_peft_model_state_dict(model, weights, adapter_name="default")
+    except FileNotFoundError:
+        raise SystemExit(f"error: {folder} is not of this script: it holds no adapters") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise SystemExit(f"error: {folder} does not fit this model: {texts.reason(error)[:300]}") from error
 

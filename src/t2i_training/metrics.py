@@ -69,6 +69,8 @@ class Progress:
         if main:
             # Not earlier: what fails before leaves an earlier run's as it was.
             runtime.write_config(self.args, resumed=self.step > 0)
+            if self.step == 0 and self._file.exists():
+                logger.warning(f"{self._file.parent} holds the result of an earlier run: this one will replace it")
             _keep_metrics_until(self._file, self.step)
             if self.step == 0:
                 validation.clear(self.args.output_dir)
