@@ -88,13 +88,13 @@ class CheckpointManager:
             (target, partial, commit), self._commit = self._commit, None
             with saving(target.name, partial):
                 commit.result()
-            logger.info(f"saved {target}")
 
     def _put_in_place(self, partial: Path, target: Path, position: dict) -> None:
         write_manifest(partial, position)
         if target.exists() and not (target / MANIFEST).is_file():
             set_aside(target)  # it is the user's
         replace_folder(partial, target)
+        logger.info(f"saved {target}")
         self._rotate(keep=target)
 
     def _rotate(self, keep: Path) -> None:
