@@ -310,6 +310,22 @@ def test_pictures_within_a_data_set_are_not_read_again(inspect, tmp_path, monkey
     assert "row 1: it has no caption" in refusal(inspect, opened())
 
 
+def test_a_data_set_that_was_stored_again_is_read_again(inspect, tmp_path):
+    """Its fingerprint is that of the names its pictures were made of, and stays the same."""
+    files = sorted(tiny.make_pictures(tmp_path / "pictures", count=2).glob("*.png"))
+    seen, marks = [], []
+    for _ in range(2):
+        stored = datasets.Dataset.from_dict({"image": [str(file) for file in files], "text": ["a", "b"]})
+        stored.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "stored")
+        dataset = datasets.load_from_disk(tmp_path / "stored").cast_column("image", datasets.Image(decode=False))
+        marks.append(dataset._fingerprint)
+        seen.append([picture.digest for picture in inspect(dataset)[1]])
+        Image.new("RGB", (4, 4)).save(files[1])
+    assert marks[0] == marks[1]
+    assert seen[0][0] == seen[1][0]
+    assert seen[0][1] != seen[1][1]
+
+
 @pytest.mark.parametrize("size_stays", [True, False])
 def test_a_changed_file_is_looked_at_again(size_stays, inspect, tmp_path):
     folder = tiny.make_pictures(tmp_path / "pictures", count=2)

@@ -80,7 +80,11 @@ def test_metadata_adds_and_replaces(card):
 
 def test_licence_is_that_of_a_base_that_lies_here(card, tmp_path):
     (tmp_path / "base").mkdir()
-    for text, expected in (("apache-2.0", "apache-2.0"), ("[a, b]", "creativeml-openrail-m")):
+    for text, expected in (
+        ("apache-2.0", "apache-2.0"),
+        ("openrail++", "openrail++"),
+        ("[a, b]", "creativeml-openrail-m"),
+    ):
         (tmp_path / "base" / "README.md").write_text(f"---\nlicense: {text}\n---\n")
         assert card(base_model=str(tmp_path / "base"))[0]["license"] == expected
 

@@ -49,7 +49,7 @@ def too_much() -> RuntimeError:
     ids=repr,
 )
 def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "excepthook", None)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     machine.explain_out_of_memory()
     sys.excepthook(type(error), error, None)
     (line,) = capsys.readouterr().err.splitlines()
@@ -58,7 +58,7 @@ def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
 
 
 def test_other_errors_keep_their_trace(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "excepthook", None)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     machine.explain_out_of_memory()
     try:
         1 / 0  # noqa: B018

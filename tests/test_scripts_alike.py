@@ -47,7 +47,7 @@ LORA = [
     ("main", "partial(ema.load_networks, 'unet', network, average)", "partial(lora.load_networks, network)",
      "a checkpoint holds the adapters alone"),
     ("main", ", ema.averaged(average if progress.step else None, network):", ":", "no --use_ema"),
-    ("main", "        if average is not None:\n            ema.update(average, network)\n", "", "no --use_ema"),
+    ("main", "            if average is not None:\n                ema.update(average, network)\n", "", "no --use_ema"),
     ("main", "        with ema.averaged(average, network):\n    ", "", "no --use_ema"),
 ]  # fmt: skip
 KANDINSKY_LORA = [

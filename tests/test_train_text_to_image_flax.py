@@ -397,10 +397,11 @@ def test_precision_of_products(changes, precision, tokens, tmp_path):
 def test_precision_of_the_launcher(tokens, tmp_path, monkeypatch):
     """As in the other scripts `accelerate launch --mixed_precision` holds, unless the script's own flag is given."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    args = load_script("sd_flax").parse_args(tokens(tmp_path / "out"))
-    flax_devices.start(args)
-    runtime.default_signals()
-    assert args.mixed_precision == "bf16"
+    for typed, expected in ((None, "bf16"), ("no", "no")):
+        args = load_script("sd_flax").parse_args(tokens(tmp_path / "out", mixed_precision=typed))
+        flax_devices.start(args)
+        runtime.default_signals()
+        assert args.mixed_precision == expected
 
 
 def test_one_device_has_nothing_to_share(train, tmp_path):

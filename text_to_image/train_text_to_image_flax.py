@@ -269,21 +269,21 @@ def main(argv=None):
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
         validate()
     stopped_by = 0
-    while progress.step < progress.total and not stopped_by:
-        micro_batches = [next(stream) for _ in range(args.gradient_accumulation_steps)]
-        rate = schedule.get_last_lr()[0]
-        loss, grad_norm = trained.step(flax_devices.place_batch(micro_batches, mesh), frozen, rate)
-        progress.add(loss, {"index": torch.cat([batch["index"] for batch in micro_batches])})
-        progress.update(grad_norm, rate)
-        schedule.step()
-        stopped_by = runtime.stop_requested(accelerator)
-        if progress.step % args.checkpointing_steps == 0 or stopped_by:
-            progress.read()  # the losses, so that nothing non-finite is ever saved
-            checkpoints.save(progress.position() | {"versions": flax_training.VERSIONS})
-            progress.restart_clock()
-        if progress.validation_due() and not stopped_by:
-            validate()
-    checkpoints.settle()
+    with checkpoints:
+        while progress.step < progress.total and not stopped_by:
+            micro_batches = [next(stream) for _ in range(args.gradient_accumulation_steps)]
+            rate = schedule.get_last_lr()[0]
+            loss, grad_norm = trained.step(flax_devices.place_batch(micro_batches, mesh), frozen, rate)
+            progress.add(loss, {"index": torch.cat([batch["index"] for batch in micro_batches])})
+            progress.update(grad_norm, rate)
+            schedule.step()
+            stopped_by = runtime.stop_requested(accelerator)
+            if progress.step % args.checkpointing_steps == 0 or stopped_by:
+                progress.read()  # the losses, so that nothing non-finite is ever saved
+                checkpoints.save(progress.position() | {"versions": flax_training.VERSIONS})
+                progress.restart_clock()
+            if progress.validation_due() and not stopped_by:
+                validate()
 
     if progress.step >= progress.total:
         exported = files.publish(args.output_dir, partial(export, pipeline, trained, args), accelerator)

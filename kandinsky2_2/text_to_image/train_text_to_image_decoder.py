@@ -251,31 +251,31 @@ def main(argv=None):
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
         validate()
     stopped_by = 0
-    while progress.step < progress.total and not stopped_by:
-        for _ in range(args.gradient_accumulation_steps):
-            with accelerator.accumulate(unet):
-                batch = next(stream)
-                if not args.cache_encodings:
-                    batch |= encode(batch, *frozen)
-                loss = compute_loss(unet, batch, noise_scheduler, args)
-                accelerator.backward(loss)
-                progress.add(loss, batch)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        if average is not None:
-            ema.update(average, network)
-        progress.update(grad_norm, schedule.get_last_lr()[0])
-        schedule.step()
-        stopped_by = runtime.stop_requested(accelerator)
-        if progress.step % args.checkpointing_steps == 0 or stopped_by:
-            progress.read()  # the losses, so that nothing non-finite is ever saved
-            checkpoints.save(progress.position())
-            progress.restart_clock()
-        if progress.validation_due() and not stopped_by:
-            validate()
-    checkpoints.settle()
+    with checkpoints:
+        while progress.step < progress.total and not stopped_by:
+            for _ in range(args.gradient_accumulation_steps):
+                with accelerator.accumulate(unet):
+                    batch = next(stream)
+                    if not args.cache_encodings:
+                        batch |= encode(batch, *frozen)
+                    loss = compute_loss(unet, batch, noise_scheduler, args)
+                    accelerator.backward(loss)
+                    progress.add(loss, batch)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if average is not None:
+                ema.update(average, network)
+            progress.update(grad_norm, schedule.get_last_lr()[0])
+            schedule.step()
+            stopped_by = runtime.stop_requested(accelerator)
+            if progress.step % args.checkpointing_steps == 0 or stopped_by:
+                progress.read()  # the losses, so that nothing non-finite is ever saved
+                checkpoints.save(progress.position())
+                progress.restart_clock()
+            if progress.validation_due() and not stopped_by:
+                validate()
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from .files import forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside
+from .files import cannot_be_saved, forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside
 from .manifest import MANIFEST, read_manifest, verify, write_manifest
 from .processes import wait
-from .runtime import logger, readable_errors
+from .runtime import fail, fail_after_step, logger, readable_errors
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)")
@@ -56,7 +56,7 @@ class CheckpointManager:
         """Write checkpoint-<step>. `position` holds step, samples_seen and whatever else resuming has to know.
 
         Training waits until the files are written. Syncing and hashing them and the rename, which take as long again,
-        go on in a thread meanwhile, until the next save or `settle`, which fails if they did.
+        go on in a thread meanwhile. If the disk fails there, the run ends after the step under way, and saves again.
         """
         accelerator, target = self.accelerator, self.output_dir / f"checkpoint-{position['step']}"
         partial = target.with_name(f".{target.name}.partial")
@@ -74,26 +74,36 @@ class CheckpointManager:
                 forget_local_paths(partial)
                 make_readable(partial)
             pool = ThreadPoolExecutor(1)
-            self._commit = target, partial, pool.submit(self._put_in_place, partial, target, copy.deepcopy(position))
+            self._commit = pool.submit(self._put_in_place, partial, target, copy.deepcopy(position))
             pool.shutdown(wait=False)
         wait(accelerator)
 
-    def settle(self) -> None:
-        """Wait until the last checkpoint is in place. All processes call it."""
-        self._finish_commit()
-        wait(self.accelerator)
+    def __enter__(self):
+        return self
 
-    def _finish_commit(self) -> None:
-        if self._commit is not None:
-            (target, partial, commit), self._commit = self._commit, None
-            with saving(target.name, partial):
-                commit.result()
+    def __exit__(self, kind, *_):
+        """After the loop, or what ended it, the last checkpoint is in place. Without an error all processes wait."""
+        failure = self._finish_commit()
+        if kind is None:
+            if failure:
+                fail(failure)
+            wait(self.accelerator)
 
-    def _put_in_place(self, partial: Path, target: Path, position: dict) -> None:
-        write_manifest(partial, position)
-        if target.exists() and not (target / MANIFEST).is_file():
-            set_aside(target)  # it is the user's
-        replace_folder(partial, target)
+    def _finish_commit(self) -> str | None:
+        """Why the last checkpoint could not be put in place, if so."""
+        commit, self._commit = self._commit, None
+        return commit and commit.result()
+
+    def _put_in_place(self, partial: Path, target: Path, position: dict) -> str | None:
+        try:
+            write_manifest(partial, position)
+            if target.exists() and not (target / MANIFEST).is_file():
+                set_aside(target)  # it is the user's
+            replace_folder(partial, target)
+        except OSError as error:
+            failure = cannot_be_saved(target.name, partial, error)
+            fail_after_step(failure)
+            return failure
         logger.info(f"saved {target}")
         self._rotate(keep=target)
 

@@ -5,6 +5,7 @@ flag and the way out. A flag is never parsed and ignored: a combination that a s
 """
 
 import argparse
+import glob
 import importlib.util
 import json
 import math
@@ -200,7 +201,8 @@ def _check_folder(parser, args):
     names = {f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet")}
     if args.caption_column is None or any((folder / name).is_file() for name in names):
         return
-    if not any(path.name in names or path.suffix.lower() in _ARCHIVES for path in folder.rglob("*")):
+    below = map(Path, glob.iglob(os.path.join(glob.escape(args.train_data_dir), "**", "*"), recursive=True))
+    if not any(path.name in names or path.suffix.lower() in _ARCHIVES for path in below):
         parser.error(
             f"--train_data_dir {folder} holds no metadata.jsonl, with a line for each picture such as "
             '{"file_name": "0001.jpg", "text": "a red fox"}; data sets of other forms are for --dataset_name'
@@ -217,16 +219,15 @@ def _check_paths(parser, args):
         if name.startswith("pretrained_") and value and Path(value).is_file():
             parser.error(
                 f"--{name} {value} is a file; what is needed is the folder that diffusers' "
-                "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder) makes of it"
+                "from_single_file(...).save_pretrained(folder) makes of it"
             )
         if is_path and value and value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
             parser.error(f"--{name} {value}: there is no such folder")
-    if args.dataset_name is not None and Path(args.dataset_name, "metadata.jsonl").is_file():
+    kinds = {"metadata.jsonl": "folder of captioned pictures", "state.json": "data set of save_to_disk"}
+    for kind in [kinds[name] for name in kinds if args.dataset_name and Path(args.dataset_name, name).is_file()]:
         for name in ("train_data_dir", "dataset_config_name"):
             if getattr(args, name) is not None:
-                parser.error(
-                    f"--{name} does nothing here: {args.dataset_name} is read as a folder of captioned pictures"
-                )
+                parser.error(f"--{name} does nothing here: {args.dataset_name} is read as a {kind}")
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         parser.error(f"--output_dir {output_dir} is a file")

@@ -20,7 +20,7 @@ TRACKERS = [
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
-        return action.help if silent else f"{action.help} Default: %(default)s."
+        return action.help if silent else f"{action.help.rstrip('.')}. Default: %(default)s."
 
 
 class _Parser(argparse.ArgumentParser):

@@ -140,11 +140,16 @@ def saving(what: str, partial: Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises the second kind
-        with contextlib.suppress(OSError):
-            remove_folder(partial)
-        free = shutil.disk_usage(partial.parent).free / 2**20
-        reason = " ".join(str(error).split())[:300]
-        fail(f"{what} cannot be saved in {partial.parent}, where {free:.0f} MiB are free: {reason}")
+        fail(cannot_be_saved(what, partial, error))
+
+
+def cannot_be_saved(what: str, partial: Path, error: Exception) -> str:
+    """One line that says so; `partial` is removed."""
+    with contextlib.suppress(OSError):
+        remove_folder(partial)
+    free = shutil.disk_usage(partial.parent).free / 2**20
+    reason = " ".join(str(error).split())[:300]
+    return f"{what} cannot be saved in {partial.parent}, where {free:.0f} MiB are free: {reason}"
 
 
 @contextlib.contextmanager

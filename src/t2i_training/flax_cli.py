@@ -14,6 +14,10 @@ HELP = {
 }
 
 
+class DefaultPrecision(str):
+    """A precision that nobody has typed: that of `accelerate launch` comes before it."""
+
+
 def add_flax_args(parser: argparse.ArgumentParser) -> None:
     """To be called after the groups of `cli`, of which a few flags mean or default to something else here."""
     group = parser.add_argument_group("Flax")
@@ -26,7 +30,8 @@ def add_flax_args(parser: argparse.ArgumentParser) -> None:
     cli.add_gradient_checkpointing_arg(group)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
-    parser.set_defaults(seed=checks.DefaultSeed(0), mixed_precision="no")  # as the published Flax script has them
+    # As the published Flax script has them.
+    parser.set_defaults(seed=checks.DefaultSeed(0), mixed_precision=DefaultPrecision("no"))
 
 
 def need_packages(parser: argparse.ArgumentParser) -> None:

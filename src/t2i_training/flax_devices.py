@@ -20,14 +20,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from . import flops, runtime
+from .flax_cli import DefaultPrecision
 
 
 def start(args):
     """(accelerator, mesh). Several hosts are joined where torchrun or `accelerate launch` started several processes."""
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # loader workers leave JAX alone
     wanted, args.mixed_precision = args.mixed_precision, "no"  # which is JAX's business
-    if wanted == "no":
+    if isinstance(wanted, DefaultPrecision):
         wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of `accelerate launch --mixed_precision`
+    if wanted not in ("no", "fp16", "bf16"):
+        runtime.fail(f"--mixed_precision {wanted} is not for JAX: take bf16")
     with patch_environment(accelerate_use_cpu="true"):
         accelerator = runtime.start(args)
     if accelerator.num_processes > 1 and not jax.distributed.is_initialized():

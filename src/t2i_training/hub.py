@@ -43,7 +43,7 @@ def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: i
     waits in a collective meanwhile.
     """
     if accelerator.is_main_process:
-        usage = re.sub("<(pretrained_.*?)>", lambda flag: _loadable_name(getattr(args, flag[1])), card["usage"])
+        usage = re.sub("<(pretrained_.*?)>", lambda flag: _loadable_name(args, flag[1]), card["usage"])
         card = card | {"base_model": getattr(args, card["base_model"]), "usage": usage}
         if "prior" in card:  # diffusers looks for a decoder's prior in this list, be it a hub name or a folder
             card["prior"] = [getattr(args, card["prior"])]
@@ -142,7 +142,7 @@ def _license(base_model: str) -> str | None:
 
     with contextlib.suppress(Exception):  # it has no card, or one that cannot be read
         found = ModelCard.load(Path(base_model) / "README.md").data.license
-        return found if re.fullmatch(r"[\w.-]+", found) else None
+        return found if re.fullmatch(r"[\w.+-]+", found) else None
 
 
 def _settings(args, base_model: str, steps: int) -> list[tuple]:
@@ -166,8 +166,9 @@ def is_hub_name(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
 
 
-def _loadable_name(name: str) -> str:
-    return name if is_hub_name(name) else "path/to/the/base/model"
+def _loadable_name(args, flag: str) -> str:
+    name = getattr(args, flag)
+    return name if is_hub_name(name) else f"path/to/the/{flag.split('_')[1]}"  # model, prior or decoder
 
 
 def _public_name(name: str) -> str:

@@ -74,7 +74,7 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
     rank, world_size, size = accelerator.process_index, accelerator.num_processes, len(dataset)
     first, end = size * rank // world_size, size * (rank + 1) // world_size
     columns = [name for name in (args.image_column, caption_column, folder.FAULTS) if name in dataset.column_names]
-    rows, found = dataset.select_columns(columns).with_format("arrow"), []
+    rows, stored, found = dataset.select_columns(columns).with_format("arrow"), _stored(dataset), []
     texts_alone = dataset.select_columns(columns[1:]).with_format("arrow") if columns[1:] else None
     PIL.Image.init()  # or it loads its rarer kinds when first met, and another thread's picture goes unrecognised
     pool = ThreadPoolExecutor(machine.cores())
@@ -87,8 +87,8 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
             warnings.simplefilter("ignore")  # PIL on harmless metadata; real faults raise
             for start in range(first, end, _CHUNK):
                 chunk = range(start, min(start + _CHUNK, end))
-                keys = [f"{dataset._fingerprint}:{row}" for row in chunk]  # of pictures that the data set itself holds
-                if known.keys() >= {*keys}:  # they are not read again
+                keys = [f"{stored}:{row}" if stored else None for row in chunk]
+                if stored and known.keys() >= {*keys}:  # pictures that the data set itself holds are not read again
                     looked_at = [(key, Picture(*known[key], None)) for key in keys]
                     chunk = _rows(texts_alone, chunk)
                 else:
@@ -105,12 +105,19 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
     return found
 
 
+def _stored(dataset) -> str | None:
+    """What tells the files of a data set, and the selection of their rows, from any others; None without files."""
+    files = [(file["filename"], os.stat(file["filename"])) for file in dataset.cache_files]
+    seen = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    return hashlib.blake2b(repr((dataset._fingerprint, seen)).encode(), digest_size=16).hexdigest() if seen else None
+
+
 def _rows(dataset, numbers: range) -> list[dict]:
     """Rows of a data set in Arrow's format; of none, rows without entries."""
     return [{} for _ in numbers] if dataset is None else dataset[numbers.start : numbers.stop].to_pylist()
 
 
-def _look(entry: dict | None, key: str, known: dict) -> tuple[str | None, Picture]:
+def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None, Picture]:
     """(key in the memo, picture) of an image column's entry; `key` is that of a picture without a file of its own.
 
     Runs in a thread.
@@ -128,6 +135,9 @@ def _look(entry: dict | None, key: str, known: dict) -> tuple[str | None, Pictur
         if content is None:
             content = Path(entry["path"]).read_bytes()
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        key = key or digest
+        if key in known:
+            return key, Picture(*known[key], None)
         if not content:
             return key, Picture(digest, 0, 0, "the file is empty")
         _, (width, height) = images.decode_with_size(content, min_side=1)
@@ -236,6 +246,5 @@ def _warn_of_repeats(args, dataset, pictures: list[Picture], caption_column: str
         repeats += [(row, first)] if first != row else []
     if repeats:
         row, first = (data.describe(dataset, args.image_column, index) for index in repeats[0])
-        logger.warning(
-            f"{len(repeats)} samples repeat an earlier one, picture and caption; the first: {row} as {first}"
-        )
+        what = f"{len(repeats)} samples repeat an earlier one, picture and caption"
+        logger.warning(f"{what}; the first: {row} as {first}")

@@ -38,10 +38,15 @@ def loader_workers(args, batch_size: int) -> int:
 def explain_out_of_memory() -> None:
     """Have this process end with one line, and no stack trace, where the GPU's or the host's memory is used up."""
 
+    before = sys.excepthook
+    if before.__module__ == __name__:  # of an earlier run in this process
+        return
+
     def hook(kind, error, traceback):
         reason = texts.reason(error)
-        if not any(words in reason for words in ("out of memory", "can't allocate memory", "RESOURCE_EXHAUSTED")):
-            return sys.__excepthook__(kind, error, traceback)
+        words = ("out of memory", "allocate memory", "resource_exhausted")
+        if not issubclass(kind, MemoryError) and not any(word in reason.lower() for word in words):
+            return before(kind, error, traceback)
         advice = (
             "lower --train_batch_size (and raise --gradient_accumulation_steps as much), or take "
             "--gradient_checkpointing, --cache_encodings, --mixed_precision=bf16"

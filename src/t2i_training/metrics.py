@@ -162,7 +162,10 @@ class Progress:
             what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
             step = self.step - len(losses) + i + 1
             if not self.accelerator.is_main_process:
-                raise SystemExit(1)  # the main process says it
+                processes.wait(
+                    self.accelerator
+                )  # until the end of the main one, which says it: a launcher kills the others
+                raise SystemExit(1)
             runtime.fail(
                 f"{what} at step {step}, nothing saved since; the step's samples: {'; '.join(names)}. "
                 "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"

@@ -46,7 +46,8 @@ class Board:
             try:
                 return call(*arguments, **options)
             finally:
-                self.enter(after or before)
+                if after or self.phase == phase:  # or another thread has entered one since
+                    self.enter(after or before)
 
         setattr(owner, name, marked)
 
@@ -58,6 +59,7 @@ class Board:
         self.wrap(checkpoint.CheckpointManager, "restore", "restoring")
         self.wrap(metrics.Progress, "begin", "loading", "step")
         self.wrap(checkpoint.CheckpointManager, "save", "checkpoint")
+        self.wrap(checkpoint.CheckpointManager, "_put_in_place", "checkpoint")  # in a thread, while steps are taken
         self.wrap(checkpoint.CheckpointManager, "_rotate", "rotation")
         self.wrap(validation, "validate", "validation")
         self.wrap(files, "publish", "export", "end")
