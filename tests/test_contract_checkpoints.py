@@ -14,7 +14,7 @@ import torch
 from conftest import flags, load_script, short_run
 from runs import checkpoints, outcome, rows, wait_until, weights
 
-from t2i_training import checkpoint
+from t2i_training import checkpoint, files
 
 
 def manifest(folder) -> dict:
@@ -394,3 +394,22 @@ def test_no_code_in_a_checkpoint_is_run(resume, out, tmp_path, name, save):
     assert not crater.exists()
     pickle.loads(pickle.dumps(Bomb(crater)))  # it is a live one
     assert crater.exists()
+
+
+def test_disk_that_fails_while_training_goes_on(train, tmp_path, monkeypatch):
+    """The run ends after the step under way, and is saved as it then stands."""
+
+    def sync(path):
+        if ".checkpoint-4." in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        files.sync(path)
+
+    monkeypatch.setattr("t2i_training.manifest.sync", sync)
+    message = refusal(train, max_train_steps=1000, checkpointing_steps=2)
+    assert message.startswith(f"error: checkpoint-4 cannot be saved in {tmp_path / 'out'}, where ")
+    last = rows(tmp_path / "out")[-1]["step"]
+    assert 4 < last < 1000
+    assert checkpoints(tmp_path / "out")[:1] == ["checkpoint-2"]
+    assert f"checkpoint-{last}" in checkpoints(tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".checkpoint-*"))
+    train(max_train_steps=last + 1, resume_from_checkpoint="latest")

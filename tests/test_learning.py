@@ -51,7 +51,7 @@ def run(script: str, output_dir, **changes):
 
 QUICK = {
     "pretrained_model_name_or_path": BASE, "train_data_dir": QUICKSTART / "pictures", "resolution": 64,
-    "center_crop": True, "train_batch_size": 4,
+    "center_crop": True, "train_batch_size": 4, "cache_encodings": True,
 }  # fmt: skip
 
 
@@ -106,7 +106,6 @@ def test_lora_run_learns_the_style(base_shares, tmp_path):
     folder = run(
         "sd_lora", tmp_path / "out", **QUICK | {"train_batch_size": 8}, rank=16, learning_rate=8e-3,
         adam_weight_decay=0, max_train_steps=300, snr_gamma=5, noise_offset=0.3, caption_dropout=0.3,
-        cache_encodings=True,
     )  # fmt: skip
     pipeline.load_lora_weights(folder, weight_name=lora.WEIGHTS_NAME)
     assert mean_loss(pipeline.unet) < before / 3

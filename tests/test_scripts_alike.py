@@ -186,7 +186,7 @@ def test_an_unexplained_difference_is_shown():
         compare("prior", here, there, REPEATED, DIFFERENCES["prior"])
     message = str(failure.value)
     assert "main differs" in message
-    assert "\n-                optimizer.zero_grad()\n+                pass\n" in message
+    assert "\n-                    optimizer.zero_grad()\n+                    pass\n" in message
     assert "--- sd, with the allowed differences" in message
     assert "+++ prior" in message
 
