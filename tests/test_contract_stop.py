@@ -124,6 +124,9 @@ def test_signals_that_libraries_take_for_something_else(train, monkeypatch, tmp_
         train(output_dir=tmp_path / "other")
     assert stop.value.code == 130
     assert read_rows(tmp_path / "other") == []
+    with pytest.raises(SystemExit) as stop:
+        train(max_train_steps=1, resume_from_checkpoint="latest")
+    assert stop.value.code == 130, "nothing was left to do"
 
 
 def test_signal_in_the_last_step_still_exports(train, tmp_path):

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from .files import cannot_be_saved, forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside
 from .manifest import MANIFEST, read_manifest, verify, write_manifest
 from .processes import wait
-from .runtime import fail, fail_after_step, logger, readable_errors
+from .runtime import fail, fail_after_step, heed_early_stop, logger, readable_errors
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)")
@@ -79,7 +79,7 @@ class CheckpointManager:
         wait(accelerator)
 
     def __enter__(self):
-        return self
+        heed_early_stop()  # here, for there may be no step left to take
 
     def __exit__(self, kind, *_):
         """After the loop, or what ended it, the last checkpoint is in place. Without an error all processes wait."""

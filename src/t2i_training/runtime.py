@@ -177,7 +177,7 @@ def readable_errors(flag: str, value: str):
     try:
         yield
     except (Exception, SystemExit) as error:
-        _heed_early_stop()  # torch's C++ makes an error of its own of the exit that a signal raises
+        heed_early_stop()  # torch's C++ makes an error of its own of the exit that a signal raises
         if isinstance(error, SystemExit):
             raise
         line = f"{flag} {texts.printable(str(value))}: {type(error).__name__}: {texts.reason(error)[:500]}"
@@ -224,11 +224,12 @@ def _catch_signals() -> None:
 def begin_loop() -> None:
     """From here on there is something to save: a stop signal waits for the end of its step."""
     global _loop_runs
-    _heed_early_stop()  # where a library has passed over the exit
+    heed_early_stop()
     _loop_runs = True
 
 
-def _heed_early_stop() -> None:
+def heed_early_stop() -> None:
+    """Exit as a stop signal wanted to before the loop, where a library has passed over that."""
     if _stop_signal and not _loop_runs:
         raise SystemExit(128 + _stop_signal) from None
 
