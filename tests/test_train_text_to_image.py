@@ -19,7 +19,7 @@ import tiny
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from conftest import flags, free_port, launch, load_script
+from conftest import flags, free_port, load_script
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -285,12 +285,6 @@ def test_safety_checker_of_the_base_is_kept_and_does_not_black_out_validation(ru
     assert tree(folder) >= {*files, "feature_extractor/preprocessor_config.json"}
     assert differ(load_file(folder / files[1]), load_file(tmp_path / "base" / files[1])) == []
     assert np.array_equal(picture(folder / "validation/step-000000/00.png"), draw(base, "a cat", 3))
-
-
-def test_launched_by_python(tokens, run, tmp_path):
-    done = launch("sd", tokens(output_dir=tmp_path / "out"), cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert differ(weights(tmp_path / "out"), weights(run())) == []
 
 
 GUIDE = """
