@@ -106,7 +106,7 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    from .files import free_name, write_text
+    from .files import write_text
 
     head = {
         "license": _license(base_model) or license,
@@ -131,9 +131,16 @@ def write_card(
     data = ModelCardData(**head)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
     file = Path(args.output_dir) / "README.md"
-    if file.exists() and TAGS[-1] not in file.read_text(encoding="utf-8", errors="replace"):
-        shutil.copy2(file, free_name(file))  # it is the user's
+    _keep_the_users(file)
     write_text(file, str(card))
+
+
+def _keep_the_users(file: Path) -> None:
+    """A README.md that no run has written stays, under another name."""
+    from .files import free_name
+
+    if file.exists() and TAGS[-1] not in file.read_text(encoding="utf-8", errors="replace"):
+        shutil.copy2(file, free_name(file))
 
 
 def _license(base_model: str) -> str | None:
