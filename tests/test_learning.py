@@ -86,11 +86,13 @@ def test_lora_run_learns_the_style(base_shares, tmp_path):
     pipeline = measure.load(BASE)
     folder = run(
         "sd_lora", tmp_path / "out", **QUICK | {"train_batch_size": 8}, rank=16, learning_rate=8e-3,
-        adam_weight_decay=0, max_train_steps=240, snr_gamma=5, noise_offset=0.3, caption_dropout=0.3,
+        adam_weight_decay=0, max_train_steps=300, snr_gamma=5, noise_offset=0.3, caption_dropout=0.3,
     )  # fmt: skip
     pipeline.load_lora_weights(folder, weight_name=lora.WEIGHTS_NAME)
     assert sum(base_shares) / 16 < 0.01  # measured: 0.0002
-    assert carried(night_shares(pipeline)) >= 12  # measured: 14; after 300 steps 16, and 15 from seed 1
+    shares = night_shares(pipeline)
+    assert carried(shares[:8]) >= 6  # the captions of the pictures; measured: 8
+    assert carried(shares) >= 14  # measured: 16, and 15 from seed 1
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(4, 797_184), (16, 3_188_736)])
