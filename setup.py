@@ -1,6 +1,10 @@
+import tempfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+# pip builds in the source tree: these two would stay there, an old build/ with files that are gone from src/.
+scratch = tempfile.TemporaryDirectory()
 
 setup(
     name="t2i-training",
@@ -14,4 +18,5 @@ setup(
         for line in (Path(__file__).parent / "requirements.txt").read_text().splitlines()
         if line and not line.startswith("#")
     ],
+    options={"build": {"build_base": scratch.name}, "egg_info": {"egg_base": scratch.name}},
 )

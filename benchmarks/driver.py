@@ -74,12 +74,15 @@ def main() -> None:
     def after_update(*_):
         nonlocal asked, times
         asked -= 1
-        if not asked and torch.cuda.is_initialized():
+        on_gpu = torch.cuda.is_initialized()
+        if not asked and on_gpu:
             torch.cuda.synchronize()  # at the ends of a turn alone: the script may run ahead of the device within it
         times.append(time.perf_counter())
         if not asked:
-            parent.send((times, sum(caching), sum(compiling)))
+            parent.send((times, sum(caching), sum(compiling), torch.cuda.max_memory_allocated() if on_gpu else 0))
             asked = parent.recv()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             times = [time.perf_counter()]
 
     if flax:

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import runs
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -154,36 +155,47 @@ def build(folder: Path, size: str, names: set[str]) -> dict[str, Path]:
     return made
 
 
-def _save_stable_diffusion(target: Path, networks: dict) -> None:
+def stable_diffusion_pipeline(networks: dict, folder: Path) -> StableDiffusionPipeline:
+    """The pipeline around these networks. `folder` is where the tokenizer's files go."""
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
         set_alpha_to_one=False,
     )  # fmt: skip
-    StableDiffusionPipeline(
-        **networks, tokenizer=make_tokenizer(target / "tokenizer"), scheduler=scheduler, safety_checker=None,
+    return StableDiffusionPipeline(
+        **networks, tokenizer=make_tokenizer(folder / "tokenizer"), scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(target)  # fmt: skip
+    )  # fmt: skip
 
 
-def _save_prior(target: Path, networks: dict) -> None:
+def prior_pipeline(networks: dict, folder: Path) -> KandinskyV22PriorPipeline:
+    """As above."""
     torch.nn.init.ones_(networks["prior"].clip_std)  # zero as it comes, and embeddings are divided by it
-    KandinskyV22PriorPipeline(
-        **networks, tokenizer=make_tokenizer(target / "tokenizer"), image_processor=CLIPImageProcessor(),
+    return KandinskyV22PriorPipeline(
+        **networks, tokenizer=make_tokenizer(folder / "tokenizer"), image_processor=CLIPImageProcessor(),
         scheduler=UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", num_train_timesteps=1000),
-    ).save_pretrained(target)  # fmt: skip
+    )  # fmt: skip
 
 
-def _save_decoder(target: Path, networks: dict) -> None:
+def decoder_pipeline(networks: dict) -> KandinskyV22Pipeline:
+    """Without the image encoder, which belongs to the prior's pipeline."""
     scheduler = DDPMScheduler(
         beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, variance_type="learned_range"
     )
-    encoder = networks.pop("image_encoder")  # which belongs to the prior: the folder serves for both flags
+    return KandinskyV22Pipeline(unet=networks["unet"], movq=networks["movq"], scheduler=scheduler)
+
+
+def _save_decoder(target: Path, networks: dict) -> None:
+    encoder = networks["image_encoder"]
     side = encoder.config.image_size
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    encoder.save_pretrained(target / "image_encoder")
-    processor.save_pretrained(target / "image_processor")
-    KandinskyV22Pipeline(**networks, scheduler=scheduler).save_pretrained(target)
+    encoder.save_pretrained(target / runs.ENCODER / "image_encoder")
+    processor.save_pretrained(target / runs.ENCODER / "image_processor")
+    decoder_pipeline(networks).save_pretrained(target)
 
 
 BUILDERS = {"sd": stable_diffusion, "prior": prior, "decoder": decoder}
-SAVERS = {"sd": _save_stable_diffusion, "prior": _save_prior, "decoder": _save_decoder}
+SAVERS = {
+    "sd": lambda target, networks: stable_diffusion_pipeline(networks, target).save_pretrained(target),
+    "prior": lambda target, networks: prior_pipeline(networks, target).save_pretrained(target),
+    "decoder": _save_decoder,
+}

@@ -29,7 +29,7 @@ class Plan:
 PLANS = {
     "tiny": Plan({"sd": 4, "prior": 4, "decoder": 4}, pictures=16, dropped=3, rounds=5, updates=5),
     "medium": Plan({"sd": 8, "prior": 8, "decoder": 8}, pictures=24, dropped=1, rounds=3, updates=2),
-    "full": Plan({"sd": 32, "prior": 32, "decoder": 32}, pictures=256, dropped=10, rounds=3, updates=20),
+    "full": Plan({"sd": 16, "prior": 16, "decoder": 16}, pictures=1024, dropped=5, rounds=3, updates=10),
 }
 
 
@@ -71,12 +71,14 @@ class Bench:
 
 @dataclass
 class Result:
-    """One variant: seconds of an update in each round; of the start to the first update, and of caching in it."""
+    """One variant: seconds of an update in each round; of the start to the first update, and of caching in it; the GPU
+    memory at the peak of the updates, in bytes."""
 
     seconds: list[float] = field(default_factory=list)
     start: float | None = None
     caching: float = 0.0
     compiling: float = 0.0
+    peak: int = 0
     failed: str = ""  # the reason
 
 
@@ -132,6 +134,7 @@ def _take_turns(bench: Bench, name: str, scripts: dict[str, Path], results: dict
                     updates = under_way[variant].turn(plan.updates)
                     average = statistics.mean if bench.cuda else statistics.median
                     results[variant].seconds.append(average(updates))
+                    results[variant].peak = max(results[variant].peak, under_way[variant].peak)
 
 
 @contextlib.contextmanager

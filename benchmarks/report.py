@@ -4,7 +4,9 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import statistics
+import sys
 from pathlib import Path
 
 import flops
@@ -33,12 +35,28 @@ def machine() -> str:
     )
 
 
+def command() -> str:
+    """As it was given, without folders of this machine."""
+    words = []
+    for word in sys.argv[1:]:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(flag + equals + ("DIR" if Path(value).is_absolute() else value))
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
 class Report:
     """The file, written anew with every part: what was measured before an interruption is there."""
 
     def __init__(self, path: Path, append: bool):
         self._path = path
         self._text = path.read_text() if append and path.exists() else "# Results\n"
+
+    def mark(self) -> str:
+        """Where the report stands; `back` goes there again."""
+        return self._text
+
+    def back(self, mark: str) -> None:
+        self._text = mark
 
     def add(self, text: str) -> None:
         print(f"\n{text}", flush=True)
@@ -119,6 +137,16 @@ def start_table(bench: rates.Bench, measured: dict) -> str:
         caching = f"{(cold.caching - warm.caching) / bench.plan.pictures * 1000:.3g}" if known else "-"
         rows.append([name, *(f"{start:.1f}" if start else "-" for start in starts), caching])
     return table(["script", *columns, "caching, s per 1000 pictures"], rows)
+
+
+def memory_table(bench: rates.Bench, measured: dict) -> str:
+    columns = [rates.REFERENCE] * (bench.reference is not None) + list(bench.variants)
+    columns = [c for c in columns if any(c in results for results in measured.values())]
+    rows = []
+    for name, results in measured.items():
+        peaks = [results[c].peak if c in results else 0 for c in columns]
+        rows.append([name, *(f"{peak / 2**30:.1f}" if peak else "-" for peak in peaks)])
+    return table(["script", *columns], rows)
 
 
 def utilisation_table(bench: rates.Bench, measured: dict, ceiling: float) -> str:

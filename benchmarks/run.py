@@ -62,30 +62,27 @@ def prepare(args) -> rates.Bench:
     return bench
 
 
-def command() -> str:
-    """As it was given, without folders of this machine."""
-    words = []
-    for word in sys.argv[1:]:
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words.append(flag + equals + ("DIR" if Path(value).is_absolute() else value))
-    return shlex.join(["python", "benchmarks/run.py", *words])
-
-
 def add_rates(args, bench: rates.Bench, results: report.Report) -> None:
-    """Each script when it is measured, then the tables of all."""
+    """The tables of all scripts, with each script anew: what was measured before an interruption is in the file."""
     with bench.start(args.scripts[0], "plain", runs.own_script(args.scripts[0])):
         pass  # thrown away: from here on file caches are warm, and `datasets` knows the pictures
-    measured = {}
+    ceiling = flops.matrix_rate("cuda" if bench.cuda else "cpu", torch.bfloat16 if bench.cuda else torch.float32)
+    measured, before = {}, results.mark()
     for name in args.scripts:
         measured[name] = rates.measure(bench, name)
-        print(report.rate_table(bench, {name: measured[name]}), flush=True)
+        results.back(before)
+        add_rate_tables(bench, measured, ceiling, results)
+
+
+def add_rate_tables(bench: rates.Bench, measured: dict, ceiling: float, results: report.Report) -> None:
     text = f"{bench.resolution} px; in brackets, times the rate of the reference, or else of the plain run."
     results.add(f"### Training rate, images/s\n\n{text}\n\n{report.rate_table(bench, measured)}")
     if reasons := report.failures(measured):
         results.add(reasons)
     results.add(f"### Start to first update, s\n\n{report.start_table(bench, measured)}")
-    kind = torch.bfloat16 if bench.cuda else torch.float32
-    ceiling = flops.matrix_rate("cuda" if bench.cuda else "cpu", kind)
+    if bench.cuda:
+        text = "GiB that torch's allocator had given out at most during the updates that were measured."
+        results.add(f"### GPU memory, GiB\n\n{text}\n\n{report.memory_table(bench, measured)}")
     results.add(
         "### Utilisation\n\nArithmetic of the networks, as a share of what a large matrix product reaches.\n\n"
         + report.utilisation_table(bench, measured, ceiling)
@@ -134,7 +131,7 @@ def add_help(args, bench: rates.Bench, results: report.Report) -> None:
 def main() -> None:
     args = parse_args()
     results = report.Report(args.output, args.append)
-    results.add(f"## Networks: {args.size}\n\n{report.machine()}\n\n    {command()}")
+    results.add(f"## Networks: {args.size}\n\n{report.machine()}\n\n    {report.command()}")
     bench = prepare(args)
     if "flops" in args.parts:
         text = "GFLOP per image; the real figures are of Stable Diffusion 1.5 and Kandinsky 2.2 at 512 px."

@@ -26,6 +26,7 @@ REFERENCE_NAMES = {
     "prior_lora": ("train_text_to_image_lora_prior.py", "train_text_to_image_prior_lora.py"),
     "decoder_lora": ("train_text_to_image_lora_decoder.py", "train_text_to_image_decoder_lora.py"),
 }
+ENCODER = "encoder"  # folder below the decoder's, with all that its training reads of a prior
 LONGEST_TURN = 3600  # seconds; a run that says nothing for so long hangs
 
 
@@ -58,7 +59,8 @@ class Run:
     """A run that has made its first update.
 
     `started` is the time that took, from the start of the process, `caching` that within `encodings.cached`, and
-    `compiling` that of JAX's compiler, in seconds. The run ends with `close`, wherever it stands: nothing is exported.
+    `compiling` that of JAX's compiler, in seconds; `peak` the most GPU memory that torch's allocator had given out in
+    the last turn, in bytes. The run ends with `close`, wherever it stands: nothing is exported.
     """
 
     def __init__(self, script: Path, flags: list[str], work: Path):
@@ -72,13 +74,13 @@ class Run:
         )  # fmt: skip
         theirs.close()
         try:
-            times, self.caching, self.compiling = self._receive()
+            times, self.caching, self.compiling, self.peak = self._receive()
         except BaseException:
             self.close()
             raise
         self.started = times[0] - began
 
-    def _receive(self) -> tuple[list[float], float, float]:
+    def _receive(self) -> tuple[list[float], float, float, int]:
         try:
             if self._connection.poll(LONGEST_TURN):
                 return self._connection.recv()
@@ -94,15 +96,13 @@ class Run:
         """
         with contextlib.suppress(ConnectionError):  # it has ended, as receiving will tell
             self._connection.send(updates)
-        times, *_ = self._receive()
+        times, *_, self.peak = self._receive()
         return [after - before for before, after in itertools.pairwise(times)]
 
     def _last_line(self) -> str:
         self._process.wait()
         self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").replace("\r", "\n").split("\n")
-        line = next((line for line in reversed(lines) if line.strip()), "no output")
-        return re.sub(r"(/[^\s/'\"]+)+/", "", line).strip()[:160]  # without folders
+        return last_line(self._log.read().decode(errors="replace"))
 
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -118,6 +118,13 @@ class Run:
         self.close()
 
 
+def last_line(text: str) -> str:
+    """The last that a process wrote, without folders."""
+    lines = text.replace("\r", "\n").split("\n")
+    line = next((line for line in reversed(lines) if line.strip()), "no output")
+    return re.sub(r"(/[^\s/'\"]+)+/", "", line).strip()[:160]
+
+
 def flags(**values) -> list[str]:
     """flags(seed=1, cache_encodings=True): what a command line takes; None and False leave a flag out."""
     tokens = []
@@ -130,9 +137,13 @@ def flags(**values) -> list[str]:
 def training_flags(name: str, pipelines: dict[str, Path], **changes) -> list[str]:
     """Flags of a run of script `name`, or of the reference's, that goes on until it is closed."""
     base = name.removesuffix("_lora")
-    if base == "sd":
-        networks = {"pretrained_model_name_or_path": pipelines["sd"], "center_crop": True}
-    else:
-        networks = {f"pretrained_{part}_model_name_or_path": pipelines[base] for part in ("prior", "decoder")}
+    networks = {
+        "sd": lambda folder: {"pretrained_model_name_or_path": folder, "center_crop": True},
+        "prior": lambda folder: {"pretrained_prior_model_name_or_path": folder},
+        "decoder": lambda folder: {
+            "pretrained_decoder_model_name_or_path": folder,
+            "pretrained_prior_model_name_or_path": folder / ENCODER,
+        },
+    }[base](pipelines[base])
     endless = {"max_train_steps": 10**6, "checkpointing_steps": 10**6}
     return flags(**networks | endless | {"seed": 1, "learning_rate": 1e-6, "lr_warmup_steps": 0} | changes)

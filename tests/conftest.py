@@ -1,4 +1,4 @@
-"""Shared by all tests: a home of its own for caches, one thread for tiny networks, tiny models made once."""
+"""Shared by all tests: a home of its own for caches, one thread unless told otherwise, tiny models made once."""
 
 import importlib.util
 import io
@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="t2i-tests-"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"HF_HOME": tempfile.mkdtemp(prefix="t2i-tests-"), "HF_HUB_OFFLINE": "1"}
 os.environ |= {"WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"ACCELERATE_USE_CPU": "true", "JAX_PLATFORMS": "cpu"}  # results there are the same bit for bit
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests/capabilities.sh asks for more
 
 import pytest
 import tiny
@@ -23,7 +24,7 @@ import tiny_kandinsky
 import torch
 from accelerate import PartialState
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
 
 # The longest first, so that no worker is left with one of them when the others have nothing to do.
@@ -127,6 +128,18 @@ def draw_curves_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "_figure", draw_once)
         yield figure
+
+
+SYNC_FOR_REAL = ("test_contract_checkpoints.py", "test_contract_storage.py")  # and all runs in processes of their own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk(request):
+    """A run syncs 28 files and folders, several milliseconds each, for a loss of power that no test can cause."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name not in SYNC_FOR_REAL:
+            patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 @cache

@@ -79,6 +79,11 @@ NO_MODEL = {"pretrained_model_name_or_path": "{root}/nowhere"}
 USAGE_ERRORS = {  # refused before torch is imported: exit status 2
     "no model": ({"pretrained_model_name_or_path": None}, "required: --pretrained_model_name_or_path"),
     "model folder missing": (NO_MODEL, "--pretrained_model_name_or_path {root}/nowhere: there is no such folder"),
+    "not a pipeline": (
+        {"pretrained_model_name_or_path": "{not_a_pipeline}"},
+        "--pretrained_model_name_or_path {not_a_pipeline} holds no model_index.json: it is no pipeline of diffusers",
+    ),
+    "variant missing": ({"variant": "fp16"}, " has no weights of --variant=fp16; leave the flag out"),
     "no data": ({"train_data_dir": None}, "no data: give --dataset_name, or --train_data_dir"),
     "no pictures": ({"train_data_dir": "{empty_folder}"}, "--train_data_dir {empty_folder} holds no metadata.jsonl"),
     "data folder missing": ({"train_data_dir": "{root}/gone"}, "--train_data_dir {root}/gone: there is no such folder"),
@@ -196,7 +201,7 @@ RUN_ERRORS = {  # found once data and models are opened: exit status 1
     "no such configuration": (own_data("{renamed}", dataset_config_name="winter"), "'winter'"),
     "broken metadata": (
         {"train_data_dir": "{broken_metadata}"},
-        "--train_data_dir {broken_metadata}: ValueError: metadata.jsonl line 1: the line is no JSON",
+        "--train_data_dir {broken_metadata}: metadata.jsonl line 1: the line is no JSON",
     ),
     "data set unknown": ({"train_data_dir": None, "dataset_name": "nobody/nothing"}, "--dataset_name nobody/nothing: "),
     "more samples than there are": (
@@ -209,11 +214,7 @@ RUN_ERRORS = {  # found once data and models are opened: exit status 1
     ),
     "picture missing": (
         {"train_data_dir": "{missing_picture}"},
-        "row 2 ({missing_picture}/2.png, metadata.jsonl line 3): FileNotFoundError",
-    ),
-    "not a pipeline": (
-        {"pretrained_model_name_or_path": "{not_a_pipeline}"},
-        "--pretrained_model_name_or_path {not_a_pipeline}: ",
+        "row 2 ({missing_picture}/2.png, metadata.jsonl line 3): No such file: 2.png",
     ),
     "weights cut short": (
         {"pretrained_model_name_or_path": "{broken_model}"},
@@ -223,7 +224,6 @@ RUN_ERRORS = {  # found once data and models are opened: exit status 1
         {"pretrained_model_name_or_path": "nobody/nothing"},
         "--pretrained_model_name_or_path nobody/nothing: ",
     ),
-    "variant missing": ({"variant": "fp16"}, "fp16"),
 }
 
 

@@ -77,7 +77,7 @@ def test_one_prompt_needs_no_list(config, parse):
     assert parse("--config", config("validation_prompts: a red bird\n")).validation_prompts == ["a red bird"]
 
 
-@pytest.mark.parametrize("spelling", ["--config={}", "--conf={}"])
+@pytest.mark.parametrize("spelling", ["--config={}"])
 def test_config_in_every_spelling(config, parse, spelling):
     assert parse(spelling.format(config("snr_gamma: 5\n"))).snr_gamma == 5
 
@@ -148,7 +148,9 @@ def test_public_config_comes_back_through_config(config, parse):
     project = changes.pop("tracker_project_name")
     tokens = [*flags(**{name: value for name, value in changes.items() if name != "validation_prompts"})]
     path = config("validation_prompts: " + yaml.safe_dump(prompts, default_flow_style=True, allow_unicode=True))
-    args = parse(*tokens, f"--tracker_project_name={project}", f"--config={path}", learning_rate=None)
+    # Of the hub: revisions and variants are not for a folder.
+    model = {"learning_rate": None, "pretrained_model_name_or_path": "someone/model"}
+    args = parse(*tokens, f"--tracker_project_name={project}", f"--config={path}", **model)
     assert args.validation_prompts == prompts
     again = load_script("sd").parse_args(["--config", config(yaml.safe_dump(checks.public_config(args)))])
     assert checks.public_config(again) == checks.public_config(args)
@@ -307,6 +309,57 @@ def test_token_and_tracker_that_shows_the_configuration(parse, refused):
         assert f"--report_to {tracker} together with --hub_token could publish the token" in message
         assert "hf_secret" not in message
     parse(report_to="tensorboard", push_to_hub=True, hub_token="hf_secret")
+
+
+def test_several_trackers(parse, refused, monkeypatch):
+    """As accelerate takes them, though as one string, which run_config.yaml gives back."""
+    found = {"wandb", "tensorboard", "fcntl"}
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True if name in found else None)
+    assert parse(report_to="wandb,tensorboard").report_to == "wandb,tensorboard"
+    assert parse(report_to="wandb, tensorboard,wandb").report_to == "wandb,tensorboard"
+    assert "--report_to aim needs the package aim: pip install aim" in refused(parse, report_to="tensorboard,aim")
+    assert "--report_to must be one of tensorboard, wandb, " in refused(parse, report_to="tensorboard,")
+    for name in ("all", "none"):
+        assert f"--report_to {name} stands alone, not in 'wandb,{name}'" in refused(parse, report_to=f"wandb,{name}")
+    message = refused(parse, report_to="tensorboard,wandb", push_to_hub=True, hub_token="hf_secret")
+    assert "--report_to tensorboard,wandb together with --hub_token could publish the token" in message
+
+
+PUBLISHED = {  # what a published script's checkpoint holds -> the way out
+    ("unet/config.json", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"): "copy its unet/ over that in a",
+    ("prior/config.json", "optimizer.bin", "random_states_0.pkl"): "copy its prior/ over that in a",
+    ("pytorch_lora_weights.safetensors", "optimizer.bin", "scheduler.bin"): "",
+    ("model.safetensors",): "",
+    ("pytorch_model/mp_rank_00_model_states.pt",): "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", PUBLISHED, ids="+".join)
+def test_a_published_scripts_checkpoint(files, parse, refused, tmp_path):
+    folder = tmp_path / "out" / "checkpoint-500"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    said = f"{folder} has no manifest.json: another script wrote it, whose optimizer and position cannot be continued"
+    for wanted in ("latest", "checkpoint-500", str(folder)):
+        message = refused(parse, resume_from_checkpoint=wanted)
+        assert f"--resume_from_checkpoint {wanted}: {said} here; move it away" in message
+        assert PUBLISHED[files] in message
+    assert "move it away, to start from the beginning" in refused(parse, resume_from_checkpoint="latest")
+    parse()
+    for number in (400, 600):  # with ours before it, and after it
+        (tmp_path / "out" / f"checkpoint-{number}").mkdir()
+        (tmp_path / "out" / f"checkpoint-{number}" / "manifest.json").write_text("{}")
+        if number == 400:
+            message = refused(parse, resume_from_checkpoint="latest")
+            assert "move it away, to continue from that of these scripts before it" in message
+    parse(resume_from_checkpoint="latest")
+
+
+def test_a_folder_of_notes_is_no_checkpoint(parse, tmp_path):
+    (tmp_path / "out" / "checkpoint-500").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-500" / "notes.txt").write_text("mine")
+    parse(resume_from_checkpoint="latest")
 
 
 def test_earlier_run_is_not_overwritten(parse, refused, tmp_path):

@@ -44,6 +44,7 @@ CACHE = {  # the flags of cached encodings, as every script that has them has th
     "cache_crops": {"type": "int", "default": 4},
 }
 for name, flags in OURS.items():
+    flags |= {"log_file"}
     flags |= {"skip_bad_samples"} if name == "sd_flax" else {"skip_bad_samples", "torch_compile"}
 DEFAULTS = {"dataloader_num_workers": None}  # that differ from the published ones: results do not depend on them
 TYPES = {None: "str", str: "str", int: "int", float: "float"}
@@ -96,7 +97,8 @@ def test_our_additions_are_these(script, monkeypatch):
 
 def test_every_flag_is_spelled_in_full_and_explained(script, monkeypatch):
     for name, action in actions(script, monkeypatch).items():
-        assert action.option_strings == [f"--{name}"]
+        also = ["--validation_prompt"] if name == "validation_prompts" else []
+        assert action.option_strings == [f"--{name}", *also]
         assert action.help
 
 
@@ -112,10 +114,30 @@ def test_recorded_facts_are_of_seven_scripts():
     }
 
 
-def test_flags_may_be_abbreviated(sd_flags):
-    """The guides write --validation_prompt "..." for a script that has --validation_prompts."""
-    args = load_script("sd").parse_args([*sd_flags(), "--validation_prompt", "a red bird"])
-    assert args.validation_prompts == ["a red bird"]
+def test_several_prompts_under_the_name_of_one(sd_flags):
+    """The guides speak of --validation_prompt for scripts that have --validation_prompts."""
+    for tokens in (["--validation_prompt", "a red bird"], ["--validation_prompt=a red bird"]):
+        assert load_script("sd").parse_args([*sd_flags(), *tokens]).validation_prompts == ["a red bird"]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--learning=1", "learning_rate"), ("--max_train_st=1", "max_train_steps"), ("--conf=x", "config"),
+        ("--use_e", "use_ema"), ("--learning-rate=1", "learning_rate"),
+    ],
+)  # fmt: skip
+def test_abbreviations_are_refused(sd_flags, capsys, given, meant):
+    with pytest.raises(SystemExit):
+        load_script("sd").parse_args([*sd_flags(), given])
+    assert f"unrecognized arguments: {given} (did you mean --{meant}" in capsys.readouterr().err
+
+
+def test_an_abbreviation_of_a_flag_that_is_required(sd_flags, capsys):
+    with pytest.raises(SystemExit):
+        load_script("sd").parse_args(sd_flags(pretrained_model_name_or_path=None, pretrained_model="x"))
+    message = "there is no --pretrained_model (did you mean --pretrained_model_name_or_path?)"
+    assert message in capsys.readouterr().err
 
 
 def test_values_reach_the_arguments(sd_flags):
@@ -152,3 +174,17 @@ def test_usage_errors_import_nothing_heavy(script, tmp_path):
         assert run.returncode == 2
         assert "error: " in run.stderr
         assert not modules & HEAVY
+
+
+def test_without_fcntl(sd_flags):
+    """As on Windows: one line, at once."""
+    hide = "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = sys.argv[1:]; "
+    code = hide + "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-X", "importtime", "-c", code, str(tiny.SCRIPTS["sd"]), *sd_flags()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert (
+        "error: file locks (fcntl) and forked loader workers need Linux or macOS: on Windows, run it in WSL"
+        in run.stderr
+    )
+    assert " torch\n" not in run.stderr

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -83,10 +84,12 @@ def check_list(file, cases) -> None:
     assert files["metadata.jsonl line 3"].endswith("/pictures/truncated.jpg")
 
 
-def test_a_run_fails_before_models_are_loaded_and_lists_all(odd, tmp_path, caplog):
-    """The model does not exist, and that would be said if the run came to it."""
+def test_a_run_fails_before_models_are_loaded_and_lists_all(odd, model, tmp_path, caplog):
+    """The model's weights cannot be read, and that would be said if the run came to them."""
     folder, cases = odd
-    tokens = flags(**short_run("nobody/nothing", folder, tmp_path / "out"))
+    base = shutil.copytree(model, tmp_path / "model")
+    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    tokens = flags(**short_run(base, folder, tmp_path / "out"))
     with caplog.at_level(logging.WARNING, "t2i_training"):
         message = refusal(load_script("sd").main, tokens)
     first = f"row 2 ({folder}/truncated.jpg, metadata.jsonl line 3): OSError: image file is truncated"
@@ -203,7 +206,8 @@ def test_strings_and_lists_of_strings_are_captions(column, inspect):
 
 def test_unknown_caption_column_lists_the_columns(inspect, pictures):
     message = refusal(inspect, pictures, caption_column="caption")
-    assert message == "error: --caption_column 'caption' is not a column; there are: image, text"
+    expected = "--caption_column 'caption' is not a column; there are: image, text; did you mean --caption_column=text?"
+    assert message == f"error: {expected}"
 
 
 def embedded(**columns) -> datasets.Dataset:
@@ -333,7 +337,8 @@ def test_a_changed_file_is_looked_at_again(size_stays, inspect, tmp_path):
     file = folder / "1.png"
     file.write_bytes(bytes(file.stat().st_size) if size_stays else b"no picture")
     os.utime(file, ns=(0, 1))
-    assert f"row 1 ({file}, metadata.jsonl line 2): not a picture" in refusal(inspect, folder)
+    reason = "it begins with nothing but zero bytes" if size_stays else "not a picture"
+    assert f"row 1 ({file}, metadata.jsonl line 2): {reason}" in refusal(inspect, folder)
 
 
 def test_a_bad_file_is_looked_at_again(inspect, tmp_path, monkeypatch):
@@ -440,7 +445,7 @@ def test_nothing_is_lost_when_a_picture_turns_bad(accumulation, workers, command
         message = refusal(main, tokens)
     assert message.startswith("error: row ")
     assert "metadata.jsonl line" in message
-    assert "UnidentifiedImageError: cannot identify image file" in message
+    assert "): not a picture but a text that begins 'no picture'" in message
     (saved,) = checkpoints(tmp_path / "out")
     step = int(saved.removeprefix("checkpoint-"))
     assert step == 3 if workers == 0 else 3 <= step < 12  # workers have read some batches more
@@ -468,7 +473,7 @@ def test_two_processes_save_together_when_one_meets_a_bad_picture(command, serve
     wait_until(lambda: (out / "metrics.jsonl").exists() and len(listed(out / "metrics.jsonl")) >= 3)
     (folder / "4.png").write_bytes(b"no picture")
     assert all(run.wait_for_all())
-    assert f"error: row 4 ({folder}/4.png, metadata.jsonl line 5): UnidentifiedImageError" in run.output()
+    assert f"error: row 4 ({folder}/4.png, metadata.jsonl line 5): not a picture but a text" in run.output()
     (saved,) = checkpoints(out)
     assert verify(out / saved) is None
     assert listed(out / "metrics.jsonl")[-1]["step"] == int(saved.removeprefix("checkpoint-"))

@@ -44,7 +44,7 @@ def test_interrupted_after_every_update(train, script, tmp_path):
     whole = train(tmp_path / "whole", **options)
     pieces = tmp_path / "pieces"
     for update in (1, 2, 3):  # the last signal comes in the last update: that run exports, too
-        with interrupt(1, signal.SIGINT if update % 2 else signal.SIGTERM):
+        with interrupt(1, signal.SIGINT if update % 2 else signal.SIGTERM, last=update == 3):
             train(pieces, resume_from_checkpoint="latest", **options)
         assert f"checkpoint-{update}" in checkpoints(pieces)
         assert len(rows(pieces)) == update

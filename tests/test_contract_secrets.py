@@ -176,16 +176,14 @@ def test_a_hub_that_repeats_the_token(command, tmp_path):
             [sys.executable, "-c", PROGRAM, str(tiny.SCRIPTS["sd"]), json.dumps(runs)],
             capture_output=True, text=True, env=os.environ | environment,
         )  # fmt: skip
-    assert {"/api/models/someone/model", "/datasets/someone/pictures/resolve/main/README.md"} <= {
-        place for _, place in hub.requests
-    }
+    assert {"/api/models/someone/model", "/api/datasets/someone/pictures"} <= {place for _, place in hub.requests}
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert [line.split()[1:3] for line in errors] == [
         ["--pretrained_model_name_or_path", "someone/model:"], ["--pretrained_model_name_or_path", "someone/model:"],
         ["--dataset_name", "someone/pictures:"], ["--dataset_name", "someone/pictures:"],
     ], done.stderr  # fmt: skip
     assert found(contents(out) | {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}) == []
-    assert errors[-1].endswith("Bearer ***"), "the server has repeated it"
+    assert "Bearer ***" in errors[-1], "the server has repeated it"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import load_script
 from runs import ALL_DRAWS, outcome
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,33 +95,6 @@ def test_no_read_between_logging_intervals(train, tmp_path):
     assert long == short
     chatty = count_reads(train, tmp_path / "chatty", max_train_steps=8, logging_steps=1, **EVERYTHING)
     assert chatty[0] - long[0] == 7, "one for each of seven reports more"
-
-
-SCRIPTS = {  # script -> flags that add to its step
-    "sd": EVERYTHING, "sd_lora": {"noise_offset": 0.1, "snr_gamma": 5.0}, "prior": {"use_ema": True, "snr_gamma": 5.0},
-    "prior_lora": {}, "decoder": {"use_ema": True, "image_embeds_dropout": 0.5}, "decoder_lora": {},
-}  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_host_never_waits_for_the_gpu(command, script, precision):
-    """From the end of the second update to that of the seventh, torch itself raises at whatever synchronises."""
-    updates = []
-
-    def watch(_optimizer, _args, _kwargs):
-        updates.append(torch.cuda.get_sync_debug_mode())
-        torch.cuda.set_sync_debug_mode("error" if 2 <= len(updates) < 7 else "default")
-
-    hook = register_optimizer_step_post_hook(watch)
-    try:
-        tokens = command(script, mixed_precision=precision, max_train_steps=8, logging_steps=100, **SCRIPTS[script])
-        load_script(script).main([*tokens, "--dataloader_num_workers=1"])
-    finally:
-        hook.remove()
-        torch.cuda.set_sync_debug_mode("default")
-    assert updates == [0, 0, 2, 2, 2, 2, 2, 0]
 
 
 def test_counters_count():

@@ -1,4 +1,4 @@
-"""Contract: a first SIGTERM or SIGINT ends the run after its step with a checkpoint, a second one at once.
+"""Contract: a first stop signal ends the run after its step with a checkpoint, a second one at once.
 
 The exit status is 128 + the signal, as a shell would report it.
 """
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load_script
 from runs import checkpoints, interrupt, rows, wait_until
 
 from t2i_training import data, ema
@@ -23,7 +24,9 @@ def read_rows(folder) -> list[dict]:
     return rows(folder) if (folder / "metrics.jsonl").exists() else []
 
 
-@pytest.mark.parametrize(("number", "status", "workers"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)])
+@pytest.mark.parametrize(
+    ("number", "status", "workers"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0), (signal.SIGUSR1, 138, 0)]
+)
 def test_signal_saves_and_exits(server, sd_flags, tmp_path, number, status, workers):
     out = tmp_path / "out"
     run = server.start(sd_flags(max_train_steps=10000, dataloader_num_workers=workers), tmp_path)
@@ -39,13 +42,14 @@ def test_signal_saves_and_exits(server, sd_flags, tmp_path, number, status, work
     assert "Traceback" not in run.output()
 
 
-def test_signal_to_its_group_saves(server, sd_flags, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_signal_to_its_group_saves(server, sd_flags, tmp_path, number):
     """As Ctrl-C, systemd or a cluster's scheduler do it: loader workers get the signal as well."""
     out = tmp_path / "out"
     run = server.start(sd_flags(max_train_steps=10000, dataloader_num_workers=1), tmp_path)
     wait_until(lambda: len(read_rows(out)) >= 3)
-    os.killpg(run.pids[0], signal.SIGTERM)
-    assert run.wait() == 143
+    os.killpg(run.pids[0], number)
+    assert run.wait() == 128 + number
     step = rows(out)[-1]["step"]
     assert checkpoints(out) == [f"checkpoint-{step}"]
     assert "Traceback" not in run.output()
@@ -130,15 +134,62 @@ def test_signals_that_libraries_take_for_something_else(train, monkeypatch, tmp_
 
 
 def test_signal_in_the_last_step_still_exports(train, tmp_path):
+    """The run is complete, and says so by its status: nothing is left that a scheduler would have to start again."""
     from diffusers import StableDiffusionPipeline
 
     out = tmp_path / "out"
-    with interrupt(2, signal.SIGTERM):
-        train(output_dir=out, max_train_steps=2)
+    with interrupt(2, signal.SIGTERM, last=True):
+        train(output_dir=out, max_train_steps=2, validation_prompts=["a cat"])
     assert checkpoints(out) == ["checkpoint-2"]
+    assert (out / "validation" / "step-000002.png").exists()
     exported = StableDiffusionPipeline.from_pretrained(out).unet.state_dict()
     untouched = StableDiffusionPipeline.from_pretrained(train(output_dir=tmp_path / "other", max_train_steps=1)).unet
     assert not torch.equal(exported["conv_in.weight"], untouched.state_dict()["conv_in.weight"])
+
+
+def test_signal_in_a_validation_ends_it(train, monkeypatch, caplog, tmp_path):
+    """No further image is drawn and no update made; the resumed run draws it, and is as if nothing had been."""
+    script = load_script("sd")
+    changes = {"max_train_steps": 4, "validation_epochs": 1, "checkpointing_steps": 9, "validation_prompts": ["a", "b"]}
+    undisturbed, drawn = train(output_dir=tmp_path / "other", **changes), []
+
+    def draw(index, draw_picture=script.draw_picture, **options):
+        drawn.append(index)
+        if len(drawn) == 3:  # the first of the two after the first epoch; two were of the untouched model
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw_picture(index, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "draw_picture", draw)
+        with pytest.raises(SystemExit) as stop:
+            train(**changes)
+    assert (stop.value.code, drawn) == (143, [0, 1, 0])
+    assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
+    assert "validation at step 3: stopped after 1 of 2 images, none kept" in caplog.text
+    assert not list((tmp_path / "out" / "validation").glob("*3*"))
+    out = train(**changes, resume_from_checkpoint="latest")
+    names = ["step-000000", "step-000000.png", "step-000003", "step-000003.png", "step-000004", "step-000004.png"]
+    assert sorted(path.name for path in (out / "validation").iterdir()) == names
+    for name in names[1::2]:
+        assert (out / "validation" / name).read_bytes() == (undisturbed / "validation" / name).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["publish", "write_card"])
+def test_signal_after_the_last_update_lets_the_run_end(train, monkeypatch, caplog, tmp_path, place):
+    from t2i_training import files, hub
+
+    module = files if place == "publish" else hub
+    original = getattr(module, place)
+
+    def signalled(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, place, signalled)
+    out = train(max_train_steps=1)
+    assert (out / "model_index.json").exists()
+    assert (out / "README.md").exists()
+    assert "SIGTERM: all updates are made, finishing the rest; once more aborts" in caplog.text
 
 
 def test_signals_are_handed_back(train, tmp_path):

@@ -6,16 +6,13 @@ import signal
 import pytest
 import torch
 from conftest import flags, launch, load_script, short_run
-from runs import ALL_DRAWS, interrupt, outcome, rows, wait_until, weights
+from runs import ALL_DRAWS, LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows, wait_until, weights
 
-# Six pictures and an effective batch of eight: every update crosses the border of an epoch.
+# Six pictures and an effective batch of four: two of five updates cross the border of an epoch.
 RUN = {**ALL_DRAWS, "use_ema": True, "max_train_steps": 5, "checkpointing_steps": 5, "scale_lr": True,
-       "learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "train_batch_size": 8}  # fmt: skip
-TWO_PROCESSES = {**RUN, "train_batch_size": 4}
-
-# Sums over a batch are taken in another order. Observed: 1.2e-7, one unit in the last place of a number near 1.
-LOSS = {"rel": 1e-6}
-WEIGHT = {"rtol": 1e-6, "atol": 1e-6}
+       "learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "train_batch_size": 4,
+       **LARGE_EPSILON}  # fmt: skip
+TWO_PROCESSES = {**RUN, "train_batch_size": 2}
 
 
 def assert_close(folder, expected):
@@ -34,13 +31,13 @@ def assert_close(folder, expected):
 
 @pytest.fixture(scope="module")
 def whole(model, pictures, tmp_path_factory):
-    """One process, one batch of eight."""
+    """One process, one batch of four."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     load_script("sd").main(flags(**short_run(model, pictures, folder) | RUN))
     return folder
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
 def test_accumulation(train, whole, batch, accumulation):
     folder = train(**RUN | {"train_batch_size": batch, "gradient_accumulation_steps": accumulation})
     assert_close(folder, whole)
@@ -50,6 +47,16 @@ def test_two_processes(sd_flags, whole, tmp_path):
     run = launch("sd", sd_flags(**TWO_PROCESSES), processes=2, timeout=120)
     assert run.returncode == 0, run.stderr
     assert_close(tmp_path / "out", whole)
+
+
+def test_two_processes_with_all_that_ddp_could_stumble_over(sd_flags, train, tmp_path):
+    """DREAM's first pass without gradients, blocks that are computed again, micro-batches that are not synchronised."""
+    options = RUN | {"dream_training": True, "gradient_checkpointing": True, "scale_lr": None}
+    one = train(**options, output_dir=tmp_path / "one")
+    options |= {"train_batch_size": 1, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "two"}
+    run = launch("sd", sd_flags(**options), processes=2, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert_close(tmp_path / "two", one)
 
 
 def test_two_processes_interrupted_then_one(sd_flags, train, server, tmp_path):
@@ -69,7 +76,7 @@ def test_two_processes_interrupted_then_one(sd_flags, train, server, tmp_path):
     expected = train(**options, output_dir=tmp_path / "expected")
     losses = [[row["loss"] for row in rows(folder)] for folder in (out, expected)]
     assert losses[0][:4] == pytest.approx(losses[1][:4], **LOSS)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5), "further on, rounding has had time to grow"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), "further on, rounding has had time to grow"
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -92,13 +99,13 @@ def test_workers_may_change_at_resume(train, tmp_path):
 
 
 def test_scale_lr_counts_the_effective_batch(train, whole):
-    """1e-4 x 8 at its peak, after a warm-up of two updates; without the flag 1e-4, whatever the batch."""
-    assert [row["lr"] for row in rows(whole)][:3] == pytest.approx([0, 4e-4, 8e-4])
+    """1e-4 x 4 at its peak, after a warm-up of two updates; without the flag 1e-4, whatever the batch."""
+    assert [row["lr"] for row in rows(whole)][:3] == pytest.approx([0, 2e-4, 4e-4])
     folder = train(train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-4, max_train_steps=1)
     assert [row["lr"] for row in rows(folder)] == [1e-4]
 
 
 def test_another_effective_batch_is_another_run(train, whole):
     """So that the tests above can fail."""
-    folder = train(**RUN | {"train_batch_size": 4, "learning_rate": 2e-4})
+    folder = train(**RUN | {"train_batch_size": 2, "learning_rate": 2e-4, "max_train_steps": 1})
     assert rows(folder)[0]["loss"] != pytest.approx(rows(whole)[0]["loss"], rel=1e-3)

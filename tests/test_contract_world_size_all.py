@@ -5,22 +5,18 @@ import json
 import pytest
 import tiny
 import torch
-from runs import DRAWS, TRAINED, rows
+from runs import DRAWS, LARGE_EPSILON, LOSS, TRAINED, WEIGHT, rows
 from safetensors.torch import load_file
 
-# Six pictures and an effective batch of eight: every update crosses the border of an epoch.
+# Six pictures and an effective batch of four: the second update crosses the border of an epoch.
 RUN = {"max_train_steps": 3, "checkpointing_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
-       "learning_rate": 1e-4}  # fmt: skip
-
-# Sums over a batch are taken in another order.
-LOSS = {"rel": 2e-5}
-WEIGHT = {"rtol": 1e-5, "atol": 2e-6}
+       "learning_rate": 1e-4, **LARGE_EPSILON}  # fmt: skip
 
 
 @pytest.fixture
 def whole(finished):
-    """whole(script): output folder of one process that takes four times two samples as one batch of eight."""
-    return lambda script: finished(script, train_batch_size=8, **RUN | DRAWS[script])
+    """whole(script): output folder of one process that takes one batch of four."""
+    return lambda script: finished(script, train_batch_size=4, **RUN | DRAWS[script])
 
 
 def assert_close(folder, expected, script):
@@ -37,25 +33,25 @@ def assert_close(folder, expected, script):
 
 @pytest.mark.parametrize("script", list(tiny.SCRIPTS)[1:])
 def test_accumulation(finished, whole, script):
-    """One batch of eight, four times two, and eight times one; but not four times one."""
-    for batch, accumulation in ((2, 4), (1, 8)):
+    """One batch of four, two times two, and four times one; but not once two."""
+    for batch, accumulation in ((2, 2), (1, 4)):
         sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         assert_close(finished(script, **sizes, **RUN | DRAWS[script]), whole(script), script)
-    other = finished(script, train_batch_size=4, **RUN | DRAWS[script])
+    other = finished(script, train_batch_size=2, **RUN | DRAWS[script] | {"max_train_steps": 1})
     assert rows(other)[0]["loss"] != pytest.approx(rows(whole(script))[0]["loss"], rel=1e-3)
 
 
 DRIVER = """
 import os, sys
-import tiny
 import torch
-import tiny
 from conftest import load_script
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 def keep(optimizer, _args, _kwargs):
-    parameters = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
-    torch.save(parameters, os.path.join({folder!r}, "rank-" + os.environ["RANK"] + ".pt"))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    buckets = {{p.grad.untyped_storage().data_ptr() for p in parameters}}
+    saved = {{"parameters": [p.detach().clone() for p in parameters], "buckets": len(buckets)}}
+    torch.save(saved, os.path.join({folder!r}, "rank-" + os.environ["RANK"] + ".pt"))
 
 register_optimizer_step_post_hook(keep)
 load_script({script!r}).main(sys.argv[1:])
@@ -67,11 +63,13 @@ def test_two_processes(command, whole, server, script, tmp_path):
     """Under DDP, no parameter is waited for in vain, and what is trained is the same on both ranks."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(folder=str(tmp_path), script=script))
-    tokens = command(script, output_dir=tmp_path / "out", train_batch_size=4, **RUN | DRAWS[script])
+    tokens = command(script, output_dir=tmp_path / "out", train_batch_size=2, **RUN | DRAWS[script])
     run = server.start(tokens, tmp_path, driver, processes=2)
     assert run.wait_for_all() == [0, 0], run.output()
     assert_close(tmp_path / "out", whole(script), script)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(rank["buckets"] <= 3 for rank in ranks), "gradients lie in what is sent: no second copy"
+    ranks = [rank["parameters"] for rank in ranks]
     assert len(ranks[0]) > 10
     assert all(torch.equal(*pair) for pair in zip(*ranks, strict=True))
     trained = load_file(tmp_path / "out" / TRAINED[script]).values()

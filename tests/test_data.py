@@ -83,10 +83,10 @@ def test_pictures_within_a_parquet_file(tmp_path):
     assert data.describe(dataset, "image", 1) == "row 1"
 
 
-def test_subfolders_are_no_splits(tmp_path):
-    for name in ("train", "test"):
+def test_subfolders_are_no_splits_unless_named_like_one(tmp_path):
+    for name in ("steam_train", "latest", "night"):
         tiny.make_pictures(tmp_path / "set" / name, count=2)
-    assert len(data.open_dataset(options(train_data_dir=str(tmp_path / "set")))) == 4
+    assert len(data.open_dataset(options(train_data_dir=str(tmp_path / "set")))) == 6
 
 
 def test_folder_without_pictures(tmp_path):
@@ -104,7 +104,8 @@ def test_missing_split(tmp_path):
 
 def test_unknown_image_column_lists_the_columns(pictures):
     message = refusal(data.open_dataset, options(train_data_dir=str(pictures), image_column="photo"))
-    assert message == "error: --image_column 'photo' is not a column; there are: image, text"
+    expected = "--image_column 'photo' is not a column; there are: image, text; did you mean --image_column=image?"
+    assert message == f"error: {expected}"
 
 
 def test_image_column_without_pictures(pictures):
@@ -295,9 +296,7 @@ def test_bad_picture_is_named_in_one_line(tmp_path, workers):
 
     loader = loading.make_loader(dataset, make_sample, args, CPU, start=0)
     message = refusal(list, loading.batches(loader, accumulating(100)))
-    assert message.startswith(
-        f"error: row 4 ({folder / '4.png'}, metadata.jsonl line 5): UnidentifiedImageError: cannot identify"
-    )
+    assert message.startswith(f"error: row 4 ({folder / '4.png'}, metadata.jsonl line 5): not a picture but a text")
 
 
 class Source:

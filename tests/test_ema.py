@@ -68,7 +68,22 @@ def test_average_is_diffusers(network, model, flags):
 
 
 @pytest.mark.gpu
-def test_offloaded_average_is_the_same_on_a_gpu(network, model):
+def test_offloaded_average_takes_little_of_the_device(network, monkeypatch):
+    average = ema.make_ema(options(offload_ema=True), network.cuda(), torch.device("cuda"))
+    largest = max(tensor.nbytes for tensor in average.shadow_params)
+    assert sum(tensor.nbytes for tensor in average.shadow_params) > 10 * largest
+    monkeypatch.setattr(ema, "VISIT", largest)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ema.update(average, network)
+    assert average.optimization_step == 1
+    assert torch.cuda.max_memory_allocated() - before < 4 * largest
+
+
+@pytest.mark.gpu
+def test_offloaded_average_is_the_same_on_a_gpu(network, model, monkeypatch):
+    monkeypatch.setattr(ema, "VISIT", 2**14)  # it has several parts
     twin = UNet2DConditionModel.from_pretrained(model, subfolder="unet").cuda()
     offloaded = ema.make_ema(options(offload_ema=True), network.cuda(), torch.device("cuda"))
     here = ema.make_ema(options(), twin, torch.device("cuda"))

@@ -2,11 +2,12 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 import tiny
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import flags, load_script
+from conftest import flags, free_port, load_script
 from runs import TRAINED, rows
 from safetensors.torch import load_file
 
@@ -48,10 +49,8 @@ def test_recipe_launches_its_script(recipe, name, pictures, tmp_path):
     before, script, tokens = recipe(name, pictures, tmp_path / "out", "--seed=3")
     assert tiny.ALL_SCRIPTS[RECIPES[name]].samefile(script)
     args = load_script(RECIPES[name]).parse_args(tokens)
-    if name == "sd_flax.sh":
-        assert (before, args.mixed_precision) == ([], "bf16")
-    else:
-        assert before == ["launch", "--mixed_precision=bf16"]
+    assert before == [], "under `accelerate launch` a SIGTERM would not reach the script"
+    assert args.mixed_precision == "bf16"
     assert args.seed == 3
     assert args.train_data_dir == str(pictures)
     assert args.output_dir == str(tmp_path / "out")
@@ -77,9 +76,23 @@ def test_recipe_trains_and_continues(recipe, name, model, prior_model, decoder_m
     [
         ("cpu.yaml", {"distributed_type": "NO", "use_cpu": True, "mixed_precision": "no"}),
         ("one_gpu.yaml", {"distributed_type": "NO", "use_cpu": False, "mixed_precision": "bf16"}),
+        ("two_cpu_processes.yaml", {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2}),
         ("multi_gpu.yaml", {"distributed_type": "MULTI_GPU", "use_cpu": False, "mixed_precision": "bf16"}),
     ],
 )
 def test_launcher_knows_the_settings(name, expected):
     config = load_config_from_file(str(EXAMPLES / "accelerate" / name)).to_dict()
     assert {key: config[key] for key in expected} == expected
+
+
+def test_two_processes_without_a_gpu(sd_flags, tmp_path):
+    """By the launcher itself, and without what the tests set to keep to the CPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
+    command += ["--config_file", str(EXAMPLES / "accelerate" / "two_cpu_processes.yaml"), str(tiny.SCRIPTS["sd"])]
+    run = subprocess.run([*command, *sd_flags(max_train_steps=2)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "4 an update, 2 updates" in run.stderr
+    assert "2 x cpu" in run.stderr
+    assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2]

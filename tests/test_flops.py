@@ -151,7 +151,7 @@ def test_mfu_by_hand(sd_flags, monkeypatch):
     runtime.default_signals()
     meter = readouts.Speedometer(readouts.Gauge(torch.nn.Linear(3, 5), linear, args, accelerator), accelerator)
     meter.gauge.peak = 1e-9
-    now = iter([0.0, 5.0, 5.0, 2.0])
+    now = iter([0.0, 5.0, 5.0, 2.0, 2.0])
     monkeypatch.setattr(readouts.time, "perf_counter", lambda: next(now))
     meter.restart(0)
     meter.count({"x": torch.ones(4, 3), "index": torch.arange(4)})

@@ -8,10 +8,10 @@ The long form ends with a line for each parser: how many examples, in how many s
 
 import contextlib
 import functools
-import html
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -441,11 +441,19 @@ def test_metrics(lines, place):
 
 
 @fuzz(text=ANY_TEXT | st.text(st.sampled_from("<>[]()`*_~$|\\#!@:{}&;0123 \n\x1b")))
-def test_escape(text):
-    escaped = hub.escape(text)
-    assert html.unescape(escaped) == texts.printable(" ".join(text.split()))
-    assert escaped.isprintable()
-    assert not set(escaped) & set("<>[]()`*_~$|\\!@:{}")
+def test_literal(text):
+    """One code span from end to end, that shows the text: by CommonMark 0.31, 6.1."""
+    shown, markdown = texts.printable(" ".join(text.split())), hub.literal(text)
+    assert markdown.isprintable()
+    if not shown:
+        assert markdown == "(empty)"
+        return
+    fence = re.match("`+", markdown)[0]
+    content = markdown.removeprefix(fence).removesuffix(fence)
+    assert markdown == fence + content + fence
+    assert fence not in re.findall("`+", content)
+    padded = content[0] == content[-1] == " " and content.strip()
+    assert (content[1:-1] if padded else content) == shown
 
 
 @fuzz(text=ANY_TEXT)

@@ -1,13 +1,15 @@
 """The model card says what the run was and nothing that it should not; old stacks read the tokenizer too."""
 
-import html
 import json
 import re
+from html import escape
 
 import pytest
 import yaml
 from conftest import load_script
 from huggingface_hub import ModelCard
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from t2i_training import hub
@@ -22,7 +24,22 @@ HOSTILE = [
     "a\n---\nlicense: mit\n---\n# b",
     "&lt;b&gt; \\",
     "@everyone see https://example.org",
+    "``` fenced ``",
+    "`",
+    "- 1. www.example.org",
+    "| a |",
+    "a ---",
 ]
+
+
+def draw(folder, prompts) -> None:
+    """A grid, and the pictures it was made of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.with_suffix(".png").touch()
+    for i, prompt in enumerate(prompts):
+        note = PngInfo()
+        note.add_itxt("prompt", prompt)
+        Image.new("RGB", (8, 8)).save(folder / f"{i:02d}.png", pnginfo=note)
 
 
 @pytest.fixture
@@ -31,9 +48,8 @@ def card(sd_flags, tmp_path):
 
     def write(changes=None, **options) -> tuple[dict, str]:
         args = load_script("sd").parse_args(sd_flags(**changes or {}))
-        (tmp_path / "out" / "validation").mkdir(parents=True, exist_ok=True)
         for step in (0, 4):
-            (tmp_path / "out" / "validation" / f"step-{step:06d}.png").touch()
+            draw(tmp_path / "out" / "validation" / f"step-{step:06d}", args.validation_prompts or [])
         defaults = {"base_model": args.pretrained_model_name_or_path, "title": "A title", "tags": ["a-tag"]}
         hub.write_card(args, **defaults | {"usage": "\nprint(1)\n", "steps": 4} | options)
         text = (tmp_path / "out" / "README.md").read_text()
@@ -54,14 +70,14 @@ def test_card_of_a_run_on_hub_names(card):
     }  # fmt: skip
     for line in (
         "# A title",
-        "Fine-tuned from someone/model",
-        "- a red bird",
+        "Fine-tuned from `someone/model`",
+        "- `a red bird`",
         "print(1)",
-        "| data | someone/pictures |",
-        "| weight updates | 4 |",
-        "| learning rate | 1e-05 &#40;constant&#41; |",
-        "| batch size x accumulation | 2 x 1 |",
-        "| seed | 3 |",
+        "| data | `someone/pictures` |",
+        "| weight updates | `4` |",
+        "| learning rate | `1e-05 (constant)` |",
+        "| batch size x accumulation | `2 x 1` |",
+        "| seed | `3` |",
     ):
         assert line in body
     assert "(validation/step-000004.png)" in body  # the newest grid, which holds the base model's row too
@@ -91,7 +107,7 @@ def test_licence_is_that_of_a_base_that_lies_here(card, tmp_path):
 
 def test_what_the_objective_was(card):
     _, body = card({"snr_gamma": 5, "use_ema": True, "noise_offset": 0.1})
-    for line in ("| snr gamma | 5.0 |", "| use ema | True |", "| noise offset | 0.1 |"):
+    for line in ("| snr gamma | `5.0` |", "| use ema | `True` |", "| noise offset | `0.1` |"):
         assert line in body
     assert "caption dropout" not in body
 
@@ -105,8 +121,8 @@ def test_local_paths_never_appear(card, model, pictures, tmp_path):
     for path in (model, pictures, tmp_path):
         assert str(path) not in text
         assert str(path.parent) not in text
-    assert f"| base model | {model.name} |" in body
-    assert f"| data | {pictures.name} |" in body
+    assert f"| base model | `{model.name}` |" in body
+    assert f"| data | `{pictures.name}` |" in body
 
 
 def test_local_folder_that_looks_like_a_hub_name(card, model, monkeypatch):
@@ -117,17 +133,50 @@ def test_local_folder_that_looks_like_a_hub_name(card, model, monkeypatch):
     assert name not in body
 
 
+def code(markdown: str) -> str:
+    """The text of Markdown that is one code span from end to end."""
+    fence = re.match("`+", markdown)[0]
+    text = markdown.removeprefix(fence).removesuffix(fence)
+    assert markdown == fence + text + fence
+    assert fence not in re.findall("`+", text), "the span ends early"
+    return text[1:-1] if text[0] == text[-1] == " " else text
+
+
 def test_prompts_are_inert(card):
-    """Whatever a prompt holds, it is one list entry of plain text that a browser shows as it was typed."""
+    """Whatever a prompt holds, it is one list entry of code, that anything shows as it was typed."""
     _, body = card({"validation_prompts": HOSTILE})
     lines = [line for line in body.splitlines() if line.startswith("- ")]
-    assert len(lines) == len(HOSTILE)
-    for prompt, line in zip(HOSTILE, lines):
-        shown = line.removeprefix("- ")
-        assert html.unescape(shown) == " ".join(prompt.split())
-        left = re.sub(r"&#\d+;", "", shown)  # what Markdown gets to see
-        assert not set(left) & set("<>[]()`*_~$|\\#!@:{}&")
+    assert [code(line.removeprefix("- ")) for line in lines] == [" ".join(prompt.split()) for prompt in HOSTILE]
     assert "\n---\n" not in body
+    assert "&#" not in body
+
+
+def test_prompts_as_a_browser_shows_them(card):
+    html = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
+    _, body = card({"validation_prompts": HOSTILE})
+    shown = re.findall("<li>(.*?)</li>", html(body), re.DOTALL)
+    assert [re.sub("^<code>|</code>$", "", entry) for entry in shown] == [
+        escape(" ".join(prompt.split())) for prompt in HOSTILE
+    ]
+
+
+def test_names_in_the_table_stay_in_their_cell(card):
+    html = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False}).render
+    for name in ("a | b", r"a\| <b>", "``|` c", "1. @a [x](javascript:y) www.example.org"):
+        _, body = card(base_model=name)
+        cells = re.findall("<td>(.*?)</td>", html(body))
+        assert cells[:2] == ["base model", f"<code>{escape(name)}</code>"]
+        assert len(cells) == 16
+
+
+def test_a_data_set_of_the_scripts_own(card, monkeypatch):
+    """A script without --dataset_name and --train_data_dir, since it opens a data set itself."""
+    script = load_script("sd")
+    monkeypatch.setattr(script.cli, "add_data_source_args", lambda parser: None)
+    head, body = card({"train_data_dir": None})
+    assert "| data | opened by the script itself |" in body
+    assert "datasets" not in head
+    assert "None" not in body
 
 
 @pytest.mark.parametrize(
@@ -155,9 +204,9 @@ def test_adapters_of_another_prediction_type_say_how_to_sample(card):
     usage = load_script("sd_lora").CARD["usage"]
     body = card({"prediction_type": "v_prediction"}, tags=["lora"], usage=usage)[1]
     assert f'pipe.load_lora_weights("path/to/this/folder")\n{line}\npipe("' in body
-    assert "| prediction type | v&#95;prediction |" in body
-    assert line not in card({"prediction_type": "v_prediction"}, tags=["a-tag"], usage=usage)[1]
+    assert "| prediction type | `v_prediction` |" in body
     assert "prediction" not in card(tags=["lora"], usage=usage)[1]
+    assert "<" not in load_script("sd").CARD["usage"], "a pipeline's folder says it all"
 
 
 def test_token_is_not_on_the_card(card):

@@ -497,7 +497,10 @@ def test_caption_column_is_checked_and_changes_nothing(finished, command, script
     assert differ(named, plain) == []
     with pytest.raises(SystemExit) as error:
         load_script(script).main(command(script, caption_column="words"))
-    assert error.value.code == "error: --caption_column 'words' is not a column; there are: image, text"
+    said = (
+        "error: --caption_column 'words' is not a column; there are: image, text; did you mean --caption_column=text?"
+    )
+    assert error.value.code == said
 
 
 def test_pictures_need_no_captions(finished, command, pictures, tmp_path, script):
@@ -547,9 +550,11 @@ def test_flags_that_would_do_nothing_are_refused(command, script, capsys):
         assert flag in capsys.readouterr().err
 
 
-def test_missing_models_are_named_in_one_line(command, script, tmp_path):
+def test_missing_models_are_named_in_one_line(command, script, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for part in ("prior", "decoder"):
         tokens = command(script, **{f"pretrained_{part}_model_name_or_path": tmp_path / "empty"})
-        with pytest.raises(SystemExit, match=rf"--pretrained_{part}_model_name_or_path .*empty: "):
+        with pytest.raises(SystemExit):
             load_script(script).main(tokens)
+        said = f"error: --pretrained_{part}_model_name_or_path {tmp_path}/empty holds no model_index.json"
+        assert said in capsys.readouterr().err

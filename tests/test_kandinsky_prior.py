@@ -546,11 +546,15 @@ def test_missing_models_and_columns_are_named_in_one_line(command, script, tmp_p
             load_script(script).parse_args(command(script, **{flag: tmp_path / "none"}))
         assert f"error: --{flag} {tmp_path}/none: there is no such folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=r"--pretrained_prior_model_name_or_path .*empty: "):
-        load_script(script).main(command(script, pretrained_prior_model_name_or_path=tmp_path / "empty"))
-    tokens = command(script, pretrained_decoder_model_name_or_path=tmp_path / "empty", **FLAGS[script])
-    with pytest.raises(SystemExit, match=r"--pretrained_decoder_model_name_or_path .*empty: "):
-        load_script(script).main(tokens)
+    for part in ("prior", "decoder"):
+        tokens = command(script, **{f"pretrained_{part}_model_name_or_path": tmp_path / "empty"}, **FLAGS[script])
+        with pytest.raises(SystemExit):
+            load_script(script).main(tokens)
+        said = f"error: --pretrained_{part}_model_name_or_path {tmp_path}/empty holds no model_index.json"
+        assert said in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:
         load_script(script).main(command(script, caption_column="words"))
-    assert error.value.code == "error: --caption_column 'words' is not a column; there are: image, text"
+    said = (
+        "error: --caption_column 'words' is not a column; there are: image, text; did you mean --caption_column=text?"
+    )
+    assert error.value.code == said

@@ -54,11 +54,9 @@ QUICK = {
 }  # fmt: skip
 
 
-def night_shares(pipeline) -> list[float]:
-    """Of 16 pictures the shares of night-blue ground."""
-    shares = [make_pictures.night_fraction(picture) for picture in measure.draw(pipeline)]
-    assert len(shares) == 16
-    return shares
+def night_shares(pipeline, captions=(*measure.SEEN, *measure.UNSEEN)) -> list[float]:
+    """The share of night-blue ground in a picture of each caption."""
+    return [make_pictures.night_fraction(picture) for picture in measure.draw(pipeline, captions)]
 
 
 def carried(shares: list[float]) -> int:
@@ -68,14 +66,14 @@ def carried(shares: list[float]) -> int:
 
 @pytest.fixture(scope="module")
 def base_shares():
-    return night_shares(measure.load(BASE))
+    return night_shares(measure.load(BASE), measure.SEEN[:4])
 
 
 def test_full_run_learns_the_style(base_shares, tmp_path):
     """Fewer than half of the quickstart's steps on half of its batch; a noise offset moves the ground's colour soon."""
-    assert carried(base_shares) <= 1  # measured: 0
+    assert carried(base_shares) == 0
     folder = run("sd", tmp_path / "out", **QUICK, noise_offset=0.3, learning_rate=2e-3, max_train_steps=160)
-    assert carried(night_shares(measure.load(folder))) >= 15  # measured: 16
+    assert carried(night_shares(measure.load(folder))) >= 12  # measured: 16
 
 
 def test_lora_run_learns_the_style(base_shares, tmp_path):
@@ -89,10 +87,11 @@ def test_lora_run_learns_the_style(base_shares, tmp_path):
         adam_weight_decay=0, max_train_steps=300, snr_gamma=5, noise_offset=0.3, caption_dropout=0.3,
     )  # fmt: skip
     pipeline.load_lora_weights(folder, weight_name=lora.WEIGHTS_NAME)
-    assert sum(base_shares) / 16 < 0.01  # measured: 0.0002
+    assert max(base_shares) < 0.05
     shares = night_shares(pipeline)
-    assert carried(shares[:8]) >= 6  # the captions of the pictures; measured: 8
-    assert carried(shares) >= 14  # measured: 16, and 15 from seed 1
+    # Measured: 16, from seed 1 15, on another processor 14; after a third of the training 8, of the first eight 3.
+    assert carried(shares[:8]) >= 5  # the captions of the pictures
+    assert carried(shares) >= 11
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(4, 797_184), (16, 3_188_736)])
@@ -174,7 +173,7 @@ def similarity(pipeline) -> tuple[float, float]:
     return cosine_similarity(drawn, true).mean().item(), (nearest == torch.arange(16)).float().mean().item()
 
 
-PRIOR = {"resolution": 32, "train_batch_size": 16}
+PRIOR = {"resolution": 32, "train_batch_size": 16, "cache_encodings": True}
 
 
 def test_prior_learns_the_embeddings(prior_model, captioned, tmp_path):
@@ -266,8 +265,8 @@ def decoder_inputs(decoder_model, tmp_path_factory):
     """Flags of both runs that follow."""
     prior, base = decoder_model
     return {
-        "pretrained_prior_model_name_or_path": prior, "resolution": SIDE, "train_batch_size": 16,
-        "pretrained_decoder_model_name_or_path": base,
+        "pretrained_prior_model_name_or_path": prior, "pretrained_decoder_model_name_or_path": base,
+        "resolution": SIDE, "train_batch_size": 16, "cache_encodings": True,
         "train_data_dir": copy_pictures(tmp_path_factory.mktemp("learning") / "drawn", DRAWN),
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from t2i_training import machine
+from t2i_training import machine, runtime
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,12 @@ def test_automatic_number_of_workers(cores, processes, free, workers, monkeypatc
     assert machine.loader_workers(SimpleNamespace(dataloader_num_workers=5), 1) == 5
 
 
+@pytest.fixture(autouse=True)
+def no_bar(monkeypatch):
+    """Of an earlier test's run."""
+    monkeypatch.setattr(runtime, "progress_bar", None)
+
+
 def too_much() -> RuntimeError:
     with pytest.raises(RuntimeError) as stopped:
         torch.empty(10**15)
@@ -53,8 +59,62 @@ def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
     machine.explain_out_of_memory()
     sys.excepthook(type(error), error, None)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {type(error).__name__}: ")
-    assert "lower --train_batch_size" in line
+    assert line.startswith("error: out of memory, starting: lower --train_batch_size (and raise ")
+    assert f"({type(error).__name__}: " in line
+
+
+def raised(function: str, error: Exception):
+    """The error as a function of that name raises it, some calls deep."""
+    names = {"error": error}
+    exec(f"def fail():\n    raise error\ndef {function}():\n    fail()", names)
+    with pytest.raises(type(error)) as caught:
+        names[function]()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("load_models", "out of memory, loading the models: free memory on host and GPU ("),
+        ("cached", "out of memory, encoding: lower --train_batch_size or --resolution, or leave --cache_enc"),
+        ("make_ema", "out of memory, making the average: leave --use_ema out, or, for Stable Diffusion, take --offl"),
+        ("validate", "out of memory, drawing validation pictures: lower --resolution, or draw none: leave --valid"),
+    ],
+)
+def test_what_the_run_was_doing_is_named(function, said):
+    error = raised(function, torch.OutOfMemoryError("CUDA out of memory."))
+    line = machine.out_of_memory(type(error), error, error.__traceback__)
+    assert line.startswith(said)
+    assert line.endswith("(OutOfMemoryError: CUDA out of memory.)")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+        RuntimeError("unable to write to file </torch_7>: No space left on device (28): shared memory"),
+    ],
+    ids=repr,
+)
+def test_host_memory(error):
+    line = machine.out_of_memory(type(error), error, None)
+    assert line.startswith("out of memory, host memory, starting: lower --dataloader_num_workers, or give the")
+
+
+def test_step_and_process_are_named(monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(runtime, "steps", (3, 3))
+    line = machine.out_of_memory(type(error), error, None)
+    assert line.startswith("out of memory, step 4: lower --train_batch_size")
+    assert "--resume" not in line, "nothing has been trained yet"
+    monkeypatch.setattr(runtime, "steps", (3, 5))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    line = machine.out_of_memory(type(error), error, None)
+    assert line.startswith("out of memory (process 1), step 6: lower --train_batch_size")
+    assert "; --resume_from_checkpoint=latest continues from the last checkpoint (OutOfMemoryError: " in line
 
 
 def test_other_errors_keep_their_trace(monkeypatch, capsys):

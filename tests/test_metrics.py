@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ def started(sd_flags, tmp_path):
     opened = []
 
     def start(position=None, **changes) -> metrics.Progress:
+        if position:
+            changes = {"resume_from_checkpoint": "latest"} | changes
         args = load_script("sd").parse_args(sd_flags(**changes))
         accelerator = runtime.start(args)
         progress = metrics.Progress(args, accelerator, data.open_dataset(args), position or {})
@@ -158,16 +161,94 @@ def test_readouts_in_the_progress_bar():
     assert readouts.shown({"images_per_second": 0.5, "data_wait": 1.0}) == "images/s=0.5, data=100%"
 
 
+def lines(text: str) -> list[str]:
+    return [line[line.index("step ") :] for line in text.splitlines() if " of 10, loss=" in line]
+
+
+def test_time_left_by_hand(started, clock, caplog):
+    """Two seconds an update. The first one's hundred, of compiling say, and a validation's fifty do not count."""
+    progress = started(logging_steps=2, max_train_steps=10)
+    for seconds in (100.0, 2.0, 2.0, 2.0):
+        clock.now += seconds
+        update(progress, 1.0)
+    clock.now += 50.0
+    progress.restart_clock()
+    for _ in range(6):
+        clock.now += 2.0
+        update(progress, 1.0)
+    assert [line.rpartition("left=")[2] for line in lines(caplog.text)] == ["00:16", "00:12", "00:08", "00:04", "00:00"]
+    assert lines(caplog.text)[1] == "step 4 of 10, loss=1.0000, lr=5.0e-01, images/s=1.0, data=0%, left=00:12"
+
+
+def test_time_left_is_not_guessed_from_the_first_update(started, clock, caplog):
+    progress = started(max_train_steps=10)
+    for seconds in (100.0, 2.0):
+        clock.now += seconds
+        update(progress, 1.0)
+    first, second = lines(caplog.text)
+    assert first.endswith("data=0%")
+    assert second.endswith("left=00:16")
+
+
+def test_log_file(started, tmp_path, clock):
+    """Messages and a line each logging interval, dated; a resumed run appends; the token is in none of them."""
+    file, token = tmp_path / "logs" / "run.log", "hf_" + "SecretOfThisTest" * 2
+    progress = started(log_file=file, max_train_steps=10, push_to_hub=True, hub_token=token)
+    update(progress, 1.0)
+    runtime.logger.warning(f"the server says: {token}\nand more")
+    started({"step": 1, "samples_seen": 2}, log_file=file, max_train_steps=10, resume_from_checkpoint="latest")
+    text = file.read_text()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO|WARNING) ", line) for line in text.splitlines())
+    assert len(lines(text)) == 1
+    assert text.count("6 samples, 2 an update, 10 updates") == 2
+    assert "WARNING the server says: ***\\nand more\n" in text
+
+
+def test_log_file_ends_with_what_ended_the_run(started, tmp_path):
+    started(log_file=tmp_path / "run.log")
+
+    def main():
+        raise SystemExit("error: no luck")
+
+    def broken():
+        raise ValueError("out of luck")
+
+    for program in (main, broken):
+        with pytest.raises((SystemExit, ValueError)):
+            runtime.run(program)
+    text = (tmp_path / "run.log").read_text()
+    assert " ERROR error: no luck\n" in text
+    assert text.endswith("ValueError: out of luck\n\n")
+
+
+def test_log_file_that_cannot_be_written(started, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^error: --log_file \S*file/run.log cannot be written: "):
+        started(log_file=tmp_path / "file" / "run.log")
+    with pytest.raises(SystemExit):
+        started(log_file=tmp_path)
+    assert f"error: --log_file {tmp_path} is a folder: name a file in it" in capsys.readouterr().err
+
+
+def test_log_file_on_a_full_disk_does_not_end_the_run(started, caplog):
+    progress = started(log_file="/dev/full", max_train_steps=10)
+    update(progress, 1.0)
+    update(progress, 1.0)
+    assert caplog.text.count("--log_file /dev/full cannot be written any longer: [Errno 28]") == 1
+    assert len(lines(caplog.text)) == 2
+
+
 @pytest.mark.gpu
 def test_peak_memory_is_of_the_interval(started, tmp_path):
     progress = started(max_train_steps=9)
     held = torch.empty(2**28, device="cuda")  # a GiB
     update(progress, 1.0)
-    del held
+    del held  # with the second interval under way
     update(progress, 1.0)
-    first, second = (row["peak_memory_gib"] for row in rows(tmp_path))
-    assert first >= 1.0
-    assert second <= first - 1.0
+    update(progress, 1.0)
+    first, second, third = (row["peak_memory_gib"] for row in rows(tmp_path))
+    assert first == second >= 1.0
+    assert third <= first - 1.0
 
 
 def test_checkpoint_within_an_interval_changes_no_row(started, tmp_path):
@@ -303,3 +384,42 @@ def test_checkpoint_reads_the_losses_first(started):
     update(progress, math.nan)
     with pytest.raises(SystemExit, match="error: loss nan at step 1"):
         progress.read()
+
+
+def test_what_frozen_networks_gave_is_told_from_the_trained_one(started, pictures):
+    """The first tensor, by name, that is not finite, and the samples that it is of."""
+    progress = started(logging_steps=2, max_train_steps=9)
+    update(progress, 1.0)
+    latents = torch.ones(2, 4, 4, 4)
+    latents[1, 0, 0, 0] = float("inf")
+    progress.add(torch.tensor(math.nan), batch((2, 3)) | {"latents_mean": latents.half(), "noise": torch.ones(2, 4)})
+    with pytest.raises(SystemExit) as stop:
+        progress.update(torch.tensor(math.nan), 0.5)
+    assert str(stop.value) == (
+        "error: loss nan at step 2, nothing saved since; the frozen networks' latents_mean is not finite for "
+        f"row 3 ({pictures / '3.png'}, metadata.jsonl line 4): "
+        "the weights of a frozen network may be damaged, or too large"
+    )
+
+
+def skip(progress, updates: int) -> None:
+    for _ in range(updates):
+        update(progress, 1.0, grad_norm=math.inf)
+
+
+def test_updates_that_the_loss_scaler_skips(started, tmp_path):
+    """Any number of them, but not 32 in a row, over whatever logging intervals: the scale is then next to nothing."""
+    progress = started(max_train_steps=900, logging_steps=3)
+    progress.args.mixed_precision = "fp16"  # which on a CPU becomes fp32
+    skip(progress, 31)
+    update(progress, 1.0)
+    skip(progress, 31)
+    assert rows(tmp_path)[0]["grad_norm"] is None
+    with pytest.raises(SystemExit, match="32 updates in a row skipped, since gradients overflow in fp16, at step 64, "):
+        skip(progress, 3)
+
+
+def test_without_a_scaler_one_is_too_many(started):
+    progress = started(max_train_steps=9)
+    with pytest.raises(SystemExit, match="gradient norm inf at step 1, "):
+        skip(progress, 1)

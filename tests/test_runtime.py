@@ -244,13 +244,13 @@ import sys, time
 from types import SimpleNamespace
 from t2i_training import networks, optim, runtime
 runtime.start(SimpleNamespace(output_dir=sys.argv[1], local_rank=-1, gradient_accumulation_steps=1,
-    mixed_precision=None, report_to="none", logging_dir="logs", train_batch_size=1))
+    mixed_precision=None, report_to="none", logging_dir="logs", train_batch_size=1, log_file=None, hub_token=None))
 print("locked", flush=True)
 time.sleep(600)
 """
 
 
-def test_lock_refuses_a_second_process_and_dies_with_the_first(start, tmp_path):
+def test_lock_refuses_a_second_process_and_dies_with_the_first(start, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
@@ -258,12 +258,70 @@ def test_lock_refuses_a_second_process_and_dies_with_the_first(start, tmp_path):
         for _ in range(2):  # the refused one must not take it with it
             with pytest.raises(SystemExit, match=f"error: --output_dir {folder} is in use by another run"):
                 start()
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+        with pytest.raises(SystemExit, match=r"is in use by another run: 2 processes were asked for \(SLURM_STEP_NUM_"):
+            start()
+        monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
     finally:
         holder.kill()
         holder.wait()
         holder.stdout.close()
     start()
     start()  # a process never locks itself out
+
+
+# --- processes that never joined
+
+ALONE = (
+    "and this one is alone: start them with `torchrun --nproc_per_node=N SCRIPT`, on a cluster one torchrun for each"
+)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """environment(NAME=value): what a launcher, a cluster or MPI tells a process."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda **names: [monkeypatch.setenv(name, value) for name, value in names.items()]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {"SLURM_NTASKS": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "2"},
+    ],
+)  # fmt: skip
+def test_tasks_without_a_launcher_are_told(start, environment, names, caplog):
+    environment(**names)
+    start()
+    assert f"2 processes were asked for ({next(iter(names))}), {ALONE}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"SLURM_NTASKS": "8", "WORLD_SIZE": "1"},  # one torchrun in an allocation for more
+        {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},  # one task of it
+        {"SLURM_NTASKS": "1"}, {"SLURM_NTASKS": "4(x2)"}, {},
+    ],
+)  # fmt: skip
+def test_one_process_where_one_was_asked_for(start, environment, names, caplog):
+    environment(**names)
+    start()
+    assert "alone" not in caplog.text
+
+
+def test_accelerate_launch_that_starts_one_of_several(start, environment, caplog):
+    environment(MASTER_PORT="29500", ACCELERATE_USE_CPU="True")  # what its --cpu --num_processes 2 leaves behind
+    start()
+    assert "`accelerate launch` was asked for several processes, and on the CPU it starts one" in caplog.text
+
+
+def test_a_launchers_process_that_did_not_join(start, environment):
+    environment(WORLD_SIZE="2")
+    with pytest.raises(SystemExit, match=r"^error: 2 processes were asked for \(WORLD_SIZE\), and this one is alone: "):
+        start()
 
 
 def test_folder_that_cannot_be_written(start, tmp_path):
@@ -289,12 +347,63 @@ def test_first_signal_asks_to_stop_the_second_is_pythons(start, number):
     assert stop.value.code == 128 + number
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_before_the_loop_ends_the_run_at_once(start, number):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_an_announcement_may_come_many_times(start, monkeypatch, number):
+    """At a soft limit of CPU time SIGXCPU comes once a second; Slurm's SIGUSR1 is followed by a SIGTERM."""
+    _, accelerator = start()
+    runtime.begin_loop()
+    for now in (100.0, 105.0, 110.0):
+        monkeypatch.setattr(runtime.time, "monotonic", lambda now=now: now)
+        os.kill(os.getpid(), number)
+        assert runtime.stop_requested(accelerator) == number
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert runtime.stop_requested(accelerator) == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "which would abort"
+
+
+def test_a_signal_that_other_code_handles_is_left_to_it(start, caplog):
+    """wandb's sweeps, submitit, torch's debuggers: a stack dump on SIGUSR1 must not stop the run."""
+    got = []
+    signal.signal(signal.SIGUSR1, lambda number, _: got.append(number))
+    try:
+        _, accelerator = start()
+        runtime.begin_loop()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert got == [signal.SIGUSR1]
+        assert runtime.stop_requested(accelerator) == 0
+        assert "SIGUSR1 does not stop this run: other code handles it" in caplog.text
+        runtime.finish(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert got == [signal.SIGUSR1] * 2
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_an_ignored_signal_stays_ignored(start):
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        start()
+        assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+
+
+def test_platform_without_some_of_the_signals():
+    """Windows has neither SIGHUP nor those of clusters."""
+    program = "import signal\nfor name in ('SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU'): delattr(signal, name)\n"
+    program += "from t2i_training import runtime\nprint([s.name for s in runtime.STOP_SIGNALS])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "['SIGTERM', 'SIGINT']\n", done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGXCPU])
+def test_signal_before_the_loop_ends_the_run_at_once(start, number, caplog):
     start()
     with pytest.raises(SystemExit) as stop:
         os.kill(os.getpid(), number)
     assert stop.value.code == 128 + number
+    kept = "stopped before the first update; saved checkpoints and encodings are kept"
+    assert f"{signal.Signals(number).name}: {kept}" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -77,7 +77,8 @@ def metadata(file) -> dict:
 
 def test_exported_tree(run, trained):
     assert tree(run()) == {ADAPTERS, *LEFT}
-    checkpoint = {f"checkpoint-4/{name}" for name in ("manifest.json", "optimizer.bin", ADAPTERS)}
+    saved = ("manifest.json", "optimizer.bin", ADAPTERS, "kohya_lora_weights-step00000004.safetensors")
+    checkpoint = {f"checkpoint-4/{name}" for name in saved}
     pictures = {f"validation/step-00000{step}{rest}" for step in (0, 3, 4) for rest in (".png", "/00.png", "/01.png")}
     assert (
         tree(run(**DRAWN, save_kohya=True, checkpointing_steps=4)) == {ADAPTERS, KOHYA} | LEFT | checkpoint | pictures
@@ -116,7 +117,7 @@ def test_loaded_pipeline_is_the_trained_one(trained, pipeline):
 def test_checkpoint_holds_the_same_adapters(trained, pipeline):
     folder, unet = trained
     loaded = pipeline()
-    loaded.unet.load_lora_adapter(folder / "checkpoint-4", prefix=None, weight_name=ADAPTERS)
+    loaded.load_lora_weights(folder / "checkpoint-4")
     assert torch.equal(output(loaded.unet), output(unet))
 
 

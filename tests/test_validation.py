@@ -119,3 +119,18 @@ def test_without_the_untouched_model_there_is_one_row(accelerator, tmp_path):
     validation.validate(lambda index: picture(COLOURS[index]), ["a", "b"], 7, tmp_path, accelerator)
     with Image.open(tmp_path / "validation" / "step-000007.png") as grid:
         assert grid.size == (110 + 2 * 166, 27 + 166)
+
+
+def test_pictures_of_nan_are_told(accelerator, tmp_path, caplog):
+    """A VAE that overflows gives nan, which diffusers' cast to uint8 makes black."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    def draw(index):
+        pixels = np.full((1, 32, 32, 3), np.nan if index else 0.5, dtype=np.float32)
+        return VaeImageProcessor.numpy_to_pil(pixels)[0]
+
+    validation.validate(draw, ["a"], 0, tmp_path, accelerator)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    validation.validate(draw, ["a", "b"], 5, tmp_path, accelerator)
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.message.startswith("validation pictures of step 5 are black where a network gave nan; ")

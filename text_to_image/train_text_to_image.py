@@ -20,16 +20,14 @@ from t2i_training import checks, cli
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
     cli.add_stable_diffusion_args(parser)
+    cli.add_data_source_args(parser)  # what data.open_dataset reads
     cli.add_data_args(parser)
     cli.add_caption_args(parser)
     cli.add_image_args(parser)
     cli.add_training_args(parser)
     cli.add_network_args(parser)
-    cli.add_optimizer_args(parser)
-    cli.add_scale_lr_arg(parser)
-    cli.add_loss_args(parser)
-    cli.add_noise_args(parser)
-    cli.add_full_noise_args(parser)
+    cli.add_optimizer_args(parser, scale_lr=True)
+    cli.add_loss_args(parser, noise=True)
     cli.add_ema_args(parser)
     cli.add_encoding_args(parser, crops=True)
     cli.add_checkpoint_args(parser)
@@ -72,7 +70,7 @@ def load_models(args, accelerator):
         pipeline = StableDiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, **source
         )
-        pipeline.to(dtype=torch.float32)
+        networks.standardize(pipeline)
         unet = pipeline.unet
         if args.non_ema_revision is not None:
             unet = UNet2DConditionModel.from_pretrained(
@@ -133,7 +131,7 @@ def encode_captions(batch, text_encoder):
 
 @torch.no_grad()
 def encode(batch, vae, text_encoder):
-    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
     return encode_pictures(batch, vae) | encode_captions(batch, text_encoder)
 
 
@@ -162,7 +160,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     """The run's batches of samples, from where it stands to its end."""
     readers = [
         partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
-        partial(read_caption, tokenizer=pipeline.tokenizer),
+        partial(read_caption, tokenizer=data.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         vae, text_encoder = frozen
@@ -224,7 +222,7 @@ def main(argv=None):
 
     with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
-    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
+    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
@@ -235,7 +233,7 @@ def main(argv=None):
 
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    unet, optimizer = processes.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
@@ -279,11 +277,11 @@ def main(argv=None):
             schedule.step()
             stopped_by = runtime.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
-                progress.read()  # the losses, so that nothing non-finite is ever saved
-                checkpoints.save(progress.position())
-                progress.restart_clock()
+                progress.save(checkpoints)
             if progress.validation_due() and not stopped_by:
                 validate()
+                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
+                    progress.save(checkpoints)
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):
@@ -293,8 +291,8 @@ def main(argv=None):
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by)
+    runtime.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

@@ -19,15 +19,13 @@ from t2i_training import checks, cli, flax_cli
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
     cli.add_stable_diffusion_args(parser)
+    cli.add_data_source_args(parser)  # what data.open_dataset reads
     cli.add_data_args(parser)
     cli.add_caption_args(parser)
     cli.add_image_args(parser)
     cli.add_training_args(parser)
-    cli.add_optimizer_args(parser, eight_bit=False)
-    cli.add_scale_lr_arg(parser)
-    cli.add_loss_args(parser)
-    cli.add_noise_args(parser)
-    cli.add_full_noise_args(parser)
+    cli.add_optimizer_args(parser, eight_bit=False, scale_lr=True)
+    cli.add_loss_args(parser, noise=True)
     cli.add_ema_args(parser, placement=False)
     cli.add_encoding_args(parser, crops=True)
     cli.add_checkpoint_args(parser)
@@ -130,7 +128,7 @@ def encode_captions(batch, text_encoder):
 
 
 def encode(batch, vae, text_encoder):
-    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
     return encode_pictures(batch, vae) | encode_captions(batch, text_encoder)
 
 
@@ -161,7 +159,7 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
     """The run's batches of samples, from where it stands to its end."""
     readers = [
         partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
-        partial(read_caption, tokenizer=pipeline.tokenizer),
+        partial(read_caption, tokenizer=data.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline))
@@ -240,7 +238,7 @@ def main(argv=None):
 
     with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
-    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
+    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, noise_scheduler = load_models(args)
     progress = metrics.Progress(args, accelerator, dataset, position, *flax_devices.describe(mesh))
@@ -256,7 +254,7 @@ def main(argv=None):
     train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
     trained.begin(train_step)
     optim.set_position(args, schedule, progress.step)
-    progress.begin(None, None, flax_devices.Gauge(args, mesh, trained.sample_flops))
+    progress.begin(None, None, flax_devices.Gauge(args, mesh, trained.sample_flops), trained.nbytes())
     stream = loading.batches(loader, accelerator)
 
     def validate():
@@ -279,11 +277,11 @@ def main(argv=None):
             schedule.step()
             stopped_by = runtime.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
-                progress.read()  # the losses, so that nothing non-finite is ever saved
-                checkpoints.save(progress.position() | {"versions": flax_training.VERSIONS})
-                progress.restart_clock()
+                progress.save(checkpoints, versions=flax_training.VERSIONS)
             if progress.validation_due() and not stopped_by:
                 validate()
+                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
+                    progress.save(checkpoints, versions=flax_training.VERSIONS)
 
     if progress.step >= progress.total:
         exported = files.publish(args.output_dir, partial(export, pipeline, trained, args), accelerator)
@@ -293,8 +291,8 @@ def main(argv=None):
     flax_devices.leave_hosts()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by)
+    runtime.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

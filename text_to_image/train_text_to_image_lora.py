@@ -21,16 +21,14 @@ from t2i_training import checks, cli
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
     cli.add_stable_diffusion_args(parser)
+    cli.add_data_source_args(parser)  # what data.open_dataset reads
     cli.add_data_args(parser)
     cli.add_caption_args(parser)
     cli.add_image_args(parser)
     cli.add_training_args(parser)
     cli.add_network_args(parser)
-    cli.add_optimizer_args(parser)
-    cli.add_scale_lr_arg(parser)
-    cli.add_loss_args(parser)
-    cli.add_noise_args(parser)
-    cli.add_full_noise_args(parser)
+    cli.add_optimizer_args(parser, scale_lr=True)
+    cli.add_loss_args(parser, noise=True)
     cli.add_lora_args(parser, kohya=True)
     cli.add_encoding_args(parser, crops=True)
     cli.add_checkpoint_args(parser)
@@ -74,7 +72,7 @@ def load_models(args, accelerator):
         pipeline = StableDiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, **source
         )
-        pipeline.to(dtype=torch.float32)
+        networks.standardize(pipeline)
     unet = pipeline.unet
     if args.prediction_type is not None:
         # For sampling as well: a network trained on one and sampled as the other gives noise.
@@ -131,7 +129,7 @@ def encode_captions(batch, text_encoder):
 
 @torch.no_grad()
 def encode(batch, vae, text_encoder):
-    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
     return encode_pictures(batch, vae) | encode_captions(batch, text_encoder)
 
 
@@ -160,7 +158,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     """The run's batches of samples, from where it stands to its end."""
     readers = [
         partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
-        partial(read_caption, tokenizer=pipeline.tokenizer),
+        partial(read_caption, tokenizer=data.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         vae, text_encoder = frozen
@@ -194,11 +192,11 @@ def draw_picture(index, pipeline, args, accelerator):
         ).images[0]  # fmt: skip
 
 
-def export(args, unet, folder):
+def export(args, unet, folder, kohya_name=lora.KOHYA_NAME):
     """Write the adapters into `folder`: as diffusers loads them and, if asked for, as other tools do."""
     lora.save_stable_diffusion(StableDiffusionPipeline, unet, folder)
     if args.save_kohya:
-        lora.save_kohya(unet, folder / lora.KOHYA_NAME)
+        lora.save_kohya(unet, folder / kohya_name)
 
 
 CARD = {
@@ -210,6 +208,7 @@ from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("<pretrained_model_name_or_path>")
 pipe.load_lora_weights("path/to/this/folder")
+pipe.scheduler.register_to_config(prediction_type="<prediction_type>")
 pipe("a caption like those it was trained on").images[0].save("picture.png")
 """,
 }
@@ -223,7 +222,7 @@ def main(argv=None):
 
     with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
-    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
+    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [networks.frozen(module, accelerator, exported=False) for module in (pipeline.vae, pipeline.text_encoder)]
@@ -233,13 +232,14 @@ def main(argv=None):
 
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    unet, optimizer = processes.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit,
-        partial(lora.save_networks, network), partial(lora.load_networks, network),
+        lambda folder: export(args, network, folder, lora.kohya_checkpoint_name(progress.step)),
+        partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
     optim.set_position(args, schedule, progress.step)
@@ -275,11 +275,11 @@ def main(argv=None):
             schedule.step()
             stopped_by = runtime.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
-                progress.read()  # the losses, so that nothing non-finite is ever saved
-                checkpoints.save(progress.position())
-                progress.restart_clock()
+                progress.save(checkpoints)
             if progress.validation_due() and not stopped_by:
                 validate()
+                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
+                    progress.save(checkpoints)
 
     if progress.step >= progress.total:
         exported = files.publish(args.output_dir, partial(export, args, network), accelerator)
@@ -288,8 +288,8 @@ def main(argv=None):
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by)
+    runtime.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

@@ -20,9 +20,10 @@ from t2i_training import checks, cli
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
     cli.add_kandinsky_args(parser)
+    cli.add_data_source_args(parser)  # what data.open_dataset reads
     cli.add_data_args(parser)
     cli.add_decoder_condition_args(parser)
-    cli.add_resolution_arg(parser, "Side of the square that is trained on, in pixels.")
+    cli.add_resolution_arg(parser, "Side of the square training images, in pixels.")
     cli.add_training_args(parser)
     cli.add_network_args(parser, xformers=False)
     cli.add_optimizer_args(parser)
@@ -73,13 +74,14 @@ def load_models(args, accelerator):
     """The base decoder's pipeline and the CLIP image encoder, unrounded; its UNet, to get adapters; the scheduler."""
     with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         pipeline = KandinskyV22Pipeline.from_pretrained(
-            args.pretrained_decoder_model_name_or_path, cache_dir=args.cache_dir
+            args.pretrained_decoder_model_name_or_path, **networks.source(args, "pretrained_decoder_model_name_or_path")
         )
-        pipeline.to(dtype=torch.float32)
+        networks.standardize(pipeline)
     with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         image_encoder = CLIPVisionModelWithProjection.from_pretrained(
-            args.pretrained_prior_model_name_or_path, subfolder="image_encoder", cache_dir=args.cache_dir
-        )
+            args.pretrained_prior_model_name_or_path, subfolder="image_encoder",
+            **networks.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
+        )  # fmt: skip
     unet = pipeline.unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
@@ -121,7 +123,7 @@ def encode_pictures(batch, movq, image_encoder):
 
 @torch.no_grad()
 def encode(batch, movq, image_encoder):
-    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
     return encode_pictures(batch, movq, image_encoder)
 
 
@@ -168,8 +170,10 @@ def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
     """The pipeline that validates: what is in memory, and the rest of the base prior, loaded for this alone."""
     with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         prior = KandinskyV22PriorPipeline.from_pretrained(
-            args.pretrained_prior_model_name_or_path, image_encoder=image_encoder, cache_dir=args.cache_dir
-        ).to(dtype=image_encoder.dtype)
+            args.pretrained_prior_model_name_or_path, image_encoder=image_encoder,
+            **networks.source(args, "pretrained_prior_model_name_or_path"),
+        )  # fmt: skip
+        networks.standardize(prior, image_encoder.dtype)
     drawing = KandinskyV22CombinedPipeline(
         unet=unet, movq=movq, scheduler=pipeline.scheduler,
         **{f"prior_{name}": component for name, component in prior.components.items()},
@@ -211,7 +215,7 @@ def main(argv=None):
 
     with processes.main_first(accelerator):
         dataset = data.open_dataset(args)
-    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
+    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]
@@ -221,7 +225,7 @@ def main(argv=None):
 
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    unet, optimizer = processes.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
@@ -263,11 +267,11 @@ def main(argv=None):
             schedule.step()
             stopped_by = runtime.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
-                progress.read()  # the losses, so that nothing non-finite is ever saved
-                checkpoints.save(progress.position())
-                progress.restart_clock()
+                progress.save(checkpoints)
             if progress.validation_due() and not stopped_by:
                 validate()
+                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
+                    progress.save(checkpoints)
 
     if progress.step >= progress.total:
         exported = files.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
@@ -276,8 +280,8 @@ def main(argv=None):
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by)
+    runtime.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

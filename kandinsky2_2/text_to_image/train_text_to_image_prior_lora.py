@@ -19,9 +19,10 @@ from t2i_training import checks, cli
 def parse_args(argv=None):
     parser = cli.make_parser(__doc__)
     cli.add_kandinsky_args(parser)
+    cli.add_data_source_args(parser)  # what data.open_dataset reads
     cli.add_data_args(parser)
     cli.add_caption_args(parser)
-    cli.add_resolution_arg(parser, "Side of the validation pictures, in pixels; the prior itself sees none.")
+    cli.add_resolution_arg(parser, "Side of the validation images, in pixels; the prior does not depend on it.")
     cli.add_training_args(parser)
     cli.add_network_args(parser, xformers=False)
     cli.add_optimizer_args(parser)
@@ -71,9 +72,9 @@ def load_models(args, accelerator):
     """The base prior's pipeline, unrounded on the CPU; its prior, to be given adapters; the training scheduler."""
     with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         pipeline = KandinskyV22PriorPipeline.from_pretrained(
-            args.pretrained_prior_model_name_or_path, cache_dir=args.cache_dir
+            args.pretrained_prior_model_name_or_path, **networks.source(args, "pretrained_prior_model_name_or_path")
         )
-        pipeline.to(dtype=torch.float32)
+        networks.standardize(pipeline)
     prior = pipeline.prior
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
@@ -129,7 +130,7 @@ def encode_captions(batch, text_encoder):
 
 @torch.no_grad()
 def encode(batch, image_encoder, text_encoder, clip_mean, clip_std):
-    """What the frozen networks make of a batch. With --cache_encodings it is made before training, and once."""
+    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
     return encode_pictures(batch, image_encoder, clip_mean, clip_std) | encode_captions(batch, text_encoder)
 
 
@@ -149,7 +150,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     image_encoder, text_encoder, clip_mean, clip_std = frozen
     readers = [
         partial(read_picture, clip_size=image_encoder.config.image_size),
-        partial(read_caption, tokenizer=pipeline.tokenizer),
+        partial(read_caption, tokenizer=data.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         encoders = [
@@ -169,7 +170,7 @@ def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *
     """The pipeline that validates: what is in memory, and the base decoder, which is loaded for this alone."""
     with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         decoder = KandinskyV22Pipeline.from_pretrained(
-            args.pretrained_decoder_model_name_or_path, cache_dir=args.cache_dir
+            args.pretrained_decoder_model_name_or_path, **networks.source(args, "pretrained_decoder_model_name_or_path")
         ).to(dtype=image_encoder.dtype)
     drawing = KandinskyV22CombinedPipeline(
         **decoder.components, prior_prior=prior, prior_image_encoder=image_encoder, prior_text_encoder=text_encoder,
@@ -225,7 +226,7 @@ def main(argv=None):
 
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
-    prior, optimizer = accelerator.prepare(prior, optimizer)
+    prior, optimizer = processes.prepare(accelerator, prior, optimizer)
     network = networks.unwrap(prior, accelerator)
     parameters = optim.trainable(network)
 
@@ -267,11 +268,11 @@ def main(argv=None):
             schedule.step()
             stopped_by = runtime.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
-                progress.read()  # the losses, so that nothing non-finite is ever saved
-                checkpoints.save(progress.position())
-                progress.restart_clock()
+                progress.save(checkpoints)
             if progress.validation_due() and not stopped_by:
                 validate()
+                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
+                    progress.save(checkpoints)
 
     if progress.step >= progress.total:
         exported = files.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
@@ -280,8 +281,8 @@ def main(argv=None):
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by)
+    runtime.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

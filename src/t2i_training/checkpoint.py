@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from .files import cannot_be_saved, forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside
 from .manifest import MANIFEST, read_manifest, verify, write_manifest
 from .processes import wait
-from .runtime import fail, fail_after_step, heed_early_stop, logger, readable_errors
+from .runtime import end_loop, fail, fail_after_step, heed_early_stop, logger, readable_errors
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)")
@@ -85,6 +85,7 @@ class CheckpointManager:
         """After the loop, or what ended it, the last checkpoint is in place. Without an error all processes wait."""
         failure = self._finish_commit()
         if kind is None:
+            end_loop()
             if failure:
                 fail(failure)
             wait(self.accelerator)
@@ -193,5 +194,40 @@ def _abandon_later_ones(folder: Path) -> None:
     step = read_manifest(folder)["step"]  # not its name's: it may itself have been set aside
     for other in _ours(folder.parent):
         if other.name != folder.name and _number(other) >= step:
-            set_aside(other)
-            logger.warning(f"{other} is of the course that was left: renamed")
+            what = "later than" if _number(other) > step else "of another course than"
+            logger.warning(f"{other} is {what} the checkpoint resumed from; moved to {set_aside(other)}")
+
+
+def size_of(args, network) -> int:
+    """Bytes of a checkpoint of a PyTorch network: trained weights in fp32, their average, AdamW's two moments."""
+    sizes = [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
+    networks = 2 if getattr(args, "use_ema", False) else 1
+    if not getattr(args, "use_8bit_adam", False):
+        return 4 * (networks + 2) * sum(sizes)
+    # bitsandbytes: a byte a value and a scale for 256 of them, but for small tensors, which stay in fp32
+    moments = sum(2 * size + 8 * (size // 256) if size >= 4096 else 8 * size for size in sizes)
+    return 4 * networks * sum(sizes) + moments
+
+
+def announce_space(args, size: int, step: int, total: int) -> None:
+    """Say how much disk the checkpoints of updates `step` to `total` will take, and warn if that is not there."""
+    folder, limit = Path(args.output_dir), args.checkpoints_total_limit
+    count = total // args.checkpointing_steps - step // args.checkpointing_steps
+    if count == 0:
+        return
+    free, at_once, kept = shutil.disk_usage(folder).free, count, ""
+    if limit is not None:  # an old one is removed once the new one is whole
+        at_once, kept = max(0, min(count, limit + 1 - len(_ours(folder)))), f", of which {limit} are kept,"
+    line = (
+        f"{count} checkpoint{'s' * (count > 1)} of {_amount(size)}{kept} will take {_amount(at_once * size)} "
+        f"of the {_amount(free)} that are free in {folder}"
+    )
+    if at_once * size <= free:
+        logger.info(line)
+    else:
+        way = "make room" if limit == 1 else "keep fewer with --checkpoints_total_limit"
+        logger.warning(f"{line}: they do not fit; {way}, or choose another --output_dir")
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -5,7 +5,6 @@ flag and the way out. A flag is never parsed and ignored: a combination that a s
 """
 
 import argparse
-import glob
 import importlib.util
 import json
 import math
@@ -16,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from . import settings
+from . import data_files, model_kind, names, packages, settings
 from .cli import LR_SCHEDULERS, TRACKERS
 from .settings import SECRETS
 
@@ -35,10 +34,6 @@ _NEEDS = {  # flag -> the flag without which it would do nothing
     "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
     "dream_detail_preservation": "dream_training", "encodings_dir": "cache_encodings", "cache_crops": "cache_encodings",
 }  # fmt: skip
-_PACKAGES = {  # flag -> the package that it needs
-    "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
-}  # fmt: skip
-_ARCHIVES = {".zip", ".tar", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}  # what `datasets` looks into
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 
 
@@ -54,6 +49,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(settings.switch_off(parser, settings.tokens(parser, argv) + argv))
+    if importlib.util.find_spec("fcntl") is None:
+        parser.error("file locks (fcntl) and forked loader workers need Linux or macOS: on Windows, run it in WSL")
+    names.expand_home(args)
+    packages.hide_unused(args)
     check(parser, args)
     if hasattr(args, "validation_prompt"):  # several pictures of one prompt are validated like several prompts
         args.validation_prompts = (
@@ -65,7 +64,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 def public_config(args: argparse.Namespace) -> dict:
     """The arguments as a plain dictionary, without secrets, such as may be written down and shown."""
     left_out = {*SECRETS, "config", "validation_prompts" if hasattr(args, "validation_prompt") else ""}
-    return {name: value for name, value in sorted(vars(args).items()) if name not in left_out}
+    return {name: _plain(value) for name, value in sorted(vars(args).items()) if name not in left_out}
+
+
+def _plain(value):
+    """As YAML knows it: flags that a user has added may be of any type."""
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, int | float | None) or type(value) is str else str(value)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -76,7 +82,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     _check_compiler(parser, args)
     _check_objective(parser, args)
     _check_reporting(parser, args)
+    names.check(parser, args)
+    if hasattr(args, "dataset_name"):  # without cli.add_data_source_args a script opens a data set of its own
+        _check_data_source(parser, args)
     _check_paths(parser, args)
+    _check_resume(parser, args)
+    model_kind.check_folders(parser, args)
 
 
 def _check_texts(parser, args):
@@ -121,7 +132,7 @@ def _check_combinations(parser, args):
             parser.error(f"--{name} does nothing without --{needed}: add --{needed}, or leave --{name} out")
     if getattr(args, "center_crop", False) and getattr(args, "cache_crops", None) != parser.get_default("cache_crops"):
         parser.error("--cache_crops does nothing with --center_crop: leave one of them out")
-    for name, package in _PACKAGES.items():
+    for package, name in packages.FLAGS.items():
         if getattr(args, name, False) and importlib.util.find_spec(package) is None:
             parser.error(f"--{name} needs the package {package}: pip install {package}, or leave the flag out")
     _check_schedule(parser, args)
@@ -180,12 +191,16 @@ def _local_prediction_type(model: str) -> str | None:
 
 
 def _check_reporting(parser, args):
-    if args.report_to not in TRACKERS:
-        parser.error(f"--report_to must be one of {', '.join(TRACKERS)}, not {args.report_to!r}")
-    package = args.report_to  # the trackers bear the names of their packages
-    if package not in ("all", "none") and importlib.util.find_spec(package) is None:
-        parser.error(f"--report_to {package} needs the package {package}: pip install {package}")
-    if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
+    trackers = [name.strip() for name in args.report_to.split(",")]
+    for tracker in trackers:  # which bear the names of their packages
+        if tracker not in TRACKERS:
+            parser.error(f"--report_to must be one of {', '.join(TRACKERS)}, not {tracker!r}")
+        if tracker in ("all", "none") and len(trackers) > 1:
+            parser.error(f"--report_to {tracker} stands alone, not in {args.report_to!r}")
+        if tracker not in ("all", "none") and importlib.util.find_spec(tracker) is None:
+            parser.error(f"--report_to {tracker} needs the package {tracker}: pip install {tracker}")
+    args.report_to = ",".join(dict.fromkeys(trackers))
+    if not {"tensorboard", "none"}.issuperset(trackers) and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} together with --hub_token could publish the token; "
             "log in with `hf auth login` and leave --hub_token out"
@@ -193,53 +208,49 @@ def _check_reporting(parser, args):
 
 
 def _check_folder(parser, args):
-    """Whether --train_data_dir can be a folder of captioned pictures: a look at names alone."""
-    folder = Path(args.train_data_dir)
-    if not folder.is_dir():
-        fault = " is a file" if folder.exists() else ": there is no such folder"
-        parser.error(f"--train_data_dir {folder}{fault}")
-    names = {f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet")}
-    if args.caption_column is None or any((folder / name).is_file() for name in names):
-        return
-    below = map(Path, glob.iglob(os.path.join(glob.escape(args.train_data_dir), "**", "*"), recursive=True))
-    if not any(path.name in names or path.suffix.lower() in _ARCHIVES for path in below):
-        parser.error(
-            f"--train_data_dir {folder} holds no metadata.jsonl, with a line for each picture such as "
-            '{"file_name": "0001.jpg", "text": "a red fox"}; data sets of other forms are for --dataset_name'
-        )
+    """Whether a folder with data holds images, and captions where the script needs them: a look at names alone."""
+    if args.dataset_name is None and not Path(args.train_data_dir).is_dir():
+        fault = " is a file" if Path(args.train_data_dir).exists() else ": there is no such folder"
+        parser.error(f"--train_data_dir {args.train_data_dir}{fault}")
+    place = data_files.local_folder(args)
+    if place is not None and (fault := data_files.refusal(place, captions=args.caption_column is not None)):
+        flag = "train_data_dir" if args.dataset_name is None else "dataset_name"
+        parser.error(f"--{flag} {place} {fault}")
 
 
-def _check_paths(parser, args):
+def _check_data_source(parser, args):
+    """The flags that `data.open_dataset` reads."""
     if args.dataset_name is None and args.train_data_dir is None:
-        parser.error("no data: give --dataset_name, or --train_data_dir with a folder of captioned pictures")
-    if args.dataset_name is None:
-        _check_folder(parser, args)
-    for name, value in vars(args).items():
-        is_path = name == "dataset_name" or name.startswith("pretrained_")
-        if name.startswith("pretrained_") and value and Path(value).is_file():
-            parser.error(
-                f"--{name} {value} is a file; what is needed is the folder that diffusers' "
-                "from_single_file(...).save_pretrained(folder) makes of it"
-            )
-        if is_path and value and value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
-            parser.error(f"--{name} {value}: there is no such folder")
+        parser.error(
+            "no data: give --dataset_name, or --train_data_dir with a folder of captioned pictures "
+            "(a script that opens a data set of its own leaves out cli.add_data_source_args)"
+        )
+    _check_folder(parser, args)
     kinds = {"metadata.jsonl": "folder of captioned pictures", "state.json": "data set of save_to_disk"}
     for kind in [kinds[name] for name in kinds if args.dataset_name and Path(args.dataset_name, name).is_file()]:
         for name in ("train_data_dir", "dataset_config_name"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} does nothing here: {args.dataset_name} is read as a {kind}")
+    source = "train_data_dir" if args.dataset_name is None else "dataset_name"
+    data = Path(getattr(args, source)).resolve()
+    if data.is_dir() and Path(args.output_dir).resolve().is_relative_to(data):
+        parser.error(f"--output_dir {args.output_dir} is inside --{source}: its pictures would become training data")
+
+
+def _check_paths(parser, args):
+    if args.log_file is not None and Path(args.log_file).is_dir():
+        parser.error(f"--log_file {args.log_file} is a folder: name a file in it")
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         parser.error(f"--output_dir {output_dir} is a file")
-    source = "train_data_dir" if args.dataset_name is None else "dataset_name"
-    data = Path(getattr(args, source)).resolve()
-    if data.is_dir() and output_dir.resolve().is_relative_to(data):
-        parser.error(f"--output_dir {output_dir} is inside --{source}: its pictures would become training data")
     for name, value in vars(args).items():
         is_model = name.startswith("pretrained_") and value and Path(value).is_dir()
         if is_model and output_dir.resolve() == Path(value).resolve():
             parser.error(f"--output_dir {output_dir} is the model of --{name}, which would be overwritten")
-    wanted = args.resume_from_checkpoint
+
+
+def _check_resume(parser, args):
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted not in (None, "latest") and not (output_dir / wanted).is_dir() and not Path(wanted).is_dir():
         parser.error(f"--resume_from_checkpoint {wanted}: no such checkpoint, in {output_dir} or as a path")
     if wanted is None and list(output_dir.glob("checkpoint-*/manifest.json")):
@@ -247,3 +258,39 @@ def _check_paths(parser, args):
             f"--output_dir {output_dir} holds checkpoints of an earlier run: "
             "continue it with --resume_from_checkpoint latest, or choose another folder"
         )
+    if wanted == "latest":  # if it is another's, or older than one of another's
+        found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        ours = [path for path in found if (path / "manifest.json").is_file()]
+        other = max(filter(_is_of_another_script, found), key=_number, default=None)
+        newest = max(map(_number, ours), default=-1)
+        if other and _number(other) > newest:
+            instead = "to continue from that of these scripts before it" if ours else "to start from the beginning"
+            parser.error(f"--resume_from_checkpoint latest: {_not_ours(other)}, {instead}{_its_weights(other)}")
+    elif wanted is not None:
+        folder = output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)
+        if _is_of_another_script(folder):
+            parser.error(f"--resume_from_checkpoint {wanted}: {_not_ours(folder)}{_its_weights(folder)}")
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def _is_of_another_script(folder: Path) -> bool:
+    """Whether it holds what accelerate's `save_state` writes. Of ours, one without a manifest is damaged."""
+    written = ("random_states_*.pkl", "scheduler.bin", "model*.safetensors", "pytorch_model*")
+    return not (folder / "manifest.json").is_file() and any(any(folder.glob(name)) for name in written)
+
+
+def _not_ours(folder: Path) -> str:
+    return (
+        f"{folder} has no manifest.json: another script wrote it, whose optimizer and position "
+        "cannot be continued here; move it away"
+    )
+
+
+def _its_weights(folder: Path) -> str:
+    for part in ("unet", "prior"):
+        if (folder / part / "config.json").is_file():
+            return f"; to start from its weights, copy its {part}/ over that in a copy of the base model's folder"
+    return ""

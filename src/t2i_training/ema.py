@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from . import texts
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+VISIT = 2**28  # bytes of an offloaded average that are on the device at once, while it is updated
 
 
 def make_ema(args, model, device: torch.device, initial=None) -> EMAModel:
@@ -35,16 +36,31 @@ def _place(ema: EMAModel, device: torch.device, offload: bool) -> EMAModel:
 
 
 def update(ema: EMAModel, model) -> None:
-    """One step of the average. Offloaded, it visits the parameters' device and is copied back into its own memory."""
+    """One step of the average. Offloaded, it visits the parameters' device part by part, for whole it would take more
+    memory there than an average that stays: two copies of the weights, the second for its difference from them.
+    """
     parameters = list(model.parameters())
     if not ema.offloaded or parameters[0].device.type == "cpu":
         return ema.step(parameters)
-    host = ema.shadow_params
-    ema.to(parameters[0].device, non_blocking=True)
-    ema.step(parameters)
-    for pinned, average in zip(host, ema.shadow_params, strict=True):
-        pinned.copy_(average, non_blocking=True)  # the next visit is queued behind this copy on the same stream
+    host, steps = ema.shadow_params, ema.optimization_step
+    for part in _parts(host):
+        ema.shadow_params = [average.to(parameters[0].device, non_blocking=True) for average in host[part]]
+        ema.optimization_step = steps  # which each part's step counts up
+        ema.step(parameters[part])
+        for pinned, average in zip(host[part], ema.shadow_params, strict=True):
+            pinned.copy_(average, non_blocking=True)  # the next visit is queued behind this copy on the same stream
     ema.shadow_params = host
+
+
+def _parts(tensors: list[torch.Tensor]) -> list[slice]:
+    """Slices of consecutive tensors of VISIT bytes together, or of a single larger one."""
+    parts, start, size = [], 0, 0
+    for i, tensor in enumerate(tensors):
+        if size and size + tensor.nbytes > VISIT:
+            parts.append(slice(start, i))
+            start, size = i, 0
+        size += tensor.nbytes
+    return [*parts, slice(start, len(tensors))]
 
 
 @contextlib.contextmanager

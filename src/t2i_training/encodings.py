@@ -1,16 +1,12 @@
 """What frozen networks make of pictures and captions, computed once and kept on disk.
 
 Pictures and captions have a store each. Its name is a hash of all that its encodings depend on besides the picture or
-caption: how that is read (size, filter, tokenizer) and the network, with its weights and precision. A key in it is the
-hash of a picture file's bytes and the view of it, or of a caption's text. So whatever is edited is encoded again, and
-all else is found, by any run.
+caption: how that is read (code, size, filter, tokenizer) and the network, with its weights and precision. A key in it
+is the hash of a picture file's bytes and the view of it, or of a caption's text. So whatever is edited is encoded
+again, and all else is found, by any run.
 """
 
-import concurrent.futures
 import hashlib
-import inspect
-import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,46 +14,13 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
-from . import __version__, data, draws, inspection, loading, processes, runtime
+from . import __version__, data, draws, images, inspection, loading, log, processes, runtime
 from .encoding_store import Store
+from .fingerprint import fingerprint
 
 BATCH = 8  # encoded at once, or as many as a micro-batch of training has, but 4 at least: without gradients those fit
 SHARD = 512  # encodings in a file; at most so many are computed again after a crash
-
-
-def fingerprint(thing) -> str:
-    """A hash of all that a function's result depends on besides its input: what `functools.partial` has bound to it.
-
-    Networks count with configuration, weights and precision, tokenizers with vocabulary and length.
-    """
-    if isinstance(thing, partial):  # with its source: the scripts are there to be edited
-        parts = [
-            inspect.getsource(thing.func),
-            *(f"{name} {fingerprint(bound)}" for name, bound in thing.keywords.items()),
-        ]
-    elif isinstance(thing, torch.nn.Module):
-        config = thing.config.to_dict() if hasattr(thing.config, "to_dict") else dict(thing.config)
-        config = {k: str(v) for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
-        weights = thing.state_dict()
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            hashes = threads.map(fingerprint, weights.values())
-        parts = [json.dumps(config, sort_keys=True), *map(str, zip(weights, hashes, strict=True))]
-    elif hasattr(thing, "weights_stem"):  # one of flax_models
-        from .flax_models import state_dict
-
-        weights = {name: fingerprint(torch.tensor(array)) for name, array in state_dict(thing).items()}
-        parts = ["Flax", json.dumps(thing.config, sort_keys=True), *map(str, weights.items())]
-    elif isinstance(thing, torch.Tensor):
-        values = thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        parts = [str(thing.dtype), str(tuple(thing.shape)), hashlib.sha256(values).hexdigest()]
-    elif hasattr(thing, "get_vocab"):
-        probe = data.tokenize(thing, "Of 3 pictures, one: a café!").tolist()  # shows padding, merges and what is split
-        parts = [json.dumps(thing.get_vocab(), sort_keys=True), str(thing.model_max_length), str(probe)]
-    else:
-        parts = [repr(thing)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def cached(args, accelerator, dataset, pictures, readers: list, encoders: list, devices: int = 1) -> list[Callable]:
@@ -108,10 +71,10 @@ def _read_view(view: tuple, read: Callable, dataset, views: list[tuple[str, int]
     # Where crop k of a picture lies depends on the picture alone: every run finds the same ones.
     crop_draw = None if crop is None else draws.generator(int(views[row][0][:15], 16), 0, crop, "crop")
     with data.naming_the_sample(dataset, column, row):
-        source = data.picture_file(dataset[row][column])
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        content = data.picture_bytes(dataset[row][column])
         if hashlib.blake2b(content, digest_size=16).hexdigest() != views[row][0]:
-            raise ValueError(f"not the file that was inspected: start again, without {inspection.MEMO} if that recurs")
+            advice = f"start again, without {inspection.MEMO} if that recurs"
+            raise images.UnreadableImage(f"not the file that was inspected: {advice}")
         return read(content, crop_draw, mirror)
 
 
@@ -174,6 +137,26 @@ class _Reading(torch.utils.data.Dataset):
         return self.read(self.items[i][1])
 
 
+def not_finite(name: str, samples: list[str], precision: str) -> str:
+    """Tell, of frozen networks' output `name` for these samples, that it holds inf or nan, and the way out."""
+    advice = "the weights of a frozen network may be damaged, or too large"
+    if precision == "fp16":  # up to 65504; the VAEs of some models exceed it within their layers
+        advice = "a frozen network overflows in fp16: take --mixed_precision=bf16 or no, or a model with another VAE"
+    return f"the frozen networks' {name} is not finite for {', '.join(samples)}: {advice}"
+
+
+def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Callable, precision: str) -> None:
+    """End the run before an encoding with inf or nan gets into a store. Of tensors that are on the CPU already."""
+    for name, tensor in encoded.items():
+        bad = (~tensor.reshape(len(tensor), -1).isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            item, known = items[bad[0]][1], getattr(read, "keywords", {})
+            sample = f"the caption {item[:80]!r}" if isinstance(item, str) else f"row {item[0]}"
+            if "dataset" in known:
+                sample = data.describe(known["dataset"], known["column"], item[0])
+            runtime.fail(not_finite(name, [sample], precision))
+
+
 def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read, encode, devices: int) -> None:
     """Encode this process's `items`, (key, what `read` takes), and write a shard now and then, also when stopped."""
     size = devices * min(BATCH, max(4, args.train_batch_size))
@@ -186,14 +169,18 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
         parts.clear()
 
     loader = loading.loader(_Reading(items, read), args, accelerator, size, batch_size=size)
-    bar = tqdm(total=len(items), desc=f"encoding {kind}", unit="", disable=not accelerator.is_main_process)
+    bar = log.Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
     with bar, torch.no_grad():
         try:
             for first, batch in zip(range(0, len(items), size), loading.on_device(loader, accelerator), strict=True):
                 keys = [key for key, _ in items[first : first + size]]
-                parts.append((keys, {name: tensor.cpu() for name, tensor in encode(batch).items()}))
+                encoded = {name: tensor.cpu() for name, tensor in encode(batch).items()}
+                _check_finite(encoded, items[first : first + size], read, args.mixed_precision)
+                parts.append((keys, encoded))
                 if len(parts) * size >= SHARD:
                     commit()
                 bar.update(len(keys))
         finally:
             commit()
+            if bar.n < len(items):
+                runtime.logger.info(f"{kind}: {bar.n} of the {len(items)} that were missing are encoded, and kept")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .clip_names import keep_old_names
 from .hub import is_hub_name
 from .processes import wait
 from .runtime import fail
@@ -63,9 +64,9 @@ def free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def set_aside(folder: Path) -> None:
-    """Keep what stands there under another name."""
-    folder.rename(free_name(folder))
+def set_aside(folder: Path) -> Path:
+    """Keep what stands there under another name, which is returned."""
+    return folder.rename(free_name(folder))
 
 
 def remove_folder(folder: Path) -> None:
@@ -115,6 +116,7 @@ def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]
         partial.mkdir()
         write(partial)
         forget_local_paths(partial)
+        keep_old_names(partial)
         make_readable(partial)
         for path in partial.rglob("*"):
             sync(path)

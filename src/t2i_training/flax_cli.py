@@ -7,10 +7,10 @@ from . import checks, cli
 
 PACKAGES = ("jax", "flax", "optax")
 HELP = {
-    "seed": "Seed of every draw; default: 0, and in a run that is resumed its checkpoint's.",
+    "seed": "Random seed. Default: 0, or in a run that is resumed its checkpoint's.",
     "train_batch_size": "Samples per micro-batch and device.",
-    "mixed_precision": "What networks compute in; default: fp32, or what accelerate launch says. Weights are fp32.",
-    "scale_lr": "Multiply the rate by devices x batch x accumulation.",
+    "mixed_precision": "Precision of the arithmetic; trained weights are fp32. Default: accelerate launch's, or no.",
+    "scale_lr": "Multiply the learning rate by devices x batch size x accumulation.",
 }
 
 
@@ -20,7 +20,7 @@ class DefaultPrecision(str):
 
 def add_flax_args(parser: argparse.ArgumentParser) -> None:
     """To be called after the groups of `cli`, of which a few flags mean or default to something else here."""
-    group = parser.add_argument_group("Flax")
+    group = parser.add_argument_group("JAX weights and memory")
     group.add_argument(
         "--from_pt", action="store_true", help="Insist on PyTorch's weight files; by default whichever are there."
     )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from transformers import CLIPTokenizer
 
-from . import flax_models, hub
+from . import data, flax_models, hub
 from .flax_models.weights import find_files
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -51,13 +51,16 @@ def load(args, dtype) -> Pipeline:
     unet = flax_models.load_unet(
         folder / "unet", variant=variants["unet"], dtype=dtype, gradient_checkpointing=args.gradient_checkpointing
     )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text_encoder = flax_models.load_text_encoder(folder / "text_encoder", variant=variants["text_encoder"], dtype=dtype)
+    data.fit_tokenizer(tokenizer, text_encoder.config["max_position_embeddings"])
     return Pipeline(
         folder,
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer,
         getattr(diffusers, scheduler_class.removeprefix("Flax")).from_pretrained(folder / "scheduler"),
         unet,
         flax_models.load_vae(folder / "vae", variant=variants["vae"], dtype=dtype),
-        flax_models.load_text_encoder(folder / "text_encoder", variant=variants["text_encoder"], dtype=dtype),
+        text_encoder,
         dtype,
     )
 

@@ -137,6 +137,10 @@ class Trained:
         self.state, loss, norm = self.train_step(self.state, batch, frozen, np.float32(rate), np.float32(share))
         return loss, norm
 
+    def nbytes(self) -> int:
+        """Bytes of a checkpoint."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.state))
+
     def sample_flops(self) -> float:
         """FLOPs of the trained network for one sample, counted over shapes after the first step."""
         samples = next(iter(self._inputs[1].values())).shape[:2]

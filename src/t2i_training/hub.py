@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from . import texts
+from .names import is_hub_name
 from .runtime import logger
 
 OBJECTIVE = (  # flags that the card tells of where they are set
@@ -38,18 +39,18 @@ def _failure(args, error: Exception, consequence: str = "") -> SystemExit:
 def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: int, card: dict) -> None:
     """After the export: write the card and, if asked for, upload. Main process only.
 
-    `card` goes to `write_card`; its "base_model" and "prior" name the flags that hold them, and so does what stands in
-    angle brackets in its "usage". Call it after `Progress.close`: the curves are there to be uploaded, and no process
-    waits in a collective meanwhile.
+    `card` goes to `write_card`; its "base_model" and "prior" name the flags that hold them. Call it after
+    `Progress.close`: the curves are there to be uploaded, and no process waits in a collective meanwhile.
     """
     if accelerator.is_main_process:
-        usage = re.sub("<(pretrained_.*?)>", lambda flag: _loadable_name(args, flag[1]), card["usage"])
-        card = card | {"base_model": getattr(args, card["base_model"]), "usage": usage}
+        from .validation import own_grid
+
+        card = card | {"base_model": getattr(args, card["base_model"])}
         if "prior" in card:  # diffusers looks for a decoder's prior in this list, be it a hub name or a folder
             card["prior"] = [getattr(args, card["prior"])]
         write_card(args, steps=steps, **card)
-        grids = sorted((Path(args.output_dir) / "validation").glob("step-*.png"))
-        where = f"; before and after: {grids[-1]}" if grids else ""
+        grid, has_base = own_grid(args, steps)
+        where = f"; {'before and after' if has_base else 'validation images'}: {grid}" if grid else ""
         logger.info(
             f"done after {steps} updates: the result and how to use it are in {args.output_dir}/README.md{where}"
         )
@@ -102,7 +103,7 @@ def write_card(
     """README.md of the output folder: what it is, from what and how it was made, how to use it, before/after pictures.
 
     `head` adds entries to the card's YAML head. Local paths of models and data are left out: the hub takes names only
-    there, and they are nobody's business.
+    there, and they are nobody's business. In `usage` the name of a flag in angle brackets stands for its value.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -114,17 +115,14 @@ def write_card(
         "inference": True,
         "tags": [*tags, *TAGS],
     } | head
-    for key, value in (("base_model", base_model), ("datasets", args.dataset_name)):
+    for key, value in (("base_model", base_model), ("datasets", getattr(args, "dataset_name", None))):
         if value and is_hub_name(value):
             head[key] = [value] if key == "datasets" else value
-    prediction_type = getattr(args, "prediction_type", None)
-    if prediction_type is not None and "lora" in tags:  # adapters bring no scheduler; the base's may be another
-        line = f'pipe.scheduler.register_to_config(prediction_type="{prediction_type}")'
-        usage = usage.replace('\npipe("', f'\n{line}\npipe("')
-    table = "\n".join(f"| {name} | {escape(str(value))} |" for name, value in _settings(args, base_model, steps))
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _settings(args, base_model, steps))
     body = (
-        f"# {title}\n\nFine-tuned from {escape(_public_name(base_model))} on the pictures named below.\n\n"
-        f"{_pictures(args)}## Use\n\n```python\n{usage.strip()}\n```\n\n## Training\n\n| | |\n|---|---|\n{table}\n\n"
+        f"# {title}\n\nFine-tuned from {literal(_public_name(base_model))} with the data and settings named below.\n\n"
+        f"{_pictures(args, steps)}## Use\n\n```python\n{_fill_in(args, usage)}\n```\n\n"
+        f"## Training\n\n| | |\n|---|---|\n{table}\n\n"
         "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
         "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
     )
@@ -156,7 +154,7 @@ def _settings(args, base_model: str, steps: int) -> list[tuple]:
     """The rows of the card's table."""
     rows = [
         ("base model", _public_name(base_model)),
-        ("data", _public_name(args.dataset_name or args.train_data_dir)),
+        ("data", _data_name(args)),
         ("weight updates", steps),
         ("learning rate", f"{args.learning_rate} ({args.lr_scheduler})"),
         ("batch size x accumulation", f"{args.train_batch_size} x {args.gradient_accumulation_steps}"),
@@ -168,33 +166,54 @@ def _settings(args, base_model: str, steps: int) -> list[tuple]:
     return rows
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether `name` can be a repository on the hub, and is no folder here."""
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
+def _data_name(args) -> str | None:
+    source = getattr(args, "dataset_name", None) or getattr(args, "train_data_dir", None)
+    return _public_name(source) if source else None
+
+
+def _fill_in(args, usage: str) -> str:
+    """Code with flags' values in place of <flag>; a line whose flag is not set is left out."""
+    lines = usage.strip().splitlines()
+    flags = [re.findall(r"<(\w+)>", line) for line in lines]
+    lines = [line for line, names in zip(lines, flags) if all(getattr(args, name) is not None for name in names)]
+    return re.sub(r"<(\w+)>", lambda flag: _loadable_name(args, flag[1]), "\n".join(lines))
 
 
 def _loadable_name(args, flag: str) -> str:
-    name = getattr(args, flag)
-    return name if is_hub_name(name) else f"path/to/the/{flag.split('_')[1]}"  # model, prior or decoder
+    value = getattr(args, flag)
+    if not flag.startswith("pretrained_") or is_hub_name(value):
+        return str(value)
+    return f"path/to/the/{flag.split('_')[1]}"  # model, prior or decoder
 
 
 def _public_name(name: str) -> str:
     return name if is_hub_name(name) else Path(name).name
 
 
-def escape(text: str) -> str:
-    """Text from a prompt or a caption as inert Markdown on one line."""
-    text = texts.printable(" ".join(text.split()))
-    return re.sub(r"(^-|[\\`*_{}\[\]<>()#+!|&~$:@])", lambda match: f"&#{ord(match[1])};", text)
+def literal(value) -> str:
+    """Any text as Markdown code on one line, in which nothing but its end is read as Markdown, HTML or a link."""
+    text = texts.printable(" ".join(str(value).split()))
+    if not text:
+        return "(empty)"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
-def _pictures(args) -> str:
-    grids = sorted((Path(args.output_dir) / "validation").glob("step-*.png"))
-    prompts = args.validation_prompts
-    if not grids or not prompts:
+def _cell(value) -> str:
+    """A setting in a table, whose cells end at every bar but an escaped one, also in code."""
+    return "opened by the script itself" if value is None else literal(value).replace("|", r"\|")
+
+
+def _pictures(args, steps: int) -> str:
+    from .validation import own_grid
+
+    grid, has_base = own_grid(args, steps)
+    if grid is None:
         return ""
-    listed = "\n".join(f"- {escape(prompt) or '(empty)'}" for prompt in dict.fromkeys(prompts))
-    return f"![base model and fine-tuned model](validation/{grids[-1].name})\n\n{listed}\n\n"
+    listed = "\n".join(f"- {literal(prompt)}" for prompt in dict.fromkeys(args.validation_prompts))
+    shown = "base model and fine-tuned model" if has_base else "fine-tuned model"
+    return f"![{shown}](validation/{grid.name})\n\n{listed}\n\n"
 
 
 def keep_vocabulary_files(tokenizer_folder: Path) -> None:

@@ -1,13 +1,23 @@
 """From a picture file of any kind to a square of uint8 pixels, and from pixels to what networks take."""
 
+import contextlib
+import errno
 import functools
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from . import image_kinds, texts
+
+with contextlib.suppress(ImportError):  # phones' HEIC, for those who have installed it
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -38,6 +48,56 @@ _TURNS = {  # TIFF 6.0, tag 274: from the stored picture to the upright one
 }
 _ON_ITS_SIDE = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
+_SYSTEM_FAULTS = {  # of the disk, the network or this process: the same file may be read well the next time
+    getattr(errno, name)
+    for name in (
+        "EIO", "ENOSPC", "EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED",
+        "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "EDQUOT", "EAGAIN", "EINTR",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+
+
+class UnreadableImage(Exception):
+    """An image file that cannot be used; the message says why, for the user, and the cause is what was raised."""
+
+
+@contextlib.contextmanager
+def naming_the_fault(source: bytes | str | Path):
+    """What goes wrong inside is an UnreadableImage, unless it is the disk's fault or that of used-up memory."""
+    try:
+        yield
+    except (UnreadableImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plugins raise all kinds on damaged files
+        if is_system_fault(error):
+            raise
+        raise UnreadableImage(_reason(source, error)) from error
+
+
+def is_system_fault(error: BaseException) -> bool:
+    """Whether reading failed for a reason that is not the file's."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SYSTEM_FAULTS)
+
+
+def _reason(source: bytes | str | Path, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        if isinstance(source, bytes):
+            return image_kinds.describe(source[:1000])
+        with open(source, "rb") as file:
+            return image_kinds.describe(file.read(1000))
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\((\d+) pixels\)", str(error))
+        size = f"{int(pixels[1]) / 1e6:.0f} million pixels" if pixels else "too many pixels"
+        return (
+            f"the image has {size}; above {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million Pillow takes it for a "
+            "decompression bomb, which would fill the memory: make it smaller, e.g. "
+            "`magick IMAGE -resize 4096x4096 NEW_IMAGE`"
+        )
+    reason = f"{type(error).__name__}: {texts.reason(error)}"
+    known_kind = isinstance(error, OSError | ValueError)
+    return reason if known_kind else f"the file is damaged ({reason})"
+
 
 def decode(source: bytes | str | Path, min_side: int | None = None) -> Image.Image:
     """Read a picture file, upright and in RGB.
@@ -45,14 +105,15 @@ def decode(source: bytes | str | Path, min_side: int | None = None) -> Image.Ima
     EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point grey becomes 8-bit, CMYK and
     palettes become RGB, of an animation the first frame is taken. With `min_side` a JPEG may be decoded at 1/2, 1/4 or
     1/8 scale as long as both sides stay at least twice `min_side` pixels: 3.5 to 5 times cheaper for a 12-megapixel
-    photograph, with nothing lost by a later resize to `min_side`. Raises what PIL raises on an unreadable file.
+    photograph, with nothing lost by a later resize to `min_side`. Raises UnreadableImage.
     """
     return decode_with_size(source, min_side)[0]
 
 
 def decode_with_size(source: bytes | str | Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """As `decode`, and the upright picture's (width, height) in the file, whatever scale it was decoded at."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with naming_the_fault(source), Image.open(file) as picture:
         size = None
         if min_side is not None:
             stored = picture.size

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import PIL.Image
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
-from . import data, files, folder, images, machine, processes, texts
-from .runtime import logger
+from . import data, data_files, files, folder, images, machine, processes, texts
+from .log import Bar, logger
 
 MEMO = ".inspected_pictures.json"
 BAD, SKIPPED = "bad_samples.jsonl", "skipped_samples.jsonl"
@@ -40,12 +39,14 @@ class Picture:
     error: str | None
 
 
-def inspect(args, accelerator, dataset, caption_column: str | None = None):
+def inspect(args, accelerator, dataset, caption_column: str | None = None, smallest_side: int = 0):
     """(data set, list of `Picture`), both of the usable rows alone, in order, and the same on every process.
 
     Exits unless all rows are usable, or some are and --skip_bad_samples is given. All processes call it, each looks at
     its share. Captions are looked at where a column is named. Rows count from 0, in `dataset` as given.
+    Pictures with a side shorter than `smallest_side` pixels, which will be enlarged, are counted in a warning.
     """
+    dataset = data.check_dataset(dataset, args)
     if caption_column is not None:
         data.check_caption_column(dataset, caption_column)
     began, memo = time.perf_counter(), Path(args.output_dir) / MEMO
@@ -64,7 +65,7 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None):
         good = [row for row in range(len(dataset)) if row not in bad]
         dataset, pictures = dataset.select(good), [pictures[row] for row in good]
     if accelerator.is_main_process:
-        _warn_of_small_ones(args, pictures)
+        _warn_of_small_ones(pictures, smallest_side)
         _warn_of_repeats(args, dataset, pictures, caption_column)
     return dataset.remove_columns([folder.FAULTS] if folder.FAULTS in dataset.column_names else []), pictures
 
@@ -78,10 +79,7 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
     texts_alone = dataset.select_columns(columns[1:]).with_format("arrow") if columns[1:] else None
     PIL.Image.init()  # or it loads its rarer kinds when first met, and another thread's picture goes unrecognised
     pool = ThreadPoolExecutor(machine.cores())
-    bar = tqdm(
-        total=end - first, desc="inspecting", unit="picture", delay=1.0, leave=False, dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
-    )  # fmt: skip
+    bar = Bar(accelerator, total=end - first, desc="inspecting", unit="picture", delay=1.0, leave=False)
     try:
         with bar, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL on harmless metadata; real faults raise
@@ -122,32 +120,27 @@ def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None,
 
     Runs in a thread.
     """
-    digest = ""
     if not entry or (entry["bytes"] is None and not entry["path"]):
-        return None, Picture(digest, 0, 0, "it has no picture")
+        return None, Picture("", 0, 0, "it has no picture")
+    content, path, digest = entry["bytes"], entry["path"], ""
     try:
-        content = entry["bytes"]
-        if content is None:
-            status = os.stat(entry["path"])
-            key = f"{entry['path']}:{status.st_size}:{status.st_mtime_ns}"
+        with images.naming_the_fault(path):
+            if content is None:
+                key = data_files.stamped(path)
+                if key not in known:
+                    content = data_files.read_bytes(path)
+        if key not in known:
+            digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+            key = key or digest
         if key in known:
             return key, Picture(*known[key], None)
-        if content is None:
-            content = Path(entry["path"]).read_bytes()
-        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-        key = key or digest
-        if key in known:
-            return key, Picture(*known[key], None)
-        if not content:
-            return key, Picture(digest, 0, 0, "the file is empty")
         _, (width, height) = images.decode_with_size(content, min_side=1)
         return key, Picture(digest, width, height, None)
-    except PIL.UnidentifiedImageError:  # whose text is about an object in memory
-        return key, Picture(digest, 0, 0, "not a picture, or of a kind that Pillow cannot read")
-    except Exception as error:  # Pillow's plugins raise all kinds on damaged files
-        known_kind = isinstance(error, OSError | ValueError | PIL.Image.DecompressionBombError)
-        reason = f"{type(error).__name__}: {texts.reason(error)}"
-        return key, Picture(digest, 0, 0, reason if known_kind else f"the file is damaged ({reason})")
+    except images.UnreadableImage as error:
+        return key, Picture(digest, 0, 0, str(error))
+    except (OSError, MemoryError) as error:
+        line = data.not_the_images_fault(texts.printable(path or "an image within the data"), error)
+        raise SystemExit(f"error: {line}") from error
 
 
 def caption_fault(caption) -> str | None:
@@ -224,9 +217,8 @@ def _last_line(args, dataset, bad: dict[int, str]) -> str:
     )
 
 
-def _warn_of_small_ones(args, pictures: list[Picture]) -> None:
-    """Enlarged pictures are blurred, and so will be what is drawn. The prior sees none at --resolution."""
-    side = args.resolution if hasattr(args, "center_crop") else 0
+def _warn_of_small_ones(pictures: list[Picture], side: int) -> None:
+    """Enlarged pictures are blurred, and so will be what is drawn."""
     if small := sum(min(picture.width, picture.height) < side for picture in pictures):
         logger.warning(f"{small} of {len(pictures)} pictures are smaller than --resolution {side}: enlarged")
 

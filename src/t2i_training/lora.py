@@ -5,7 +5,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_unet_state_dict_to_peft,
+)
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
@@ -39,14 +43,19 @@ def add_adapters(model, args, accelerator, targets: tuple[str, ...] = ATTENTION)
 
 
 def save_networks(model, folder: Path) -> None:
-    """A checkpoint's adapters: a file that `load_lora_adapter(folder, prefix=None, weight_name=...)` reads."""
+    """The adapters, for `network.load_lora_adapter(folder, prefix=None, weight_name=...)`; with their configuration."""
     model.save_lora_adapter(folder)
 
 
 def load_networks(model, folder: Path) -> None:
-    """Read in place what `save_networks` wrote. Exits with one line if it does not fit."""
+    """Read in place what `save_networks` or `save_stable_diffusion` wrote. Exits with one line if it does not fit.
+
+    Stable Diffusion's checkpoints once held the names of the former; those resume as well.
+    """
     try:
         weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
+        weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
+        weights = convert_unet_state_dict_to_peft(weights)  # a name that is peft's already stays
         expected = get_peft_model_state_dict(model, adapter_name="default")
         if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its adapters have other names, or another --rank")
@@ -69,6 +78,11 @@ def save_stable_diffusion(pipeline_class, unet, folder: Path) -> None:
     pipeline_class.save_lora_weights(
         folder, unet_lora_layers=adapter_weights(unet), unet_lora_adapter_metadata=metadata
     )
+
+
+def kohya_checkpoint_name(step: int) -> str:
+    """As kohya's scripts name what they save on the way: the files of all checkpoints can lie in one folder."""
+    return KOHYA_NAME.replace(".", f"-step{step:08d}.")
 
 
 def save_kohya(model, file: Path) -> None:

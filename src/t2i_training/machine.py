@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import sys
+from traceback import walk_tb
 
 from . import texts
 
@@ -35,6 +36,22 @@ def loader_workers(args, batch_size: int) -> int:
     return workers
 
 
+STEP_ADVICE = (
+    "lower --train_batch_size (and raise --gradient_accumulation_steps as much), or take --gradient_checkpointing, "
+    "--cache_encodings, --mixed_precision=bf16"
+)
+PHASES = {  # function on the stack, the outermost first -> (what the run was doing, what to change)
+    "inspect": ("looking at the pictures", "free host memory"),
+    "load_models": ("loading the models", "free memory on host and GPU"),
+    "cached": ("encoding", "lower --train_batch_size or --resolution, or leave --cache_encodings out"),
+    "make_ema": ("making the average", "leave --use_ema out, or, for Stable Diffusion, take --offload_ema"),
+    "make_optimizer": ("making the optimizer", STEP_ADVICE),
+    "restore": ("reading the checkpoint", STEP_ADVICE),
+    "validate": ("drawing validation pictures", "lower --resolution, or draw none: leave --validation_prompt(s) out"),
+    "publish": ("exporting the model", "free memory; --resume_from_checkpoint=latest exports again"),
+}  # fmt: skip
+
+
 def explain_out_of_memory() -> None:
     """Have this process end with one line, and no stack trace, where the GPU's or the host's memory is used up."""
 
@@ -43,14 +60,33 @@ def explain_out_of_memory() -> None:
         return
 
     def hook(kind, error, traceback):
-        reason = texts.reason(error)
-        words = ("out of memory", "allocate memory", "resource_exhausted")
-        if not issubclass(kind, MemoryError) and not any(word in reason.lower() for word in words):
+        line = out_of_memory(kind, error, traceback)
+        if line is None:
             return before(kind, error, traceback)
-        advice = (
-            "lower --train_batch_size (and raise --gradient_accumulation_steps as much), or take "
-            "--gradient_checkpointing, --cache_encodings, --mixed_precision=bf16"
-        )
-        print(f"error: {kind.__name__}: {reason[:200]}; {advice}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
 
     sys.excepthook = hook
+
+
+def out_of_memory(kind, error, traceback) -> str | None:
+    """What is said of an exception that means too little memory, None for others. Closes the bar, names its step."""
+    from . import runtime
+
+    reason = texts.reason(error)
+    worker = "dataloader worker" in reason.lower() and ("killed" in reason or "exited unexpectedly" in reason)
+    words = ("out of memory", "allocate memory", "resource_exhausted", "shared memory")
+    if not worker and not issubclass(kind, MemoryError) and not any(word in reason.lower() for word in words):
+        return None
+    names = [frame.f_code.co_name for frame, _ in walk_tb(traceback)]
+    doing, advice = next((PHASES[name] for name in names if name in PHASES), ("starting", STEP_ADVICE))
+    if runtime.steps and doing == "starting":
+        before, made = runtime.steps
+        doing, advice = f"step {made + 1}", STEP_ADVICE
+        if made > before:
+            advice += "; --resume_from_checkpoint=latest continues from the last checkpoint"
+    if runtime.progress_bar is not None:
+        runtime.progress_bar.close()
+    if worker or issubclass(kind, MemoryError) or "shared memory" in reason:
+        doing, advice = f"host memory, {doing}", "lower --dataloader_num_workers, or give the container more memory"
+    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    return f"out of memory{process}, {doing}: {advice} ({kind.__name__}: {reason[:200]})"

@@ -6,6 +6,7 @@ Losses stay on the device and are read once a logging interval.
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from . import data, files, loading, processes, readouts, runtime, validation
+from . import checkpoint, data, encodings, files, loading, log, processes, readouts, runtime, validation
 from .checks import public_config
 from .runtime import logger
 
 METRICS = "metrics.jsonl"
+MOST_SKIPPED = 32  # updates in a row that fp16's loss scaler may skip: each halves the scale, which is then below 2e-5
 
 
 class Progress:
@@ -37,11 +39,12 @@ class Progress:
             logger.warning("the data set's size has changed since the checkpoint: samples are seen in a new order")
         if position.get("effective_batch", self.effective_batch) != self.effective_batch:
             logger.warning(f"the effective batch is now {self.effective_batch}, not {position['effective_batch']}")
-        self._losses, self._grad_norms, self._indices = [], [], []
+        self._losses, self._grad_norms, self._indices, self._usable = [], [], [], []
+        self._skipped = 0  # updates in a row whose gradients were not finite
         # (loss, gradient norm) of each update that is read, but in no row yet
         self._unreported = list(position.get("unreported", []))
         self._file = Path(args.output_dir) / METRICS
-        self._bar = None
+        self._bar = self._saved_step = None
 
     def position(self) -> dict:
         """What a checkpoint has to know to continue from here."""
@@ -54,26 +57,36 @@ class Progress:
             "unreported": self._unreported,
         }
 
+    def save(self, checkpoints, **more) -> None:
+        """Save a checkpoint of where the run stands, with `more` in its manifest, unless this step has one.
+
+        The losses are read first, so that nothing non-finite is ever saved.
+        """
+        if self._saved_step != self.step:
+            self.read()
+            checkpoints.save(self.position() | more)
+            self._saved_step = self.step
+            self.restart_clock()
+
     def validation_due(self) -> bool:
         """Whether the update just counted completed a multiple of --validation_epochs epochs, and is not the last."""
         period = self.args.validation_epochs * len(self.dataset)
         completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
         return bool(self.args.validation_prompts) and completed and self.step < self.total
 
-    def begin(self, network, objective: Callable | None, gauge=None) -> None:
+    def begin(self, network, objective: Callable | None, gauge=None, checkpoint_bytes: int | None = None) -> None:
         """Open bar, metrics file and trackers: the run is ready to take steps on `objective(network, batch)`.
 
-        With a `gauge` of other devices than PyTorch's both may be None.
+        With a `gauge` of other devices than PyTorch's, and the size of a checkpoint, both may be None.
         """
         main = self.accelerator.is_main_process
         if main:
             # Not earlier: what fails before leaves an earlier run's as it was.
-            runtime.write_config(self.args, resumed=self.step > 0)
-            if self.step == 0 and self._file.exists():
-                logger.warning(f"{self._file.parent} holds the result of an earlier run: this one will replace it")
-            _keep_metrics_until(self._file, self.step)
+            changed = runtime.write_config(self.args, resumed=self.step > 0)
             if self.step == 0:
-                validation.clear(self.args.output_dir)
+                self._replace_earlier_run()
+            else:
+                self._keep_own_course(changed)
         config = public_config(self.args)  # trackers take scalars only
         config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
         project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")
@@ -88,13 +101,38 @@ class Progress:
             f"({self.total * self.effective_batch / len(self.dataset):.1f} epochs); "
             f"{self.devices} x {self.device}, mixed precision {self.args.mixed_precision}"
         )
-        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants lines, not an animation
-        self._bar = runtime.progress_bar = tqdm(
-            total=self.total, initial=self.step, disable=not main, mininterval=interval, unit="step", dynamic_ncols=True
-        )
+        if main:
+            size = checkpoint.size_of(self.args, network) if checkpoint_bytes is None else checkpoint_bytes
+            checkpoint.announce_space(self.args, size, self.step, self.total)
+        self._bar = runtime.progress_bar = tqdm(  # a log file wants lines, not an animation: `_report`
+            total=self.total, initial=self.step, disable=not main or not sys.stderr.isatty(), dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )  # fmt: skip
+        runtime.steps = self.step, self.step
         gauge = gauge or readouts.Gauge(network, objective, self.args, self.accelerator)
         self._speed = readouts.Speedometer(gauge, self.accelerator)
         self.restart_clock()
+
+    def _replace_earlier_run(self) -> None:
+        if self._file.exists():
+            logger.warning(f"{self._file.parent} holds the result of an earlier run: this one will replace it")
+        _keep_metrics_until(self._file, 0)
+        validation.clear(self.args.output_dir)
+
+    def _keep_own_course(self, flags_changed: bool) -> None:
+        """Rows and grids after the checkpoint, or of another course than its own, make way for those of this run.
+
+        A run that goes on as it was writes the same again. One that has gone back, or goes on with other flags, may
+        not: then what was there is kept under another name.
+        """
+        wanted, folder, kept = self.args.resume_from_checkpoint, self._file.parent.resolve(), self.step
+        source = (folder / wanted if (folder / wanted).is_dir() else Path(wanted)).resolve()
+        if wanted != "latest" and source != folder / f"checkpoint-{kept}":
+            kept = 0 if source.parent == folder else -1  # of a run that was left: its step 0 is ours; or of another run
+        if flags_changed or wanted != "latest":
+            _set_metrics_aside(self._file, kept)
+            validation.set_aside_after(self.args.output_dir, kept)
+        _keep_metrics_until(self._file, kept)
 
     def restart_clock(self) -> None:
         """Leave out what just happened (a checkpoint, validation) from the readouts of speed."""
@@ -104,6 +142,8 @@ class Progress:
         """Take one micro-batch and its loss, a scalar on the device, PyTorch's or JAX's. Waits for nothing."""
         self._losses.append(_detached(loss))
         self._indices.append(batch["index"])
+        self._usable.append(_finite(batch))
+        self._names = _float_names(batch)
         self._speed.count(batch)
 
     def update(self, grad_norm, learning_rate: float) -> None:
@@ -112,9 +152,11 @@ class Progress:
         self.samples_seen += self.effective_batch
         self._grad_norms.append(_detached(grad_norm))
         self._learning_rate = learning_rate
+        self._speed.count_update(self.samples_seen)
         if self.step % self.args.logging_steps == 0 or self.step == self.total:
             self._report()
         self._bar.update()
+        runtime.steps = runtime.steps[0], self.step
 
     def read(self) -> None:
         """Read the losses since the last time and stop on a non-finite one. All processes call it."""
@@ -126,7 +168,7 @@ class Progress:
         values = torch.stack([losses, _stack(self._grad_norms)]).tolist()  # the only wait for the device
         self._stop_if_not_finite(*values)
         self._unreported += zip(*values, strict=True)
-        self._losses, self._grad_norms, self._indices = [], [], []
+        self._losses, self._grad_norms, self._indices, self._usable = [], [], [], []
 
     def _report(self) -> None:
         """Read the losses, and write down those of the logging interval that ends here."""
@@ -146,30 +188,52 @@ class Progress:
             with files.saving(METRICS, self._file.with_suffix(".partial")), open(self._file, "a") as file:
                 file.write(json.dumps(row) + "\n")
             shown = f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, {readouts.shown(row)}"
+            left = self._speed.seconds_for((self.total - self.step) * self.effective_batch)
+            shown += "" if left is None else f", left={tqdm.format_interval(left)}"
             self._bar.set_postfix_str(shown, refresh=False)
+            log.step(f"step {self.step} of {self.total}, {shown}")
         values = {"train_loss" if name == "loss" else name: value for name, value in row.items() if name != "step"}
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=self.step)
 
     def _stop_if_not_finite(self, losses: list[float], grad_norms: list[float]) -> None:
-        """A loss scaler skips non-finite gradients by design; elsewhere they, like a non-finite loss, end the run."""
+        """A loss scaler skips non-finite gradients by design, if not for ever; elsewhere they end the run, as a
+        non-finite loss does. A run that skips has the same weights as before, so nothing is lost by waiting."""
         scaled = self.args.mixed_precision == "fp16"
         for i, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True)):
-            if math.isfinite(loss) and (scaled or math.isfinite(grad_norm)):
-                continue
-            micro_batches = len(self._indices) // len(losses)
-            indices = [int(k) for batch in self._indices[i * micro_batches : (i + 1) * micro_batches] for k in batch]
-            names = [data.describe(self.dataset, self.args.image_column, index) for index in gather_object(indices)]
-            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
-            step = self.step - len(losses) + i + 1
-            if not self.accelerator.is_main_process:
-                processes.wait(
-                    self.accelerator
-                )  # until the end of the main one, which says it: a launcher kills the others
-                raise SystemExit(1)
-            runtime.fail(
-                f"{what} at step {step}, nothing saved since; the step's samples: {'; '.join(names)}. "
-                "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"
-            )
+            self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
+            if not math.isfinite(loss):
+                self._end(f"loss {loss}", i, len(losses))
+            if self._skipped and not scaled:
+                self._end(f"gradient norm {grad_norm}", i, len(losses))
+            if self._skipped == MOST_SKIPPED:
+                self._end(f"{MOST_SKIPPED} updates in a row skipped, since gradients overflow in fp16,", i, len(losses))
+
+    def _end(self, what: str, i: int, updates: int) -> None:
+        """End the run because of the i-th of the `updates` since the last time. All processes call it."""
+        micro_batches = len(self._indices) // updates
+        seen = slice(i * micro_batches, (i + 1) * micro_batches)
+        indices = [int(k) for batch in self._indices[seen] for k in batch]
+        usable = [names for batch in self._usable[seen] for names in batch.tolist()]
+        names = [data.describe(self.dataset, self.args.image_column, index) for index in gather_object(indices)]
+        usable = gather_object(usable)
+        step = self.step - updates + i + 1
+        if not self.accelerator.is_main_process:
+            # Until the end of the main one, which says it: a launcher kills the others.
+            processes.wait(self.accelerator)
+            raise SystemExit(1)
+        text = f"{what} at step {step}, nothing saved since; "
+        bad = {}  # names of samples by that of the tensor
+        for name, finite in zip(names, usable, strict=True):
+            for tensor, is_finite in zip(self._names, finite, strict=True):
+                if not is_finite:
+                    bad.setdefault(tensor, []).append(name)
+        if bad:
+            tensor, samples = next(iter(bad.items()))
+            runtime.fail(text + encodings.not_finite(tensor, samples, self.args.mixed_precision))
+        runtime.fail(
+            f"{text}the step's samples: {'; '.join(names)}. "
+            "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"
+        )
 
     def close(self) -> None:
         """End bar, trackers and process group; draw the curves."""
@@ -178,6 +242,22 @@ class Progress:
         if self.accelerator.is_main_process:
             draw_curves(self._file.parent)
         self.accelerator.end_training()
+
+
+def _finite(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Whether each tensor of numbers (by its name's order) is finite for each sample: (B, names) bool, on the device.
+
+    What a network is fed tells its faults from those of the frozen ones. Two kernels a tensor, and nothing waits.
+    """
+    inputs = [batch[name] for name in _float_names(batch)]
+    if not inputs:
+        return torch.ones(len(batch["index"]), 0, dtype=torch.bool)
+    # x - x is 0, or nan where x is not finite
+    return torch.stack([(x - x).reshape(len(x), -1).sum(1, dtype=torch.float32) for x in inputs], 1) == 0
+
+
+def _float_names(batch: dict) -> list[str]:
+    return sorted(name for name, x in batch.items() if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
 def _detached(scalar):
@@ -197,6 +277,13 @@ def _keep_metrics_until(file: Path, step: int) -> None:
     if file.exists() and step > 0:
         rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
     files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _set_metrics_aside(file: Path, step: int) -> None:
+    """Keep a copy under another name if there are rows after `step`."""
+    if file.exists() and any(row["step"] > step for row in read_metrics(file.parent)):
+        copy = shutil.copy2(file, files.free_name(file))
+        logger.warning(f"{file} has rows of another course than the one resumed: all as they were are kept in {copy}")
 
 
 def read_metrics(output_dir) -> list[dict]:

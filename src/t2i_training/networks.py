@@ -6,13 +6,34 @@ import types
 
 import torch
 import torch.utils.checkpoint
+from diffusers import SchedulerMixin
 from torch.utils._triton import has_triton
 
+from . import data, model_kind
 from .optim import trainable
 
 # What is compiled on its own under `--torch_compile=regional`: where nearly all of a UNet's or prior's arithmetic is.
 # diffusers' own choice, BasicTransformerBlock, leaves out the ResNets, and of Kandinsky's decoder everything.
 REGIONS = ("BasicTransformerBlock", "ResnetBlock2D", "Attention")
+
+
+def standardize(pipeline, dtype: torch.dtype = torch.float32):
+    """A pipeline as it was loaded: its weights in `dtype`, its captions as long as its text encoder reads them.
+
+    A tokenizer that states no length, or one beyond the encoder's positions, is given theirs, for good.
+    """
+    tokenizer, encoder = getattr(pipeline, "tokenizer", None), getattr(pipeline, "text_encoder", None)
+    if tokenizer is not None and encoder is not None:
+        prior = getattr(pipeline, "prior", None)
+        data.fit_tokenizer(
+            tokenizer, encoder.config.max_position_embeddings, prior.config.num_embeddings if prior else None
+        )
+    return pipeline.to(dtype=dtype)
+
+
+def source(args, flag: str, part: str | None = None) -> dict:
+    """Options with which `from_pretrained` opens what a Kandinsky script's flag names."""
+    return model_kind.source(args, flag, part)
 
 
 def tune(network, args, accelerator):
@@ -109,10 +130,12 @@ def frozen(module: torch.nn.Module, accelerator, exported: bool = True) -> torch
 
 @contextlib.contextmanager
 def lend_device(pipeline, accelerator):
-    """Lend the device to those networks of a pipeline that are kept on the CPU."""
+    """Lend the device to those networks of a pipeline that are kept on the CPU; nothing of the drawing stays on it."""
     networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     # By type: a single process's device is "cuda", and that of what lies on it "cuda:0".
     guests = [network for network in networks if network.device.type != accelerator.device.type]
+    schedulers = [part for part in pipeline.components.values() if isinstance(part, SchedulerMixin)]
+    unused = [dict(vars(scheduler)) for scheduler in schedulers]
     for network in guests:
         network.to(accelerator.device)
     try:
@@ -120,6 +143,10 @@ def lend_device(pipeline, accelerator):
     finally:
         for network in guests:
             network.to("cpu")
+        for scheduler, state in zip(schedulers, unused, strict=True):
+            scheduler.__dict__ = state  # without the last drawing's timesteps and predictions
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()  # drawing leaves blocks of sizes that training has no use for
 
 
 def checkpoint_blocks(blocks) -> None:

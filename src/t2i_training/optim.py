@@ -68,7 +68,7 @@ def set_position(args, schedule, step: int) -> None:
     CUDA (channels-last) and read on a CPU, or the other way round, would be updated with another weight's moments.
     """
     eight_bit = getattr(args, "use_8bit_adam", False)
-    if any(("state1" in state) != eight_bit for state in schedule.optimizer.state.values()):
+    if any(("exp_avg" in state) == eight_bit for state in schedule.optimizer.state.values()):  # PyTorch's name
         was = "without" if eight_bit else "with"
         raise SystemExit(f"error: the checkpoint's optimizer ran {was} --use_8bit_adam: go on as it began, {was} it")
     for parameter, state in schedule.optimizer.state.items():

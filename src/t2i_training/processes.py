@@ -5,6 +5,7 @@ A collective on the device gives up after ten minutes, and writing a checkpoint,
 
 import contextlib
 import datetime
+import os
 
 import torch
 import torch.distributed
@@ -16,6 +17,29 @@ def connect() -> None:
     """Call once on every process, where there are several."""
     global _group
     _group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+def launched() -> bool:
+    """Whether torchrun, or what goes about it likewise, has started this process as one of several."""
+    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def never_joined() -> str | None:
+    """What to say in a process that is alone, where the environment tells of several; exits where it is one of them.
+
+    Tasks of a cluster or of MPI may be runs of their own, each with its output folder, and so may go on.
+    """
+    names = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    name = next((name for name in names if os.environ.get(name, "").isdecimal()), None)  # a launcher's comes first
+    way_out = "start them with `torchrun --nproc_per_node=N SCRIPT`, on a cluster one torchrun for each node"
+    if name and int(os.environ[name]) > 1:
+        alone = f"{os.environ[name]} processes were asked for ({name}), and this one is alone: {way_out}"
+        if name == "WORLD_SIZE":
+            raise SystemExit(f"error: {alone}")
+        return alone
+    if name is None and "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        return f"`accelerate launch` was asked for several processes, and on the CPU it starts one: {way_out}"
+    return None
 
 
 @contextlib.contextmanager
@@ -42,6 +66,12 @@ def largest(accelerator, number: int) -> int:
     with _together():
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=_group)
     return int(tensor)
+
+
+def prepare(accelerator, network, optimizer):
+    """accelerate's `prepare`, when all processes have come here: DDP's first collective, on the device, has a limit."""
+    wait(accelerator)
+    return accelerator.prepare(network, optimizer)
 
 
 @contextlib.contextmanager

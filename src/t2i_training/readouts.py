@@ -1,6 +1,7 @@
 """What a row of metrics.jsonl says about speed and memory. All of it is read on the main process, without waiting."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -53,6 +54,8 @@ class Speedometer:
 
     def __init__(self, gauge, accelerator):
         self.gauge, self._uncounted, self._flops = gauge, accelerator.is_main_process, None
+        self._settled = None  # (time, samples seen) at the end of the first update
+        self._recent = deque(maxlen=10)  # (seconds, samples) of the last rows, without the first update
 
     def restart(self, samples_seen: int) -> None:
         """Leave out the time since the last row, and the memory that was used in it."""
@@ -70,11 +73,23 @@ class Speedometer:
             logger.warning(f"FLOPs are not counted: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         self._start += time.perf_counter() - start
 
+    def count_update(self, samples_seen: int) -> None:
+        """The first takes longer than the others will: workers start, kernels are chosen, networks are compiled."""
+        self._settled = self._settled or (time.perf_counter(), samples_seen)
+
+    def seconds_for(self, samples: int) -> float | None:
+        """How long so many samples will take at the rate of the last rows, without pauses; None before it is known."""
+        seconds, seen = map(sum, zip(*self._recent, strict=True)) if self._recent else (0, 0)
+        return 0.0 if not samples else samples * seconds / seen if seen else None
+
     def row(self, samples_seen: int, effective_batch: int) -> dict[str, float]:
         """images_per_second over all processes; seconds_per_step, of an update; data_wait, the share of the time spent
         waiting for data (0..1); on GPUs peak_memory_gib, allocated by this process; tflops_per_second of the trained
         network, per device; mfu, their share (0..1) of what the device could do, if that is known."""
         seconds, samples = max(time.perf_counter() - self._start, 1e-9), samples_seen - self._start_samples
+        start, start_samples = max((self._start, self._start_samples), self._settled or (0.0, 0))
+        if samples_seen > start_samples:
+            self._recent.append((time.perf_counter() - start, samples_seen - start_samples))
         row = {
             "images_per_second": round(samples / seconds, 3),
             "seconds_per_step": round(seconds / samples * effective_batch, 6),

@@ -1,6 +1,7 @@
 """What surrounds a run: the accelerator, the output folder's lock, the seed, stop signals, precision."""
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import logging
@@ -11,32 +12,44 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
-from tqdm.auto import tqdm
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
-from . import machine, processes, texts
+from . import log, machine, names, packages, processes, texts
 from .checks import DefaultSeed, public_config
+from .log import logger
 
-logger = get_logger("t2i_training")
-logger.logger.addFilter(lambda record: _make_printable(record))
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Those of clusters are announcements: minutes before a time limit (Slurm, LSF, SGE), or at a soft limit, once a second.
+_ANNOUNCEMENTS = tuple(getattr(signal, n) for n in ("SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, n))
+STOP_SIGNALS = (*(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)), *_ANNOUNCEMENTS)
+# Of collectives on the devices; NCCL's default is ten minutes. Whatever is long waits over gloo (processes.py). What is
+# left are first steps: a process that compiles, counts FLOPs or starts trackers while the others wait for gradients.
+COLLECTIVE_LIMIT = datetime.timedelta(hours=1)
 _locks = {}  # open lock files by output folder: closing one would release it
 FAILED = 127  # stands for a stop signal when the run cannot go on; above them all
 _stop_signal = _failure = None
-_loop_runs = False
+_phase = "before the loop"  # then "loop", then "after the loop"
 progress_bar = None  # of the run under way
+steps = None  # of the run under way, once it trains: those made before it began, and those made by now
 
 
 def start(args) -> Accelerator:
     """Accelerator, logging, lock on the output folder, stop signals. Call once, before anything is loaded."""
+    global progress_bar, steps
+    progress_bar = steps = None  # an earlier run's, in the same process
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are tokenized one by one, in forked workers
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -44,35 +57,37 @@ def start(args) -> Accelerator:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     output_dir = Path(args.output_dir)
+    on_cpu = processes.launched() and not torch.accelerator.is_available()  # else accelerate would join none of them
+    PartialState(cpu=on_cpu, timeout=COLLECTIVE_LIMIT)  # before anything else makes one without
     accelerator = Accelerator(
+        cpu=on_cpu,
         # As a plugin: given as a number, the environment of `accelerate launch` would have the last word.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=_possible_precision(args.mixed_precision),
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=None if args.report_to == "none" else args.report_to.split(","),
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        # DDP keeps no second copy of the gradients, and sends no buffers round: all networks' are constants.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
-    _log_above_progress_bars()
+    log.to_stderr()
     logging.getLogger("t2i_training").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     _quiet_libraries(accelerator)
     _refuse_backends(accelerator)
     if accelerator.num_processes > 1:
         processes.connect()
+    elif alone := processes.never_joined():
+        logger.warning(alone)
     args.mixed_precision = accelerator.mixed_precision  # as launched: run_config.yaml and the card say what was done
     if accelerator.is_main_process:
         _lock(output_dir)
+        log.open_file(args.log_file, args.hub_token)
     processes.wait(accelerator)
     if getattr(args, "allow_tf32", False):
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # cuDNN's convolutions are in TF32 unless told otherwise
     machine.explain_out_of_memory()
     _catch_signals()
+    packages.try_out(args, accelerator.device)
     return accelerator
-
-
-def _make_printable(record: logging.LogRecord) -> bool:
-    message = record.getMessage().removeprefix("[RANK 0] ")  # what accelerate adds; others log errors alone
-    record.msg, record.args = texts.printable(message), ()
-    return True
 
 
 def _refuse_backends(accelerator) -> None:
@@ -85,18 +100,12 @@ def _refuse_backends(accelerator) -> None:
         )
 
 
-def _log_above_progress_bars() -> None:
-    class Handler(logging.StreamHandler):
-        def emit(self, record):
-            tqdm.write(self.format(record), file=sys.stderr)
-
-    lines = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%H:%M:%S"}
-    logging.basicConfig(handlers=[Handler()], level=logging.WARNING, **lines)
-
-
 def _possible_precision(wanted: str | None) -> str | None:
     """fp16 needs a GPU; without one the guides' commands still run, in full precision, and say so."""
-    if (wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16" and PartialState().device.type == "cpu":
+    precision = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision not in (None, "no", "fp16", "bf16"):  # of `accelerate config`: fp8
+        raise SystemExit(f"error: accelerate is set to mixed precision {precision}: give --mixed_precision=bf16")
+    if precision == "fp16" and PartialState().device.type == "cpu":
         warnings.warn("fp16 needs a GPU: training in fp32", stacklevel=3)
         return "no"
     return wanted
@@ -111,7 +120,7 @@ def _quiet_libraries(accelerator):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
 
@@ -125,7 +134,9 @@ def _lock(output_dir: Path) -> None:
         handle = _locks.pop(output_dir.resolve(), None) or open(output_dir / ".lock", "a")  # noqa: SIM115
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f"error: --output_dir {output_dir} is in use by another run") from None
+        alone = processes.never_joined() if PartialState().num_processes == 1 else None
+        reason = f"in use by another run{f': {alone}' if alone else ''}"
+        raise SystemExit(f"error: --output_dir {output_dir} is {reason}") from None
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some cluster file systems
             return logger.warning(f"{output_dir} cannot be locked: do not start a second run on it")
@@ -156,11 +167,14 @@ def settle_seed(args, position: dict) -> None:
     logger.info(f"seed {args.seed}")
 
 
-def write_config(args, resumed: bool) -> None:
-    """Write run_config.yaml, which --config takes. A resumed run names the flags that are others than they were."""
+def write_config(args, resumed: bool) -> bool:
+    """Write run_config.yaml, which --config takes. A resumed run names the flags that are others than they were.
+
+    Returns whether there are any.
+    """
     from .files import write_text
 
-    file, config = Path(args.output_dir) / "run_config.yaml", public_config(args)
+    changed, file, config = [], Path(args.output_dir) / "run_config.yaml", public_config(args)
     if resumed:
         with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # none there, or the user's
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -169,6 +183,7 @@ def write_config(args, resumed: bool) -> None:
             if changed:
                 logger.warning(f"flags that have changed since the run before: {', '.join(changed)}")
     write_text(file, yaml.safe_dump(config, allow_unicode=True))
+    return bool(changed)
 
 
 @contextlib.contextmanager
@@ -181,56 +196,99 @@ def readable_errors(flag: str, value: str):
         if isinstance(error, SystemExit):
             raise
         line = f"{flag} {texts.printable(str(value))}: {type(error).__name__}: {texts.reason(error)[:500]}"
+        line += names.cache_hint(error)
         raise SystemExit(f"error: {line}") from error
 
 
-def finish(stopped_by: int) -> None:
-    """Unlock the output folder. If the run was stopped, leave with the error, or with status 128 + signal."""
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`. An error that ends it stands in --log_file too."""
+    try:
+        main()
+    except BaseException as error:
+        log.error_into_file(error)
+        raise
+
+
+def finish(stopped_by: int, complete: bool = False) -> None:
+    """Unlock the output folder. If the run was stopped before it was complete, leave with status 128 + signal.
+
+    After an error that let the step be finished, leave with that.
+    """
     default_signals()
     while _locks:
         _locks.popitem()[1].close()
-    if stopped_by:
+    if _failure and stopped_by:
+        raise SystemExit(_failure)
+    if stopped_by and not complete:
         logger.info("stopped; the same command with --resume_from_checkpoint=latest continues")
-        raise SystemExit(_failure or 128 + stopped_by)
+        raise SystemExit(128 + stopped_by)
 
 
 def _catch_signals() -> None:
-    """A stop signal lets the loop finish its step and save; a second one, or one before the loop, ends the run."""
-    global _stop_signal, _failure, _loop_runs
-    _stop_signal, _failure, _loop_runs, owner, first = None, None, False, os.getpid(), 0.0
+    """A stop signal lets the loop finish its step and save; one before the loop ends the run at once.
 
-    def on_signal(number, _frame):
+    So does a second one that is no announcement. A signal that something else in this process handles is left to it,
+    unless it is one of those by which people and systems stop any program.
+    """
+    global _stop_signal, _failure, _phase
+    _stop_signal, _failure, _phase, owner, first = None, None, "before the loop", os.getpid(), 0.0
+
+    def on_stop_signal(number, _frame):
         global _stop_signal
         nonlocal first
+        name = signal.Signals(number).name
         if os.getpid() != owner:  # a forked worker, which a Ctrl-C reaches as well
             return
-        if not _loop_runs:
+        if _phase == "before the loop":
             default_signals()
             _stop_signal = number
+            logger.warning(f"{name}: stopped before the first update; saved checkpoints and encodings are kept")
             raise SystemExit(128 + number)
+        if number in _ANNOUNCEMENTS and _stop_signal:
+            return
         if not first:
-            _stop_signal, first = number, time.monotonic()
-            logger.warning(f"{signal.Signals(number).name}: finishing the step and saving; once more aborts")
+            _stop_signal, first = number, 0.0 if number in _ANNOUNCEMENTS else time.monotonic()
+            logger.warning(f"{name}: {_WHAT_FOLLOWS[_phase]}; {_ABORT}")
         elif time.monotonic() - first > 1:  # sooner it is the same one, passed on by a launcher that got it too
             default_signals()
             os.kill(owner, number)
 
-    if threading.current_thread() is threading.main_thread():  # elsewhere signals are the caller's business
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's SIGHUP
-                signal.signal(number, on_signal)
+    if threading.current_thread() is not threading.main_thread():  # elsewhere signals are the caller's business
+        return
+    for number in STOP_SIGNALS:
+        handler = signal.getsignal(number)
+        if handler == signal.SIG_IGN:  # nohup's SIGHUP
+            continue
+        if number in _ANNOUNCEMENTS and handler != signal.SIG_DFL and not _is_ours(handler):
+            logger.warning(f"{signal.Signals(number).name} does not stop this run: other code handles it")
+            continue
+        signal.signal(number, on_stop_signal)
+
+
+_WHAT_FOLLOWS = {"loop": "finishing the step and saving", "after the loop": "all updates are made, finishing the rest"}
+_ABORT = "once more aborts"
+
+
+def _is_ours(handler) -> bool:
+    return getattr(handler, "__module__", None) == __name__
 
 
 def begin_loop() -> None:
     """From here on there is something to save: a stop signal waits for the end of its step."""
-    global _loop_runs
+    global _phase
     heed_early_stop()
-    _loop_runs = True
+    _phase = "loop"
+
+
+def end_loop() -> None:
+    """From here on nothing is left to save but the result: a first stop signal changes nothing."""
+    global _phase
+    _phase = "after the loop"
 
 
 def heed_early_stop() -> None:
     """Exit as a stop signal wanted to before the loop, where a library has passed over that."""
-    if _stop_signal and not _loop_runs:
+    if _stop_signal and _phase == "before the loop":
         raise SystemExit(128 + _stop_signal) from None
 
 
@@ -238,8 +296,13 @@ def default_signals() -> None:
     """Give the signals back to Python: the run is over, or is to be aborted by the next one."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if _is_ours(signal.getsignal(number)):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def stopping() -> bool:
+    """Whether this process has been asked to stop, and has updates left to make; others may not know of it yet."""
+    return bool(_stop_signal) and _phase == "loop"
 
 
 def stop_requested(accelerator) -> int:

@@ -12,7 +12,7 @@ _REPR.maxlevel = 2
 
 def tokens(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     """A YAML file as command-line tokens: argparse then checks its types and choices as it would the user's own."""
-    finder = argparse.ArgumentParser(prog=parser.prog, add_help=False)
+    finder = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
     if path is None:
@@ -32,7 +32,7 @@ def tokens(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
 def switch_off(parser: argparse.ArgumentParser, tokens: list[str]) -> list[str]:
     """The tokens without the switches that `--switch=false` among them turns off, be it the file that turns them on."""
     for action in parser._actions:
-        switch = action.option_strings[-1]
+        switch = (action.option_strings or [""])[-1]
         if action.nargs == 0 and f"{switch}=false" in tokens:
             tokens = [token for token in tokens if token not in (switch, f"{switch}=false")]
     return tokens
@@ -42,7 +42,7 @@ def _read_config(parser, path: str) -> dict:
     import yaml
 
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        config = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
     except Exception as error:  # of many kinds, for `seed: 2024-13-45` say; their text may quote a token of the file's
@@ -55,7 +55,7 @@ def _read_config(parser, path: str) -> dict:
 
 def _tokens(parser, action, value) -> list[str]:
     """One flag of a config file as command-line tokens; a list becomes the flag's default instead."""
-    is_switch, is_list = action.nargs == 0, action.nargs == "+"
+    is_switch, is_list = action.nargs == 0, action.nargs not in (None, "?", 0)
     if value is None:
         return []
     if value is False and "no" in (action.choices or ()):
@@ -65,10 +65,12 @@ def _tokens(parser, action, value) -> list[str]:
         wanted = "true or false" if is_switch else "a list of values" if is_list else "one value"
         shown = "***" if action.dest in SECRETS else _REPR.repr(value)
         raise ValueError(f"{action.dest} must be {wanted}, not {shown}")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [action.option_strings[0 if value else -1]]
     if is_switch:
-        return [action.option_strings[0]] if value else []
-    parser._get_values(action, [str(item) for item in items])  # checks type and choices
+        return [action.option_strings[0]] if value == action.const else []
+    values = parser._get_values(action, [str(item) for item in items])  # checks type and choices
     if is_list:  # a default, not tokens: a prompt may begin with a dash
-        parser.set_defaults(**{action.dest: [str(item) for item in items]})
+        parser.set_defaults(**{action.dest: values})
         return []
     return [f"{action.option_strings[0]}={value}"]

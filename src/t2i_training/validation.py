@@ -8,12 +8,13 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from . import processes
-from .files import whole
+from . import processes, runtime
+from .files import free_name, whole
 from .networks import eager
 from .runtime import logger
 
@@ -21,14 +22,30 @@ from .runtime import logger
 def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], step: int, output_dir, accelerator):
     """Draw picture i for prompts[i], spread over the processes; save, log and lay them out under those of step 0.
 
-    All processes call it. Writes validation/step-<n>/<i>.png and validation/step-<n>.png.
+    All processes call it. Writes validation/step-<n>/<i>.png and validation/step-<n>.png. A stop signal ends it after
+    the picture under way, and nothing is written.
     """
-    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    with eager(), warnings.catch_warnings():  # other batch sizes: compiling would take longer than drawing
+    mine, pictures = range(accelerator.process_index, len(prompts), accelerator.num_processes), []
+    not_numbers = []
+    with (
+        eager(),  # other batch sizes: compiling would take longer than drawing
+        np.errstate(invalid="call", call=lambda *_: not_numbers.append(1)),  # nan becomes black in the cast to uint8
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # of diffusers' pipelines, about their calls of each other
-        pictures = [(i, draw_picture(i)) for i in mine]
+        for i in mine:
+            if not runtime.stopping():
+                pictures.append((i, draw_picture(i)))
+    if not_numbers:
+        logger.logger.warning(
+            f"validation pictures of step {step} are black where a network gave nan; where a VAE overflows in fp16, "
+            "--mixed_precision=bf16 or no, or another VAE, helps"
+        )
     processes.wait(accelerator)  # without a limit, which gathering has
     drawn = dict(gather_object(pictures))
+    if len(drawn) < len(prompts):
+        done = f"stopped after {len(drawn)} of {len(prompts)} images, none kept"
+        return logger.warning(f"validation at step {step}: {done}")
     if not accelerator.is_main_process:
         return
     pictures = [drawn[i] for i in range(len(prompts))]
@@ -71,7 +88,9 @@ def pending(args, progress) -> bool:
     if not args.validation_prompts:
         return False
     grid = _folder(args.output_dir, progress.step).with_suffix(".png")
-    return progress.step == 0 or (progress.validation_due() and not grid.exists())
+    due = progress.step == 0 or (progress.validation_due() and not grid.exists())
+    # A shared folder may show the grid to some processes alone: those would not wait for the others.
+    return bool(processes.largest(progress.accelerator, int(due)))
 
 
 def clear(output_dir) -> None:
@@ -79,6 +98,29 @@ def clear(output_dir) -> None:
     for path in (Path(output_dir) / "validation").glob("step-*"):
         if re.fullmatch(r"step-\d{6,}(\.png)?", path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def set_aside_after(output_dir, step: int) -> None:
+    """Move grids and pictures of later steps into a folder beside theirs, validation.1 or the next that is free."""
+    folder = Path(output_dir) / "validation"
+    names = [path.name for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}(\.png)?", path.name)]
+    later = sorted(name for name in names if int(name[5:].removesuffix(".png")) > step)
+    if later:
+        aside = free_name(folder)
+        aside.mkdir()
+        for name in later:
+            (folder / name).rename(aside / name)
+        grids = ", ".join(name for name in later if name.endswith(".png"))
+        logger.warning(f"{folder}: {grids} of another course than the one resumed; moved to {aside}")
+
+
+def own_grid(args, step: int) -> tuple[Path | None, bool]:
+    """(the grid of the run's last step, if it was drawn for its own prompts; whether the untouched model is in it)."""
+    folder, prompts = _folder(args.output_dir, step), args.validation_prompts
+    grid = folder.with_suffix(".png")
+    if not prompts or not grid.exists() or not _load(folder, prompts):
+        return None, False
+    return grid, bool(_load(_folder(args.output_dir, 0), prompts))
 
 
 def make_grid(columns: list[str], rows: list[tuple[str, list[Image.Image]]], cell: int = 160) -> Image.Image:
@@ -115,8 +157,6 @@ def _font(size: int):
 
 def log_pictures(accelerator, prompts: list[str], pictures: list[Image.Image], step: int, tag="validation") -> None:
     """Send pictures to the trackers that take them: TensorBoard, Weights & Biases, Comet."""
-    import numpy as np
-
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             stack = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])

@@ -1,0 +1,313 @@
+"""Which files a data folder holds: images, metadata, splits, and which file was probably meant. Imports no torch.
+
+A zip counts as if it were unpacked where it lies; a member of it has a path such as zip://0001.png::/data/images.zip,
+as fsspec and `datasets` write it.
+"""
+
+import difflib
+import functools
+import os
+import posixpath
+import re
+import shlex
+import unicodedata
+import urllib.parse
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+STORED = ("state.json", "dataset_dict.json")  # of `save_to_disk`
+IMAGES = (
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl", ".png", ".ppm",
+    ".psd", ".svg", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+_TABLES = (  # what `datasets` reads as tables, or looks into
+    ".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv",
+    ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar",
+)  # fmt: skip
+_CAPTIONS = (".txt", ".caption")
+_SPLITS = {  # a folder's name -> the split that it holds, as `datasets` has it
+    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+_LINE = '{"file_name": "0001.jpg", "text": "a red fox"}'
+
+
+def local_folder(args) -> str | None:
+    """The folder that holds the data, if it lies here and no configuration of it is asked for."""
+    if args.dataset_name is None:
+        return args.train_data_dir
+    place = os.path.join(args.dataset_name, args.train_data_dir) if args.train_data_dir else args.dataset_name
+    return place if os.path.isdir(place) and not getattr(args, "dataset_config_name", None) else None
+
+
+class BadData(ValueError):
+    """Data that cannot be read at all; the message is one line for the user, with the way out."""
+
+
+@dataclass
+class Listing:
+    """The files below a folder: {path relative to it, in Unicode's form NFC: path to open}."""
+
+    root: str
+    files: dict[str, str] = field(default_factory=dict)
+    zips: list[str] = field(default_factory=list)  # on the disk; not looked into by `list_files`
+
+    def having(self, suffixes: tuple[str, ...]) -> list[str]:
+        return [name for name in self.files if name.lower().endswith(suffixes)]
+
+    def metadata(self) -> list[str]:
+        return [name for name in self.files if posixpath.basename(name) in METADATA]
+
+
+def list_files(root: str) -> Listing:
+    """All files below in a fixed order, links followed, hidden ones left out."""
+    listing, seen = Listing(os.path.abspath(root)), set()
+    for place, folders, names in os.walk(listing.root, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith((".", "__")))
+        seen.add(real)
+        for path in (os.path.join(place, name) for name in sorted(names) if not name.startswith(".")):
+            listing.files.setdefault(relative(path, listing.root), path)
+            if path.lower().endswith(".zip"):
+                listing.zips.append(path)
+    return listing
+
+
+def relative(path: str, root: str) -> str:
+    """An absolute path below `root` as a key of `Listing.files`: macOS stores é as e and an accent, others as one."""
+    name = path[len(root.rstrip(os.sep)) + 1 :]
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def add_zips(listing: Listing) -> None:
+    """Add the members of all zips; a file on the disk comes before a member of its name. Raises BadData."""
+    for path in listing.zips:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise BadData(f"{relative(path, listing.root)} cannot be read as a zip: {error}") from None
+        if any(member.flag_bits & 1 for member in members):
+            raise BadData(f"{relative(path, listing.root)} is encrypted: unpack it")
+        folder = os.path.dirname(path)
+        for member in members:
+            for shown in _names(member):
+                target = os.path.normpath(os.path.join(folder, shown.replace("\\", "/")))
+                hidden = any(part.startswith((".", "__")) for part in shown.split("/"))
+                if not member.is_dir() and not hidden and target.startswith(folder + os.sep):
+                    listing.files.setdefault(relative(target, listing.root), f"zip://{member.filename}::{path}")
+
+
+def _names(member: zipfile.ZipInfo) -> list[str]:
+    """A member's name; of tools that do not mark UTF-8 as such, what they meant comes first."""
+    if not member.filename.isascii() and not member.flag_bits & 0x800:
+        try:
+            return [member.filename.encode("cp437").decode("utf-8"), member.filename]
+        except UnicodeError:
+            pass
+    return [member.filename]
+
+
+def split_of(name: str) -> str | None:
+    """The split that a relative path belongs to by the folders that it goes through."""
+    return next((_SPLITS[part] for part in name.lower().split("/")[:-1] if part in _SPLITS), None)
+
+
+def training_files(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(files of the training split, files of other splits): all that no folder's name sets aside is for training."""
+    names = list(names)
+    others = [name for name in names if split_of(name) not in (None, "train")]
+    left_out = set(others)
+    return [name for name in names if name not in left_out], others
+
+
+def is_table(listing: Listing) -> bool:
+    """Whether `datasets` is to read the folder: it holds no metadata, and no fewer tables or archives than images."""
+    return not listing.metadata() and 0 < len(listing.having(_TABLES)) >= len(listing.having(IMAGES))
+
+
+def refusal(root: str, captions: bool) -> str | None:
+    """What is wrong with a data folder and the way out, from names alone; None if it may be one.
+
+    `captions` says whether the script needs them.
+    """
+    if any(os.path.isfile(os.path.join(root, name)) for name in STORED) or declares_configs(root):
+        return None
+    listing = list_files(root)
+    if not listing.metadata() and not listing.having(IMAGES) and listing.zips:
+        try:
+            add_zips(listing)
+        except BadData as error:
+            return f"cannot be read: {error}"
+    found, images = listing.metadata(), listing.having(IMAGES)
+    if found:
+        training, others = training_files(found)
+        return None if training else _only_other_splits(root, others)
+    if is_table(listing) or (images and not captions):
+        return None
+    if not captions:
+        return "holds no images"
+    beside = _captions_beside(listing, images)
+    return beside or f"holds no metadata.jsonl, with a line for each picture such as {_LINE}{_near_miss(listing)}"
+
+
+def _only_other_splits(root: str, names: list[str]) -> str:
+    splits = ", ".join(sorted({split_of(name) for name in names}))
+    folder = os.path.join(root, posixpath.dirname(names[0]))
+    return f"has no split named train, only: {splits}; to train on one of them, name its folder, e.g. {folder}"
+
+
+def declares_configs(root: str) -> bool:
+    """Whether a dataset card (README.md) there says which files belong to which configuration and split."""
+    try:
+        with open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
+            head = file.read(100_000)
+    except OSError:
+        return False
+    card = re.match(r"---\s*\n(.*?)\n---", head, re.DOTALL)
+    return card is not None and re.search(r"^configs:", card[1], re.MULTILINE) is not None
+
+
+def _captions_beside(listing: Listing, images: list[str]) -> str | None:
+    stems = {posixpath.splitext(name)[0] for name in images}
+    bases = {posixpath.basename(stem) for stem in stems}
+    for suffix in _CAPTIONS:
+        texts = listing.having((suffix,))
+        found = sum(posixpath.splitext(name)[0] in stems for name in texts)
+        if not images or found * 2 < len(images):
+            elsewhere = [name for name in texts if posixpath.splitext(posixpath.basename(name))[0] in bases]
+            if images and len(elsewhere) * 2 >= len(images):
+                return (
+                    f"has captions in {suffix} files such as {elsewhere[0]}, which are not read yet: write them into a "
+                    f"metadata.jsonl, with a line for each picture such as {_LINE}"
+                )
+            continue
+        kinds = sorted({posixpath.splitext(name)[1] for name in images})
+        program = (
+            "import json, pathlib; "
+            'open("metadata.jsonl", "w").writelines(json.dumps({"file_name": path.as_posix(), "text": '
+            f'path.with_suffix("{suffix}").read_text("utf-8-sig").strip()}}) + "\\n" for path in '
+            f'sorted(pathlib.Path().rglob("*")) if path.suffix in {kinds} and path.with_suffix("{suffix}").exists())'
+        ).replace("'", '"')
+        unpack = "unpack the zip first, then " if listing.files[texts[0]].startswith("zip://") else ""
+        return (
+            f"has captions in {suffix} files beside its images, which are not read yet; this makes a metadata.jsonl "
+            f"of them: {unpack}cd {shlex.quote(listing.root)} && python -c '{program}'"
+        )
+    return None
+
+
+def _near_miss(listing: Listing) -> str:
+    """What is there in place of a metadata file, and what to do with it; "" if nothing like one is there."""
+    names = sorted(listing.files, key=lambda name: (name.count("/"), name))
+    for name in names:
+        base = posixpath.basename(name).lower()
+        alike = re.match(r"_?meta[-_ ]?data", base) or difflib.get_close_matches(base, METADATA, 1, 0.8)
+        if alike and not base.endswith((*IMAGES, ".md", ".py")):
+            return f"; {name} {_what_to_do(name, base, listing)}"
+    suffixes = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".parquet", ".xlsx", ".xls", ".ods")
+    other = next((name for name in names if name.lower().endswith(suffixes)), None)
+    return f"; if {other} lists the images, it {_what_to_do(other, other.lower(), listing)}" if other else ""
+
+
+def _what_to_do(name: str, base: str, listing: Listing) -> str:
+    if base.endswith((".xlsx", ".xls", ".ods")):
+        return "must be saved as metadata.csv (CSV UTF-8)"
+    if base.endswith((".gz", ".zip", ".bz2", ".xz")):
+        return "must be unpacked"
+    if "csv" in base or "tsv" in base:
+        return "must be named metadata.csv"
+    if "parquet" in base:
+        return "must be named metadata.parquet"
+    try:
+        with open(listing.files[name], "rb") as file:
+            start = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError:
+        start = b""
+    if start.startswith(b"[") or (start.startswith(b"{") and b"}" not in start.partition(b"\n")[0]):
+        return "must become metadata.jsonl, with each entry as one line, {...}, without a list around them"
+    return "must be named metadata.jsonl"
+
+
+# --- reading
+
+
+@functools.lru_cache(maxsize=8)
+def _archive(path: str, stamp: int, process: int) -> zipfile.ZipFile:
+    """An open zip, for this process alone: processes that share a file share its position, too."""
+    return zipfile.ZipFile(path)
+
+
+def stamped(path: str) -> str:
+    """A path with what changes when the file does: size and time, of a zip's member those of the zip."""
+    place = path.rpartition("::")[2] if path.startswith("zip://") else path
+    if place.startswith("hf://"):  # with the commit in it
+        return path
+    status = os.stat(place)
+    return f"{path}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def read_bytes(path: str) -> bytes:
+    """A file's content. Raises OSError, and for a member of a zip what zipfile raises."""
+    if not path.startswith("zip://"):
+        with open(path, "rb") as file:
+            return file.read()
+    member, _, archive = path.removeprefix("zip://").rpartition("::")
+    if archive.startswith("hf://"):
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    return _archive(archive, os.stat(archive).st_mtime_ns, os.getpid()).read(member)
+
+
+# --- names that no file has
+
+
+def did_you_mean(missing: Iterable[str], at_hand: Iterable[str]) -> Iterator[str | None]:
+    """For each relative path that is missing, the file at hand that it probably stands for, if there is one."""
+    missing, at_hand, by_key = list(missing), list(at_hand), {}
+    if not missing:
+        return
+    for name in at_hand:
+        for key in _keys(name):
+            by_key.setdefault(key, []).append(name)
+    stems = Counter(_stem(name) for name in at_hand)
+    for tried, name in enumerate(missing):
+        found = next((by_key[key] for key in _keys(name) if key in by_key), [])
+        if not found and tried < 20:  # seconds, with many files
+            found = [other for other in at_hand if _is_typo(_stem(name), _stem(other)) and stems[_stem(other)] == 1]
+        yield max(found[:50], key=lambda other: difflib.SequenceMatcher(None, name, other).ratio()) if found else None
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(posixpath.basename(name))[0].casefold()
+
+
+def _keys(name: str) -> list[tuple]:
+    """What two names have in common that mean the same file, the closest first."""
+    plain = unicodedata.normalize("NFKC", urllib.parse.unquote(name)).strip().casefold()
+    for wrong in ("cp1252", "latin-1", "cp437"):  # UTF-8 that was read as something else
+        try:
+            plain = plain if plain.isascii() else name.encode(wrong).decode("utf-8").casefold()
+        except UnicodeError:
+            continue
+    base, whole = posixpath.basename(plain), posixpath.splitext(plain)[0]
+    stem = posixpath.splitext(base)[0]
+    loose = re.sub(r"[\W_]+", "", stem)
+    numbers = re.sub(r"0+(?=\d)", "", re.sub(r"(?<=\d)[\W_]+(?=\d)", ".", stem))
+    keys = [("path", plain), ("base", base), ("path stem", whole), ("stem", stem), ("stem", base)]
+    keys += [("loose", loose)] if loose else []
+    return [*keys, ("numbers", re.sub(r"[^\w.]|_", "", numbers))] if stem else keys
+
+
+def _is_typo(name: str, other: str) -> bool:
+    """Whether a letter too many, too few or two in another order tell them apart. A letter for another may be meant."""
+    if min(len(name), len(other)) < 5 or re.sub(r"\D", "", name) != re.sub(r"\D", "", other):
+        return False
+    if len(name) == len(other) and sorted(name) != sorted(other):
+        return False
+    return abs(len(name) - len(other)) < 2 and difflib.SequenceMatcher(None, name, other).ratio() >= 0.8

@@ -1,0 +1,80 @@
+"""Optional packages, often built for another torch: what a run does not use is not imported, what it uses is tried.
+
+diffusers, transformers, peft and accelerate import such packages wherever they find them; a broken one, which the run
+has no use for, would end it under a long traceback. Imports no torch by itself.
+"""
+
+import importlib.metadata
+import logging
+import os
+import sys
+
+# Kernels, quantisation and parallelism that these scripts have no use for.
+UNUSED = (
+    "aiter", "apex", "flash_attn", "flash_attn_3", "flash_attn_interface", "gguf", "hqq", "kernels", "modelopt",
+    "msamp", "optimum", "sageattention", "torchao", "transformer_engine",
+)  # fmt: skip
+LOOKING = ("accelerate", "diffusers", "peft", "transformers")  # import them wherever they find them
+FLAGS = {"xformers": "enable_xformers_memory_efficient_attention", "bitsandbytes": "use_8bit_adam"}
+
+
+def hide_unused(args) -> None:
+    """Let `import` and `find_spec` see none of the packages that this run does not use. Call it before torch is there.
+
+    A name that stands for None in sys.modules is to both a package that is not installed. Where one of the libraries
+    that look for them is loaded before (in a notebook, say), it has seen them, and would fail at their absence.
+    """
+    too_late = any(name in sys.modules for name in LOOKING)
+    used = {name for name, flag in FLAGS.items() if getattr(args, flag, False)}
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # refused, later, by a line of its own
+        used.add("deepspeed")
+    for name in (*UNUSED, *FLAGS, "deepspeed"):
+        if name not in used:
+            if not too_late:
+                sys.modules.setdefault(name, None)
+        elif name in sys.modules and sys.modules[name] is None:  # hidden by an earlier run in this process
+            del sys.modules[name]
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # `try_out` says in one line what it warns of in six
+
+
+def try_out(args, device) -> None:
+    """Exit with one line if a package that a flag asks for does not work with this torch on this device."""
+    trials = {"xformers": _try_xformers, "bitsandbytes": _try_bitsandbytes}
+    for name, flag in FLAGS.items():
+        if not getattr(args, flag, False):
+            continue
+        try:
+            trials[name](device)
+        except Exception as error:  # of a loader, a driver or a compiler
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            line = f"error: --{flag}: {_release(name)} does not work here: leave the flag out"
+            raise SystemExit(f"{line}, or install a release for this torch ({reason})") from error
+
+
+def _release(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path
+        return name
+
+
+def _try_xformers(device) -> None:
+    """Attention over two tokens, forward and back. Kernels that could not be loaded say for which torch they are."""
+    import torch
+    import xformers.ops
+
+    not_loaded = getattr(sys.modules.get("xformers._cpp_lib"), "_cpp_library_load_exception", None)
+    if not_loaded is not None:
+        raise not_loaded
+    query = torch.zeros(1, 2, 1, 64, device=device, requires_grad=True)
+    xformers.ops.memory_efficient_attention(query, query, query).sum().backward()
+
+
+def _try_bitsandbytes(device) -> None:
+    """One update of a tensor that is large enough for state in 8 bits."""
+    import bitsandbytes
+    import torch
+
+    parameter = torch.nn.Parameter(torch.zeros(4096, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    bitsandbytes.optim.AdamW8bit([parameter]).step()

@@ -1,0 +1,49 @@
+"""Where processes meet. NCCL gives up after a while, gloo's `processes.wait` does not: it comes before what was long.
+
+
+Each collective on the device is named here, with what bounds the time that the others may come earlier.
+"""
+
+import ast
+
+import tiny
+
+ON_DEVICE = {"gather_object", "broadcast_object_list", "gather", "gather_for_metrics", "reduce", "broadcast", "prepare"}
+WAITS = {"wait", "largest", "main_first"}
+SHORT = {  # function -> why no process comes there much later than another, although it does not wait for all before
+    "settle_seed": "find_checkpoint, just before, has waited",
+    "read": "stop_requested, at the end of the update before, has met all, and DDP's gradients in this one",
+    "_end": "read, which calls it, has just reduced the losses",
+}  # fmt: skip
+
+
+def called(node) -> str:
+    function = node.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def test_processes_wait_without_a_limit_before_they_meet_on_the_device():
+    seen, unguarded = set(), []
+    for path in sorted((tiny.REPOSITORY / "src").rglob("*.py")):
+        if path.name.startswith("flax"):
+            continue
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            calls = sorted((n for n in ast.walk(function) if isinstance(n, ast.Call)), key=lambda n: n.lineno)
+            waited = False
+            for call in calls:
+                waited = waited or called(call) in WAITS
+                if called(call) in ON_DEVICE:
+                    seen.add(function.name)
+                    if not waited and function.name not in SHORT:
+                        unguarded.append(f"{path.name}:{call.lineno}: {called(call)}")
+    assert unguarded == []
+    assert seen >= {"find_checkpoint", "inspect", "_fill", "validate", "prepare", "settle_seed", "read", "_end"}
+
+
+def test_scripts_meet_on_the_device_through_these_alone():
+    for path in tiny.SCRIPTS.values():
+        text = path.read_text(encoding="utf-8")
+        assert "accelerator.prepare" not in text
+        assert not any(f"{name}(" in text for name in ON_DEVICE - {"prepare"})

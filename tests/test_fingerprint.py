@@ -1,0 +1,155 @@
+"""The cache's key changes with whatever its encodings are made by, and with nothing else."""
+
+import ast
+import importlib
+import linecache
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import load_script
+
+from t2i_training import data, images
+from t2i_training import fingerprint as package_file
+from t2i_training.fingerprint import fingerprint
+
+HELPERS = '''
+"""Helpers."""
+import math
+
+SIDE = 8
+UNUSED = 1
+
+
+def enlarge(picture):
+    """Twice the size."""
+    return picture * SIDE  # a comment
+
+
+class Blur:
+    radius = 2
+
+    def __call__(self, picture):
+        return picture * self.radius
+
+
+def unused():
+    return UNUSED
+'''
+SCRIPT = '''
+import functools
+import math
+
+import helpers
+from helpers import Blur
+from t2i_training import images
+
+SCALE = 2
+NAMES = {"a", "b", "c"}
+
+
+def cut(picture):
+    return picture[:SCALE]
+
+
+@functools.lru_cache
+def read_picture(source, side):
+    """What a network reads of a picture."""
+    return Blur()(helpers.enlarge(cut(images.decode(source, side))))
+
+
+def compute_loss(batch):
+    return math.sqrt(batch)
+'''
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch):
+    """mark(**{file: (old, new)}): fingerprint of a reader of user's files, with these replacements made in them."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def make(**changes):
+        for name, text in (("helpers", HELPERS), ("script", SCRIPT)):
+            old, new = changes.get(name, ("", ""))
+            assert old in text
+            (tmp_path / f"{name}.py").write_text(text.replace(old, new) if old else text)
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        package_file._statements.cache_clear()
+        try:
+            return fingerprint(partial(importlib.import_module("script").read_picture, side=3))
+        finally:
+            for name in ("helpers", "script"):
+                sys.modules.pop(name, None)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("script", "What a network reads of a picture.", "Another docstring"),
+        ("script", "math.sqrt(batch)", "batch"),
+        ("script", "SCALE = 2", "\n# a comment, and other line breaks\nSCALE = (\n    2\n)"),
+        ("helpers", "# a comment", ""),
+        ("helpers", "Twice the size.", "Of twice the size."),
+        ("helpers", "UNUSED = 1", "UNUSED = 2"),
+    ],
+)
+def test_what_does_not_matter_keeps_it(mark, file, old, new):
+    assert mark(**{file: (old, new)}) == mark()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("script", "picture[:SCALE]", "picture[1:SCALE]"),
+        ("script", "SCALE = 2", "SCALE = 3"),
+        ("script", "decode(source, side)", "decode(source, 2 * side)"),
+        ("helpers", "picture * SIDE", "picture + SIDE"),
+        ("helpers", "SIDE = 8", "SIDE = 9"),
+        ("helpers", "radius = 2", "radius = 3"),
+        ("helpers", "picture * self.radius", "picture"),
+    ],
+)
+def test_whatever_is_called_changes_it(mark, file, old, new):
+    assert mark(**{file: (old, new)}) != mark()
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "reader"),
+    [
+        (images, "(width - resolution) // 2", "0", 0),
+        (images, "LONGEST = 32", "LONGEST = 16", 0),
+        (images, '"white"', '"black"', 0),
+        (data, '"truncation": True', '"truncation": False', 1),
+    ],
+)
+def test_the_packages_own_work_counts(monkeypatch, module, old, new, reader):
+    """As if somebody had edited it; a docstring there does not count."""
+    script = load_script("sd")
+    function = partial([script.read_picture, script.read_caption][reader])
+    before, read = fingerprint(function), package_file._statements
+    source = Path(module.__file__).read_text()
+    for text, differs in ((source.replace(old, new), True), (source.replace('    """', '    """More: ', 1), False)):
+        assert text != source
+        edited = ast.parse(text).body
+        monkeypatch.setattr(
+            package_file, "_statements", lambda file, edited=edited: edited if file == module.__file__ else read(file)
+        )
+        assert (fingerprint(function) != before) is differs
+
+
+def test_a_function_that_is_bound_is_known_by_its_code():
+    def read(source, transform):
+        return transform(source)
+
+    assert fingerprint(partial(read, transform=data.pick_caption)) == fingerprint(
+        partial(read, transform=data.pick_caption)
+    )
+    assert fingerprint(partial(read, transform=data.pick_caption)) != fingerprint(
+        partial(read, transform=data.text_mask)
+    )
