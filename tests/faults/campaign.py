@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -110,21 +111,30 @@ class Campaign:
         count = self.random.randint(1, max(1, int(board.entries[i] * share)))
         return Kill(number, self.random.uniform(0, board.seconds[i] / board.entries[i]), phase, count)
 
-    def trial(self) -> int:
-        """One run, killed up to `chain` times. Returns how often it was."""
+    def trial(self, kills: Iterable[Kill] | None = None) -> int:
+        """One run, killed up to `chain` times, or as `kills` say, each of which must fall into its phase.
+
+        Returns how often it was killed.
+        """
         script, cached = self.scripts[self._trials % len(self.scripts)], self.random.choice(self.cached)
         self._trials += 1
         self.undisturbed(script, cached)
         place = self.folder / f"trial-{self._trials}"
         place.mkdir()
-        story, kills, before = [], 0, len(self.tally.faults)
+        story, killed, before = [], 0, len(self.tally.faults)
+        planned = iter(kills) if kills is not None else None
         name = f"trial {self._trials}, {script}{', cached' if cached else ''}"
         while True:
-            kill = self.plan(script, cached, place / "out") if kills < self.chain else None
+            if planned is not None:
+                kill = next(planned, None)
+            else:
+                kill = self.plan(script, cached, place / "out") if killed < self.chain else None
             run = self._run(script, cached, place, kill)
+            if planned is not None and kill is not None and (run is None or run.killed_in != kill.phase):
+                self.tally.fault(script, "failed", f"{name}: {kill} fell into {run and run.killed_in}")
             if run is None:
                 break
-            kills += 1
+            killed += 1
             story.append(f"{run.killed_in} ({kill})")
             if run.status == 0:
                 break
@@ -135,7 +145,7 @@ class Campaign:
         print(f"{name}: {'ok' if good else 'WRONG'}: {'; '.join(story)}", flush=True)
         if good:
             shutil.rmtree(place)
-        return kills
+        return killed
 
     def _run(self, script: str, cached: bool, place: Path, kill: Kill | None) -> Victim | None:
         """A run that got its kill, or None: it ended before, well or not. Near its end a signal does not stop it."""

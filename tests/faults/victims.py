@@ -158,7 +158,7 @@ class Victim:
         while not self._ended():
             time.sleep(0.002)
             if time.monotonic() - self._began > limit:
-                os.kill(self.pid, signal.SIGUSR1)
+                os.kill(self.pid, signal.SIGQUIT)
                 time.sleep(1)
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
@@ -185,7 +185,7 @@ def _run(script, tokens, output_dir, log, board, kill) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((null, 0), (descriptor, 1), (descriptor, 2)):
             os.dup2(source, target)
-        faulthandler.register(signal.SIGUSR1)
+        faulthandler.register(signal.SIGQUIT)
         board.wrap_all()
         _watch_changes(board, str(output_dir), kill)
         from t2i_training import flops
