@@ -156,11 +156,16 @@ def test_all_tells_wandb(everywhere):
 
 
 def test_wandb_alone_writes_below_the_logging_folder(run, monkeypatch, tmp_path):
+    """Of a relative output folder, too, while wandb's service, which an earlier run started, works in another one."""
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_DIR", raising=False)
-    monkeypatch.chdir(tmp_path)
-    folder = run(report_to="wandb", max_train_steps=2)
-    assert list(tmp_path.iterdir()) == []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        run(report_to="wandb", max_train_steps=2, output_dir="out", validation_prompts=None)
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["first", "second"]
+    folder = tmp_path / "second" / "out"
     assert len(list(folder.glob("logs/wandb/offline-run-*/*.wandb"))) == 1
     assert list(folder.rglob("*tfevents*")) == []
 

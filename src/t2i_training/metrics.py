@@ -90,10 +90,10 @@ class Progress:
         config = public_config(self.args)  # trackers take scalars only
         config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
         project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")
-        logs = Path(self.args.output_dir, self.args.logging_dir)
+        logs = Path(self.args.output_dir, self.args.logging_dir).absolute()
         if main:
             logs.mkdir(parents=True, exist_ok=True)
-        wandb = {"dir": os.environ.get("WANDB_DIR", str(logs))}  # by itself it writes into the working directory
+        wandb = {"dir": os.environ.get("WANDB_DIR", str(logs))}  # by default, its service's working directory
         with runtime.readable_errors("--report_to", self.args.report_to):
             self.accelerator.init_trackers(project, config=config, init_kwargs={"wandb": wandb})
         logger.info(
