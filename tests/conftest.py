@@ -1,9 +1,12 @@
-"""Shared by all tests: a home of its own for caches, one thread unless told otherwise, tiny models made once."""
+"""Shared by all tests: a home of its own for caches, one thread unless told otherwise, tiny models made once.
+
+Torch is imported by the workers, when they first need it, and not by the process that waits for them.
+"""
 
 import importlib.util
 import io
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,11 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests/capabilities.sh asks for 
 import pytest
 import tiny
 import tiny_kandinsky
-import torch
-from accelerate import PartialState
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
+
+SAMPLING_STEPS = 2  # of a validation image, in all tests but those that are about it
 
 # The longest first, so that no worker is left with one of them when the others have nothing to do.
 LONG_FILES = (
@@ -33,10 +35,92 @@ LONG_FILES = (
     "test_compile.py", "test_contract_resume.py", "test_campaign.py", "test_contract_world_size_all.py",
 )  # fmt: skip
 
+# File -> the tests, as a pattern of their names, that --quick runs: all units, and a short run of each script.
+QUICK = dict.fromkeys(
+    (
+        "test_bad_input.py", "test_checks.py", "test_draws.py", "test_hub_card.py", "test_images.py",
+        "test_losses.py", "test_machine.py", "test_model_kind.py", "test_names.py", "test_networks.py",
+        "test_readme.py", "test_scripts_alike.py", "test_validation.py",
+    ), "",
+) | {
+    "test_bad_input.py": "test_(usage|fault|flag|tracker)",
+    "test_cli.py": r"(?!test_usage_errors_import_nothing_heavy\[(?!sd\]))",
+    "test_data.py": "(?!test_crash)",
+    "test_runtime.py": "(?!test_lock|test_platform)",
+    "test_contract_numerics.py": r".*\bbad_loss",
+    "test_contract_resume_all.py": r"test_interrupted_after_every_update\[(sd_lora|prior_lora|decoder_lora)",
+    "test_contract_resume.py": r"test_interrupted_after_every_update\[constant",
+    "test_contract_checkpoints.py": r"test_layout|test_damaged_newest.*\[truncated",
+    "test_contract_encodings.py": r"test_cached_training.*\[(prior|decoder_lora)\]",
+    "test_contract_data_faults.py": r"test_a_run_fails_before|test_skipping.*\[sd",
+    "test_contract_stop.py": "test_signal_in_the_last",
+    "test_contract_secrets.py": "test_an_error_in|test_a_token_in|test_a_line_end",
+    "test_train_text_to_image.py": "test_every_flag|test_exported_tree|test_what_is_drawn",
+    "test_kandinsky_prior.py": "test_exported_tree",
+    "test_kandinsky_decoder.py": "test_exported_tree",
+}  # fmt: skip
 
-def pytest_collection_modifyitems(items):
+
+def pytest_addoption(parser):
+    tiers = parser.getgroup("tiers", "how much is run; by default all that is not marked slow")
+    tiers.addoption("--all", action="store_true", dest="all_tests", help="what is marked slow as well")
+    tiers.addoption("--quick", action="store_true", help="a minute: the units, and a short run of each script")
+
+
+def pytest_configure(config):
+    if config.option.all_tests and config.option.quick:
+        raise pytest.UsageError("--all and --quick: choose one")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(CleanCheckout())
+
+
+class CleanCheckout:
+    """The tests leave the checkout as git saw it before, or fail. Without git nothing is looked at."""
+
+    def __init__(self):
+        self.before, self.left = self.status(), set()
+
+    @staticmethod
+    def status() -> set[str]:
+        command = ["git", "-C", str(tiny.REPOSITORY), "status", "--porcelain", "--untracked-files=all"]
+        try:
+            return set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines())
+        except FileNotFoundError:
+            return set()
+
+    def pytest_sessionfinish(self, session):
+        self.left = self.status() - self.before
+        if self.left:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for line in sorted(self.left):
+            terminalreporter.line(f"left in the checkout: {line}", red=True)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files without a quick test are not even imported: JAX takes seconds."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if config.option.quick and is_test and collection_path.name not in QUICK else None
+
+
+def pytest_collection_modifyitems(config, items):
     order = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    left_out = [item for item in items if not _selected(item, config)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _selected(item, config) -> bool:
+    """Whether the tier that was asked for has it; a test that the command line names, or `-m slow`, always is."""
+    name = item.nodeid.partition("::")[2]
+    named = [argument.partition("::")[2] for argument in config.args if "::" in argument]
+    if config.option.all_tests or "slow" in config.option.markexpr or any(name.startswith(test) for test in named):
+        return True
+    quick = re.match(QUICK[item.path.name], name) if config.option.quick else True
+    return bool(quick) and item.get_closest_marker("slow") is None
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +129,25 @@ def device(request, monkeypatch):
     if request.node.get_closest_marker("gpu") is None:
         yield
         return
+    import torch
+    from accelerate import PartialState
+
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     PartialState._reset_state()
     yield
     PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def no_run_under_way(monkeypatch):
+    """What an earlier test's run in this process has left: which tests share one depends on the machine's speed."""
+    from t2i_training import runtime
+
+    for name in ("progress_bar", "steps", "_stop_signal", "_failure"):
+        monkeypatch.setattr(runtime, name, None)
+    monkeypatch.setattr(runtime, "_phase", "before the loop")
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +216,7 @@ def draw_curves_once():
     figure, known = metrics._figure, {}
 
     def draw_once(rows):
-        kinds = json.dumps([{name: type(value).__name__ for name, value in row.items()} for row in rows])
+        kinds = frozenset((name, type(value)) for row in rows for name, value in row.items())
         if kinds not in known:
             figure(rows).savefig(file := io.BytesIO(), dpi=100, format="png")
             known[kinds] = file.getvalue()
@@ -128,6 +225,17 @@ def draw_curves_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "_figure", draw_once)
         yield figure
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_sampling_steps():
+    """Hundreds of validation images: test_validation.py has how many steps a user's take."""
+    from t2i_training import validation
+
+    with pytest.MonkeyPatch.context() as patch:
+        steps = validation.STEPS
+        patch.setattr(validation, "STEPS", SAMPLING_STEPS)
+        yield steps
 
 
 SYNC_FOR_REAL = ("test_contract_checkpoints.py", "test_contract_storage.py")  # and all runs in processes of their own

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import free_port, load_script
+from conftest import SAMPLING_STEPS, free_port, load_script
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -266,8 +266,9 @@ if __name__ == "__main__":
     import matplotlib.figure  # noqa: F401
     import transformers  # noqa: F401
 
-    from t2i_training import flops
+    from t2i_training import flops, validation
 
+    validation.STEPS = SAMPLING_STEPS
     request = _serve()
     os.chdir(request["folder"])
     sys.argv = [request["script"], *request["tokens"]]

@@ -62,6 +62,7 @@ def losses(folder) -> list[float]:
     return [row["loss"] for row in rows(folder)]
 
 
+@pytest.mark.slow("35 s of g++: the tests below run the same graphs, test_networks.py parts the gradients")
 def test_kernels_give_the_same_losses(command, tmp_path, graphs_by_update, monkeypatch):
     """The prior takes least long. Of single samples Inductor gives two of its gradients one memory, to be parted."""
     # Kernels without vector instructions compile in half the time; which of them there are need not be tried out.

@@ -43,19 +43,26 @@ def test_accumulation(train, whole, batch, accumulation):
     assert_close(folder, whole)
 
 
-def test_two_processes(sd_flags, whole, tmp_path):
+def test_two_processes(sd_flags, whole, server, tmp_path):
+    run = server.start(sd_flags(**TWO_PROCESSES), tmp_path, processes=2)
+    assert run.wait_for_all() == [0, 0], run.output()
+    assert_close(tmp_path / "out", whole)
+
+
+@pytest.mark.slow("26 s, three interpreters: test_two_processes is the same without the launcher itself")
+def test_two_processes_of_torchrun(sd_flags, whole, tmp_path):
     run = launch("sd", sd_flags(**TWO_PROCESSES), processes=2, timeout=120)
     assert run.returncode == 0, run.stderr
     assert_close(tmp_path / "out", whole)
 
 
-def test_two_processes_with_all_that_ddp_could_stumble_over(sd_flags, train, tmp_path):
+def test_two_processes_with_all_that_ddp_could_stumble_over(sd_flags, train, server, tmp_path):
     """DREAM's first pass without gradients, blocks that are computed again, micro-batches that are not synchronised."""
     options = RUN | {"dream_training": True, "gradient_checkpointing": True, "scale_lr": None}
     one = train(**options, output_dir=tmp_path / "one")
     options |= {"train_batch_size": 1, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "two"}
-    run = launch("sd", sd_flags(**options), processes=2, timeout=240)
-    assert run.returncode == 0, run.stderr
+    run = server.start(sd_flags(**options), tmp_path, processes=2)
+    assert run.wait_for_all() == [0, 0], run.output()
     assert_close(tmp_path / "two", one)
 
 

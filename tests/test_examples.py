@@ -85,6 +85,7 @@ def test_launcher_knows_the_settings(name, expected):
     assert {key: config[key] for key in expected} == expected
 
 
+@pytest.mark.slow("28 s, three interpreters: test_contract_world_size.py holds the two processes")
 def test_two_processes_without_a_gpu(sd_flags, tmp_path):
     """By the launcher itself, and without what the tests set to keep to the CPU."""
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}

@@ -119,6 +119,7 @@ def test_literal(command):
     assert 0.6 < counted_run(command, "sd_lora")[0] / full < 0.75, "gradients of activations, and hardly of weights"
 
 
+@pytest.mark.slow("9 s: the literals of tiny networks are by hand")
 def test_stable_diffusion_1_5():
     """0.803 TFLOP an image of 512 x 512 forward, a known number; thrice that with the gradient."""
     from diffusers import UNet2DConditionModel

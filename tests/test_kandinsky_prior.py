@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train_text_to_image import LEFT, column, differ, drawn_at, make_loader, optimizer, picture, tree
 
-from t2i_training import draws, lora, runtime
+from t2i_training import draws, lora, runtime, validation
 
 SCRIPTS = ("prior", "prior_lora")
 EXPORTED = {
@@ -74,7 +74,7 @@ def output(prior) -> torch.Tensor:
 def draw(pipe, prompt: str, seed: int, side: int = 32) -> np.ndarray:
     """A combined pipeline's own picture."""
     pipe.set_progress_bar_config(disable=True)
-    steps = {"num_inference_steps": 20, "prior_num_inference_steps": 20}
+    steps = {"num_inference_steps": validation.STEPS, "prior_num_inference_steps": validation.STEPS}
     generator = torch.Generator().manual_seed(seed)
     return np.asarray(pipe(prompt=prompt, height=side, width=side, generator=generator, **steps).images[0])
 

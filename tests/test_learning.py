@@ -1,6 +1,7 @@
 """Learning, not only running: short runs from fixed seeds reach what their objective asks for.
 
-The pictures are the quickstart's. Each threshold stands beside the number that was measured when it was set.
+Most are slow; test_loss_falls.py is their short form. The pictures are the quickstart's. Each threshold stands beside
+the number that was measured when it was set.
 """
 
 import json
@@ -69,6 +70,7 @@ def base_shares():
     return night_shares(measure.load(BASE), measure.SEEN[:4])
 
 
+@pytest.mark.slow("69 s: test_loss_falls.py holds that it learns")
 def test_full_run_learns_the_style(base_shares, tmp_path):
     """Fewer than half of the quickstart's steps on half of its batch; a noise offset moves the ground's colour soon."""
     assert carried(base_shares) == 0
@@ -76,6 +78,7 @@ def test_full_run_learns_the_style(base_shares, tmp_path):
     assert carried(night_shares(measure.load(folder))) >= 12  # measured: 16
 
 
+@pytest.mark.slow("132 s: test_loss_falls.py holds that it learns")
 def test_lora_run_learns_the_style(base_shares, tmp_path):
     """As the full run does, though adapters have no biases, which in that one move every picture's ground.
 
@@ -185,6 +188,7 @@ def test_prior_learns_the_embeddings(prior_model, captioned, tmp_path):
     assert nearest == 1
 
 
+@pytest.mark.slow("15 s: test_loss_falls.py holds that it learns")
 def test_prior_lora_learns_the_embeddings(prior_model, captioned, tmp_path):
     """Adapters on the attention of a network that is random otherwise: the hardest base there is."""
     options = {"pretrained_prior_model_name_or_path": prior_model, "train_data_dir": captioned} | PRIOR
@@ -295,6 +299,7 @@ def redraw(pipeline, prior, pictures) -> torch.Tensor:
     return images.normalize(torch.stack([pil_to_tensor(picture) for picture in pictures]), torch.float32)
 
 
+@pytest.mark.slow("36 s: test_loss_falls.py holds that it learns")
 def test_decoder_redraws_its_pictures(decoder_model, trained_decoder):
     prior, base = decoder_model
     assert psnr(redraw(load_decoder(base), prior, FILES), pixels(FILES)) < 12  # measured: 6
@@ -304,6 +309,7 @@ def test_decoder_redraws_its_pictures(decoder_model, trained_decoder):
     assert psnr(redrawn, pixels(FILES).roll(1, 0)) < 15
 
 
+@pytest.mark.slow("15 s: test_loss_falls.py holds that it learns")
 def test_decoder_lora_redraws_mirrored_pictures(decoder_model, decoder_inputs, trained_decoder, tmp_path):
     """Adapters of attention alone teach a decoder that has seen 8 pictures what their mirror images look like.
 

@@ -33,12 +33,6 @@ def test_automatic_number_of_workers(cores, processes, free, workers, monkeypatc
     assert machine.loader_workers(SimpleNamespace(dataloader_num_workers=5), 1) == 5
 
 
-@pytest.fixture(autouse=True)
-def no_bar(monkeypatch):
-    """Of an earlier test's run."""
-    monkeypatch.setattr(runtime, "progress_bar", None)
-
-
 def too_much() -> RuntimeError:
     with pytest.raises(RuntimeError) as stopped:
         torch.empty(10**15)

@@ -15,7 +15,7 @@ from runs import rows as untimed
 from t2i_training import data, flops, metrics, readouts, runtime
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def drawn_each_time(draw_curves_once, monkeypatch):
     monkeypatch.setattr(metrics, "_figure", draw_curves_once)
 
@@ -329,6 +329,7 @@ def test_rows_are_read_without_a_run(tmp_path, monkeypatch):
     assert metrics.read_metrics(tmp_path) == whole
 
 
+@pytest.mark.usefixtures("drawn_each_time")
 def test_curves_are_drawn(tmp_path):
     values = [{"step": i, "loss": math.exp(-i / 9), "lr": 1e-4, "grad_norm": 1 / i} for i in range(1, 40)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
@@ -346,6 +347,7 @@ def test_no_rows_no_curves(tmp_path):
     assert not (tmp_path / "training_curves.png").exists()
 
 
+@pytest.mark.usefixtures("drawn_each_time")
 def test_closing_draws_the_curves(started, tmp_path):
     progress = started(max_train_steps=1)
     update(progress, 1.0)

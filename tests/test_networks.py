@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import load_script
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -25,6 +26,42 @@ def unet(model):
 @pytest.fixture
 def options(sd_flags):
     return lambda **changes: load_script("sd").parse_args(sd_flags(**changes))
+
+
+class TwoBiases(torch.nn.Module):
+    """x + a + b, whose two gradients are one tensor: so Inductor returns them for a single sample."""
+
+    class Add(torch.autograd.Function):
+        @staticmethod
+        def forward(_context, x, a, b):
+            return x + a + b
+
+        @staticmethod
+        def backward(_context, gradient):
+            shared = gradient.sum(0)
+            return gradient, shared.detach(), shared.detach()
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return self.Add.apply(x, self.a, self.b)
+
+    def clipped(self) -> torch.Tensor:
+        """The first gradient, (1, 1, 1) as it is, after the norm of both has been clipped to 1."""
+        self(torch.ones(1, 3)).sum().backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+        return self.a.grad
+
+
+def test_gradients_of_a_compiled_network_share_no_memory(options, monkeypatch):
+    """In-place clipping would scale them twice."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_options: None)
+    network = TwoBiases()
+    networks.tune(network, options(torch_compile="whole"), Accelerator())
+    assert network.clipped().tolist() == pytest.approx([6**-0.5] * 3)
+    assert TwoBiases().clipped().tolist() == pytest.approx([1 / 6] * 3), "so that this test can fail"
 
 
 def test_convolutions_for_cuda_lie_channels_last(unet, model):

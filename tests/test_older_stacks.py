@@ -71,6 +71,7 @@ def names(file: Path) -> set[str]:
         return set(opened.keys())
 
 
+@pytest.mark.slow("40 s, two installations: test_clip_names.py holds the names")
 def test_exports_compute_the_same_under_older_libraries(finished, older, guarded_model, as_written, tmp_path):
     full = finished("sd", pretrained_model_name_or_path=guarded_model, max_train_steps=1)
     lora = finished("sd_lora", save_kohya=True, checkpointing_steps=4)

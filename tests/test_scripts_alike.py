@@ -31,7 +31,8 @@ LEFT_OUT = {  # script -> what its story goes without: no "no picture" with capt
 }  # fmt: skip
 
 KANDINSKY = [
-    ("draw_picture", "num_inference_steps=20,", "num_inference_steps=20, prior_num_inference_steps=20,",
+    ("draw_picture", "num_inference_steps=validation.STEPS,",
+     "num_inference_steps=validation.STEPS, prior_num_inference_steps=validation.STEPS,",
      "two networks draw a picture"),
     ("main", ", initial=pipeline.unet)", ")", "no --non_ema_revision, so the average starts from what is trained"),
     ("main", "build_drawing_pipeline(pipeline,", "build_drawing_pipeline(args, pipeline,",
@@ -237,15 +238,17 @@ def functions(path):
 def test_script_is_short(script):
     path = tiny.SCRIPTS[script]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions(path)}
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 340
     assert lengths.pop("main") <= 80
-    assert {name: length for name, length in lengths.items() if length > 40} == {}
+    assert {name: length for name, length in lengths.items() if length > 45} == {}
 
 
-def test_shared_files_are_short():
+def test_shared_files_and_their_functions_are_short():
     paths = list((tiny.REPOSITORY / "src").rglob("*.py"))
     assert len(paths) >= 15
     assert {path.name: n for path in paths if (n := len(path.read_text().splitlines())) > 350} == {}
+    lengths = {f"{path.name}: {f.name}": f.end_lineno - f.lineno + 1 for path in paths for f in functions(path)}
+    assert {name: length for name, length in lengths.items() if length > 45} == {}
 
 
 @pytest.mark.parametrize("script", [script for script in tiny.SCRIPTS if script.endswith("_lora")])

@@ -32,7 +32,16 @@ pytest.importorskip("optax")
 import jax.numpy as jnp  # noqa: E402
 from test_flax_models import old_flax_tree  # noqa: E402
 
-from t2i_training import flax_devices, flax_flops, flax_models, flax_pipeline, flax_training, metrics, runtime  # noqa: E402
+from t2i_training import (  # noqa: E402
+    flax_devices,
+    flax_flops,
+    flax_models,
+    flax_pipeline,
+    flax_training,
+    metrics,
+    runtime,
+    validation,
+)
 
 RUN = {  # six pictures, four an update
     "resolution": 16, "max_train_steps": 6, "gradient_accumulation_steps": 2, "use_ema": True, "snr_gamma": 5,
@@ -207,7 +216,9 @@ def test_rows_say_how_fast_it_was(whole):
         assert row["tflops_per_second"] == pytest.approx(1e-6 * row["images_per_second"] / 4, rel=1e-3)
 
 
-def test_validation_draws_what_the_pipeline_draws(train, model, tmp_path):
+def test_validation_draws_what_the_pipeline_draws(train, model, tmp_path, monkeypatch):
+    """In as many steps as a user's takes: the scheduler comes to its full formula after several."""
+    monkeypatch.setattr(validation, "STEPS", 20)
     prompts = ["picture 1", "a green one"]
     options = {"validation_prompts": prompts, "max_train_steps": 2, "checkpointing_steps": 2}
     ours = train(tmp_path / "flax", **options)

@@ -19,6 +19,11 @@ def has_ink(region: Image.Image) -> bool:
     return np.asarray(region.convert("L")).min() < 100
 
 
+def test_a_users_images_take_twenty_steps(few_sampling_steps):
+    """The scripts hand it to their pipelines; test_train_text_to_image_flax.py sees twenty of them run."""
+    assert few_sampling_steps == 20
+
+
 def test_grid_size_by_hand():
     """110 for the row labels, then 160 + 6 a column; 8 + 19 a line of the longest prompt, then 160 + 6 a row."""
     rows = [("base model", [picture(c) for c in COLOURS[:2]]), ("step 500", [picture(c) for c in COLOURS[:2]])]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
@@ -36,6 +35,7 @@ def make_tokenizer(folder: Path):
 
 def make_stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """A Stable Diffusion of 60,000 parameters with random weights; pictures are 2 x latents."""
+    import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 

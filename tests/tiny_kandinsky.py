@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import tiny
-import torch
 
 EMBEDDING = 32  # size of the CLIP image embedding
 
 
 def make_prior(folder: Path, seed: int = 0) -> Path:
+    import torch
     from diffusers import KandinskyV22PriorPipeline, PriorTransformer, UnCLIPScheduler
     from transformers import (
         CLIPImageProcessor,
@@ -44,6 +44,7 @@ def make_prior(folder: Path, seed: int = 0) -> Path:
 
 
 def make_decoder(folder: Path, prior: Path, seed: int = 0) -> Path:
+    import torch
     from diffusers import DDPMScheduler, KandinskyV22Pipeline, UNet2DConditionModel, VQModel
 
     torch.manual_seed(seed)

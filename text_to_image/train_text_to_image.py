@@ -190,7 +190,7 @@ def draw_picture(index, pipeline, args, accelerator):
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
             args.validation_prompts[index], height=args.resolution, width=args.resolution,
-            num_inference_steps=20, generator=generator,
+            num_inference_steps=validation.STEPS, generator=generator,
         ).images[0]  # fmt: skip
 
 

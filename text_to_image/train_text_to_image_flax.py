@@ -198,7 +198,7 @@ def draw_picture(index, pipeline, unet, vae, text_encoder, args):
     """The validation picture of prompt `index`, the same noise at every validation: StableDiffusionPipeline's way."""
     generator = torch.Generator().manual_seed(args.seed + index)
     scheduler = copy.deepcopy(pipeline.scheduler)
-    scheduler.set_timesteps(20)
+    scheduler.set_timesteps(validation.STEPS)
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     captions = torch.stack([data.tokenize(pipeline.tokenizer, text) for text in ("", args.validation_prompts[index])])
     text_states = flax_pipeline.read(text_encoder, captions.numpy())

@@ -18,54 +18,65 @@ from .files import free_name, whole
 from .networks import eager
 from .runtime import logger
 
+STEPS = 20  # of the sampler, for a validation image
+
 
 def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], step: int, output_dir, accelerator):
-    """Draw picture i for prompts[i], spread over the processes; save, log and lay them out under those of step 0.
+    """Generate image i for prompts[i], spread over the processes; save, log and lay them out under those of step 0.
 
     All processes call it. Writes validation/step-<n>/<i>.png and validation/step-<n>.png. A stop signal ends it after
-    the picture under way, and nothing is written.
+    the image under way, and nothing is written.
     """
-    mine, pictures = range(accelerator.process_index, len(prompts), accelerator.num_processes), []
-    not_numbers = []
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    images = _generate(draw_picture, mine, step)
+    processes.wait(accelerator)  # without a limit, which gathering has
+    generated = dict(gather_object(images))
+    if len(generated) < len(prompts):
+        done = f"stopped after {len(generated)} of {len(prompts)} images, none kept"
+        logger.warning(f"validation at step {step}: {done}")
+    elif accelerator.is_main_process:
+        images = [generated[i] for i in range(len(prompts))]
+        grid = _write(images, prompts, step, output_dir)
+        log_pictures(accelerator, prompts, images, step)
+        logger.info(f"validation pictures: {grid}")
+
+
+def _generate(draw_picture: Callable[[int], Image.Image], indices, step: int) -> list[tuple[int, Image.Image]]:
+    """(i, image) for each of `indices`, as far as no stop signal has come."""
+    images, not_numbers = [], []
     with (
-        eager(),  # other batch sizes: compiling would take longer than drawing
+        eager(),  # other batch sizes: compiling would take longer than generating
         np.errstate(invalid="call", call=lambda *_: not_numbers.append(1)),  # nan becomes black in the cast to uint8
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of diffusers' pipelines, about their calls of each other
-        for i in mine:
+        for i in indices:
             if not runtime.stopping():
-                pictures.append((i, draw_picture(i)))
+                images.append((i, draw_picture(i)))
     if not_numbers:
         logger.logger.warning(
             f"validation pictures of step {step} are black where a network gave nan; where a VAE overflows in fp16, "
             "--mixed_precision=bf16 or no, or another VAE, helps"
         )
-    processes.wait(accelerator)  # without a limit, which gathering has
-    drawn = dict(gather_object(pictures))
-    if len(drawn) < len(prompts):
-        done = f"stopped after {len(drawn)} of {len(prompts)} images, none kept"
-        return logger.warning(f"validation at step {step}: {done}")
-    if not accelerator.is_main_process:
-        return
-    pictures = [drawn[i] for i in range(len(prompts))]
+    return images
+
+
+def _write(images: list[Image.Image], prompts: list[str], step: int, output_dir) -> Path:
+    """Save the images, each with its prompt, and the grid. Returns the grid's path."""
     folder = _folder(output_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         note = PngInfo()
         note.add_itxt("prompt", prompts[i])
         with whole(folder / f"{i:02d}.png") as file:
-            picture.save(file, "png", pnginfo=note)
-    rows = [(f"step {step}", pictures)]
+            image.save(file, "png", pnginfo=note)
+    rows = [("base model" if step == 0 else f"step {step}", images)]
     if step > 0 and (base := _load(_folder(output_dir, 0), prompts)):
         rows.insert(0, ("base model", base))
-    elif step == 0:
-        rows = [("base model", pictures)]
-    grid = make_grid(prompts, rows)
-    with whole(folder.with_suffix(".png")) as file:
-        grid.save(file, "png")
-    log_pictures(accelerator, prompts, pictures, step)
-    logger.info(f"validation pictures: {folder.with_suffix('.png')}")
+    grid = folder.with_suffix(".png")
+    with whole(grid) as file:
+        make_grid(prompts, rows).save(file, "png")
+    return grid
 
 
 def _folder(output_dir, step: int) -> Path:

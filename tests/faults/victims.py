@@ -188,9 +188,10 @@ def _run(script, tokens, output_dir, log, board, kill) -> None:
         faulthandler.register(signal.SIGQUIT)
         board.wrap_all()
         _watch_changes(board, str(output_dir), kill)
-        from t2i_training import flops
+        from t2i_training import flops, validation
 
         flops.count = lambda *_: 1.0  # half a second in every run, for a readout
+        validation.STEPS = conftest.SAMPLING_STEPS
         conftest.load_script(script).main(tokens)
         board.enter("end")  # and its time counts
         status = 0
