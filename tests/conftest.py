@@ -31,8 +31,10 @@ SAMPLING_STEPS = 2  # of a validation image, in all tests but those that are abo
 
 # The longest first, so that no worker is left with one of them when the others have nothing to do.
 LONG_FILES = (
-    "test_learning.py", "test_train_text_to_image_flax.py", "test_train_text_to_image.py", "test_contract_encodings.py",
-    "test_compile.py", "test_contract_resume.py", "test_campaign.py", "test_contract_world_size_all.py",
+    "test_learning.py", "test_train_text_to_image_flax.py", "test_contract_encodings.py", "test_train_text_to_image.py",
+    "test_contract_resume.py", "test_compile.py", "test_flax_models.py", "test_contract_stop.py",
+    "test_contract_world_size_all.py", "test_flops.py", "test_contract_world_size.py", "test_kandinsky_decoder.py",
+    "test_hub.py", "test_contract_secrets.py", "test_contract_data_faults.py", "test_contract_checkpoints.py",
 )  # fmt: skip
 
 # File -> the tests, as a pattern of their names, that --quick runs: all units, and a short run of each script.

@@ -29,7 +29,8 @@ class Table:
 
 
 if __name__ == "__main__":
-    table, options = Table(), ["-qq", "--no-header", "--show-capture=no", "-p", "no:cacheprovider", "-p", "no:warnings"]
+    table = Table()
+    options = ["-qq", "--all", "--no-header", "--show-capture=no", "-p", "no:cacheprovider", "-p", "no:warnings"]
     status = pytest.main([*options, *(str(TESTS / name) for name in FILES), *sys.argv[1:]], plugins=[table])
     print(*table.lines, sep="\n")
     sys.exit(status)
