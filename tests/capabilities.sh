@@ -16,8 +16,8 @@ settings=(
 )
 failed=0
 for setting in "${settings[@]}"; do
-    env "$setting" "$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-        tests/test_contract_*.py tests/test_learning.py tests/test_flax_*.py tests/test_train_*.py tests/test_kandinsky_*.py \
+    env "$setting" "$python" -m pytest --all --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+        tests/test_contract_*.py tests/test_learning.py tests/test_loss_falls.py tests/test_flax_*.py tests/test_train_*.py tests/test_kandinsky_*.py \
         tests/test_images.py tests/test_losses.py tests/test_ema.py tests/test_compile.py tests/test_networks.py "$@"
     status=$?
     ((status)) && failed=1

@@ -5,14 +5,21 @@ import re
 import pytest
 import tiny
 
-PAGES = sorted(path for path in tiny.REPOSITORY.rglob("README.md") if ".venv" not in path.parts)
+ROOT = tiny.REPOSITORY
+PAGES = sorted(p for p in ROOT.rglob("README.md") if not any(part[0] == "." for part in p.relative_to(ROOT).parts))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(tiny.REPOSITORY)))
 def test_relative_links_resolve(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    """And so do the sections that they name, by GitHub's rule: lower case, hyphens for spaces, no punctuation."""
+    for target, section in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page} points at {target}"
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page} points at {target}"
+            if section:
+                titles = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE)
+                names = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert section in names, f"{page} points at {target}#{section}"
 
 
 def test_annotated_tree_is_the_tree():

@@ -104,7 +104,7 @@ FLAGS = {
     "skip_bad_samples": "test_contract_data_faults.test_skipping_trains_on_the_rest_and_lists_the_dropped",
     "snr_gamma": "test_objective_flags",
     "tracker_project_name": "test_trackers.test_all_tells_tensorboard",
-    "torch_compile": "test_compile.test_kernels_give_the_same_losses",
+    "torch_compile": "test_compile.test_compiled_once_and_in_place",
     "train_batch_size": "test_batch_size_and_accumulation",
     "train_data_dir": "test_folder_of_pictures_and_data_dir",
     "use_8bit_adam": "test_bad_input.test_flag_whose_package_is_missing",

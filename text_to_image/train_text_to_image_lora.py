@@ -192,11 +192,11 @@ def draw_picture(index, pipeline, args, accelerator):
         ).images[0]  # fmt: skip
 
 
-def export(args, unet, folder, kohya_name=lora.KOHYA_NAME):
+def export(args, unet, folder, step=None):
     """Write the adapters into `folder`: as diffusers loads them and, if asked for, as other tools do."""
     lora.save_stable_diffusion(StableDiffusionPipeline, unet, folder)
     if args.save_kohya:
-        lora.save_kohya(unet, folder / kohya_name)
+        lora.save_kohya(unet, folder, step)
 
 
 CARD = {
@@ -238,8 +238,7 @@ def main(argv=None):
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit,
-        lambda folder: export(args, network, folder, lora.kohya_checkpoint_name(progress.step)),
-        partial(lora.load_networks, network),
+        lambda folder: export(args, network, folder, progress.step), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
     optim.set_position(args, schedule, progress.step)

@@ -256,8 +256,8 @@ def add_lora_args(parser, *, kohya=False):
     group = parser.add_argument_group("LoRA adapters")
     group.add_argument("--rank", type=int, default=4, help="Rank of the low-rank matrices.")
     if kohya:
-        help = "Also write a file for A1111, ComfyUI and kohya, at the end and with each checkpoint."
-        group.add_argument("--save_kohya", action="store_true", help=help)
+        text = "Also write a file for A1111, ComfyUI and kohya, at the end and with each checkpoint."
+        group.add_argument("--save_kohya", action="store_true", help=text)
 
 
 def add_reporting_args(parser, *, project=True):

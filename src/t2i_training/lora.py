@@ -80,17 +80,16 @@ def save_stable_diffusion(pipeline_class, unet, folder: Path) -> None:
     )
 
 
-def kohya_checkpoint_name(step: int) -> str:
-    """As kohya's scripts name what they save on the way: the files of all checkpoints can lie in one folder."""
-    return KOHYA_NAME.replace(".", f"-step{step:08d}.")
+def save_kohya(model, folder: Path, step: int | None = None) -> None:
+    """One file of a UNet's adapters with the names that A1111, ComfyUI and kohya's scripts know; fp32, with alphas.
 
-
-def save_kohya(model, file: Path) -> None:
-    """One file of a UNet's adapters with the names that A1111, ComfyUI and kohya's scripts know; fp32, with alphas."""
+    With a `step`, that of a checkpoint, its name has it, as kohya's own: those of all can lie in one folder.
+    """
     weights = {
         f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(model, adapter_name="default").items()
     }
     converted = convert_state_dict_to_kohya({name: tensor.detach().float().cpu() for name, tensor in weights.items()})
     rank = str(model.peft_config["default"].r)
     metadata = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    safetensors.torch.save_file(converted, file, metadata=metadata)
+    name = KOHYA_NAME if step is None else KOHYA_NAME.replace(".", f"-step{step:08d}.")
+    safetensors.torch.save_file(converted, folder / name, metadata=metadata)

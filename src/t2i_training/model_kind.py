@@ -80,11 +80,12 @@ def _models(args) -> list[tuple[str, str]]:
 
 def _is_used(args, flag: str) -> bool:
     """Whether the run opens it: a prior's run needs a decoder, which it does not train, for validation alone."""
-    return "decoder" not in flag or not hasattr(args, "caption_dropout") or bool(args.validation_prompts)
+    return "decoder" not in flag or hasattr(args, "image_embeds_dropout") or _validates(args)
 
 
-def _trains_decoder(args) -> bool:
-    return hasattr(args, "image_embeds_dropout")  # a flag of these scripts alone
+def _reads_image_encoder_alone(kind: str, args) -> bool:
+    """Whether the image encoder is all that the run, by that flag a decoder's, opens of a prior."""
+    return kind == "prior" and hasattr(args, "image_embeds_dropout") and not _validates(args)
 
 
 def _validates(args) -> bool:
@@ -102,9 +103,8 @@ def _refuse_revisions(parser, args, folder: Path) -> None:
 
 def _check_folder(folder: Path, kind: str, args) -> None:
     if not (folder / "model_index.json").is_file():
-        alone = kind == "prior" and _trains_decoder(args) and not _validates(args)
-        if alone and (folder / "image_encoder" / "config.json").is_file():
-            return  # which is all that is read of it
+        if _reads_image_encoder_alone(kind, args) and (folder / "image_encoder" / "config.json").is_file():
+            return
         raise Unfit(f"{_what_instead(folder)}; {_NEEDS[kind][1]}")
 
     def read(name: str) -> dict | None:
@@ -186,8 +186,7 @@ def _check_repository(args, flag: str, name: str, kind: str) -> None:
         return _parse(Path(path)) if path else None
 
     if files is not None and "model_index.json" not in files:
-        alone = kind == "prior" and _trains_decoder(args) and not args.validation_prompts
-        if alone and "image_encoder/config.json" in files:
+        if _reads_image_encoder_alone(kind, args) and "image_encoder/config.json" in files:
             return
         adapters = any("lora" in file or "adapter_" in file for file in files)
         what = "holds LoRA adapters, and no model" if adapters else "holds no model_index.json"
