@@ -65,7 +65,8 @@ def wait_until(condition, seconds: float = PATIENCE) -> bool:
 def stop(launcher: str, target: str, number: int, model: Path, pictures: Path, folder: Path) -> tuple[str, str, str]:
     """(what is saved, exit status of what was started, processes that it left) of one run."""
     out, log = folder / "out", folder / "log"
-    tokens = flags(**short_run(model, pictures, out) | {"max_train_steps": 100_000})
+    # No checkpoint but that of the stop: a run that trains on would come to others.
+    tokens = flags(**short_run(model, pictures, out) | {"max_train_steps": 10**6, "checkpointing_steps": 10**6})
     command = [word.replace("PORT", str(free_port())) for word in LAUNCHERS[launcher]]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(log, "wb") as file:
