@@ -270,7 +270,7 @@ def load_quick_flax_script(patch: pytest.MonkeyPatch):
     def begin(trained, train_step, begin=flax_training.Trained.begin):
         def shrink(tree):
             shrunk = script.jax.tree.map(lambda array: array * 0.9, flax_devices.fetch(tree))
-            return flax_devices.place(shrunk, trained.mesh)
+            return flax_devices.place(shrunk, trained.mesh, trained.shard)
 
         def step(state, *_):
             names = {"parameters", "average"} & set(state)

@@ -4,16 +4,22 @@
 the seconds of imports: it has them behind it, and forks. Started as a program, this file is that server.
 """
 
+import atexit
 import contextlib
+import gc
 import hashlib
+import io
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -191,17 +197,23 @@ class Run:
 
 
 class Server:
-    """Starts runs, one at a time. `environment` is there when libraries are imported."""
+    """Starts runs, one at a time. Their hub is at `hub_port` of this machine, where a test may let one answer."""
 
-    def __init__(self, environment: dict[str, str] | None = None):
-        command = [sys.executable, __file__, json.dumps(environment or {})]
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.runs = []
+    def __init__(self):
+        self.hub_port, self.runs = free_port(), []
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{self.hub_port}", "HF_HUB_DISABLE_XET": "1"}
+        environment = os.environ | hub | {"HF_HUB_DISABLE_TELEMETRY": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, __file__], text=True, env=environment, **pipes)
 
-    def start(self, tokens: list[str], folder: Path, script="sd", *, processes=0, environment=None) -> Run:
+    def start(
+        self, tokens: list[str], folder: Path, script="sd", *, processes=0, environment=None, count_flops=False,
+        whole_exit=False,
+    ) -> Run:  # fmt: skip
         """`python script tokens` in `folder`, or what a launcher makes of it; its output goes into a file there.
 
-        `script` is one of ours, or the path of a program.
+        `script` is one of ours, or the path of a program. What takes seconds of a new process is left out unless asked
+        for: FLOPs are not counted, curves are another run's, and the interpreter's teardown is cut short.
         """
         self.end_run()
         environments = [environment or {}]
@@ -210,8 +222,9 @@ class Server:
             world |= {"LOCAL_WORLD_SIZE": processes, "ACCELERATE_USE_CPU": "true"}
             environments = [environments[0] | world | {"RANK": i, "LOCAL_RANK": i} for i in range(processes)]
         request = {
-            "script": str(tiny.SCRIPTS.get(script, script)), "tokens": tokens, "folder": str(folder),
+            "script": str(tiny.ALL_SCRIPTS.get(script, script)), "tokens": tokens, "folder": str(folder),
             "environments": [{name: str(value) for name, value in each.items()} for each in environments],
+            "count_flops": count_flops, "whole_exit": whole_exit,
         }  # fmt: skip
         self.runs.append(Run(self.process, folder / f"run-{len(self.runs)}.log", **request))
         return self.runs[-1]
@@ -237,13 +250,12 @@ def _serve() -> dict:
     """Fork for each request. Returns, in the children alone, the request to be met."""
     for line in sys.stdin:
         request, statuses = json.loads(line), {}
+        if any(name.startswith("JAX_") for name in request["environments"][0]) and "jax" not in sys.modules:
+            _import_flax(request["environments"][0])
         for environment in request["environments"]:
             if (pid := os.fork()) == 0:
                 os.setpgid(0, 0)
-                os.environ |= environment
-                signal.alarm(LONGEST)
-                if len(request["environments"]) == 1:
-                    flops.count = lambda *_: 1.0  # more than a second in a new process
+                _enter(environment)
                 log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 null = os.open(os.devnull, os.O_RDONLY)
                 for descriptor, target in ((null, 0), (log, 1), (log, 2)):
@@ -258,18 +270,80 @@ def _serve() -> dict:
     sys.exit()
 
 
+def _import_flax(environment: dict[str, str]) -> None:
+    """What a Flax run of that environment needs, for it and all after it: JAX reads its settings when it is imported.
+
+    No device is touched, for JAX's threads would not survive the fork.
+    """
+    os.environ |= {name: value for name, value in environment.items() if name.startswith("JAX_")}
+    load_script("sd_flax")
+    _freeze()
+
+
+def _enter(environment: dict[str, str]) -> None:
+    """Let this process be one that was started with `environment`, which libraries may have read before."""
+    os.environ |= environment
+    if environment.get("HF_HUB_OFFLINE") == "0":
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+    signal.alarm(LONGEST)
+
+
+def _draw_once() -> None:
+    """Let all runs' curves be the same picture: one takes a new process more than a second."""
+    row = {"step": 1, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0}
+    metrics._figure([row]).savefig(curves := io.BytesIO(), format="png")
+    metrics._figure = lambda _rows: SimpleNamespace(savefig=lambda file, **_: file.write_bytes(curves.getvalue()))
+
+
+def _freeze() -> None:
+    """Leave what is imported out of every collection: a fork would copy the pages that one writes to."""
+    gc.collect()
+    gc.freeze()
+
+
+def _run_script(script: str, tokens: list[str]) -> None:
+    sys.argv = [script, *tokens]
+    runpy.run_path(script, run_name="__main__")
+
+
+def _end_early(status: int) -> None:
+    """As the interpreter ends, but for taking down all that is imported, which would take two seconds."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run_and_end_early(script: str, tokens: list[str]) -> None:
+    status = 0
+    try:
+        _run_script(script, tokens)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        status = 1 if isinstance(stop.code, str) else stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    _end_early(status)
+
+
 if __name__ == "__main__":
-    os.environ |= (given := json.loads(sys.argv[1]))
-    for name in tiny.ALL_SCRIPTS if "JAX_PLATFORMS" in given else tiny.SCRIPTS:
+    for name in tiny.SCRIPTS:
         load_script(name)
-    import datasets  # noqa: F401
-    import matplotlib.figure  # noqa: F401
+    import datasets
+    import huggingface_hub
     import transformers  # noqa: F401
 
-    from t2i_training import flops, validation
+    from t2i_training import flops, metrics, validation
 
     validation.STEPS = SAMPLING_STEPS
+    _draw_once()
+    _freeze()
     request = _serve()
+    for module in () if request["count_flops"] else (flops, sys.modules.get("t2i_training.flax_flops")):
+        if module:
+            module.count = lambda *_: 1.0
     os.chdir(request["folder"])
-    sys.argv = [request["script"], *request["tokens"]]
-    runpy.run_path(request["script"], run_name="__main__")
+    (_run_script if request["whole_exit"] else _run_and_end_early)(request["script"], request["tokens"])

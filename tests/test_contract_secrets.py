@@ -7,9 +7,6 @@ that was written: files, log, both outputs, the error. Pushing is in test_hub.py
 import importlib.util
 import io
 import json
-import os
-import subprocess
-import sys
 import traceback
 import zipfile
 from pathlib import Path
@@ -151,38 +148,39 @@ def test_a_hub_that_cannot_be_reached(run, planted):
 
 
 PROGRAM = """
-import json, os, runpy, sys
-main = runpy.run_path(sys.argv[1])["main"]
+import json, os, sys
+from conftest import load_script
+from huggingface_hub import constants
+
+constants.HF_TOKEN_PATH = sys.argv[1]
 for token, flags in json.loads(sys.argv[2]):
     os.environ["HF_TOKEN"] = token
     try:
-        main(flags)
+        load_script("sd").main(flags)
     except SystemExit as stop:
         print(stop, file=sys.stderr)
 """
 
 
-def test_a_hub_that_repeats_the_token(command, tmp_path):
+def test_a_hub_that_repeats_the_token(command, server, tmp_path):
     """Downloads that the server refuses with the header that it was sent, as a careless proxy may."""
-    model, out, home = ("--pretrained_model_name_or_path", "someone/model"), tmp_path / "out", tmp_path / "home"
+    model, out = ("--pretrained_model_name_or_path", "someone/model"), tmp_path / "out"
     pictures = command("sd", output_dir=out, dataset_name="someone/pictures", train_data_dir=None)
     runs = [(VARIABLE, [*command("sd", output_dir=out), *model]), ("", [*command("sd", output_dir=out), *model])]
     runs += [(VARIABLE, pictures), ("", pictures)]
-    home.mkdir()
-    (home / "token").write_text(STORED)
-    with hub_server.running("hf_another") as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(tiny.SCRIPTS["sd"]), json.dumps(runs)],
-            capture_output=True, text=True, env=os.environ | environment,
-        )  # fmt: skip
+    (tmp_path / "token").write_text(STORED)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    tokens = [str(tmp_path / "token"), json.dumps(runs, default=str)]
+    with hub_server.running("hf_another", server.hub_port) as hub:
+        run = server.start(tokens, tmp_path, tmp_path / "program.py", environment={"HF_HUB_OFFLINE": "0"})
+        assert run.wait() == 0, run.output()
     assert {"/api/models/someone/model", "/api/datasets/someone/pictures"} <= {place for _, place in hub.requests}
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = [line for line in run.output().splitlines() if line.startswith("error: ")]
     assert [line.split()[1:3] for line in errors] == [
         ["--pretrained_model_name_or_path", "someone/model:"], ["--pretrained_model_name_or_path", "someone/model:"],
         ["--dataset_name", "someone/pictures:"], ["--dataset_name", "someone/pictures:"],
-    ], done.stderr  # fmt: skip
-    assert found(contents(out) | {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}) == []
+    ], run.output()  # fmt: skip
+    assert found(contents(out) | {"printed": run.output().encode()}) == []
     assert "Bearer ***" in errors[-1], "the server has repeated it"
 
 

@@ -29,7 +29,8 @@ def read_rows(folder) -> list[dict]:
 )
 def test_signal_saves_and_exits(server, sd_flags, tmp_path, number, status, workers):
     out = tmp_path / "out"
-    run = server.start(sd_flags(max_train_steps=10000, dataloader_num_workers=workers), tmp_path)
+    tokens = sd_flags(max_train_steps=10000, dataloader_num_workers=workers)
+    run = server.start(tokens, tmp_path, whole_exit=True)
     wait_until(lambda: len(read_rows(out)) >= 3)
     run.kill(number)
     assert run.wait() == status
@@ -59,7 +60,7 @@ def test_signal_to_its_group_saves(server, sd_flags, tmp_path, number):
 def test_second_signal_aborts_at_once(server, sd_flags, tmp_path, number, workers):
     out = tmp_path / "out"
     tokens = sd_flags(train_batch_size=1, gradient_accumulation_steps=5000, dataloader_num_workers=workers)
-    run = server.start(tokens, tmp_path)
+    run = server.start(tokens, tmp_path, whole_exit=True)
     wait_until((out / "metrics.jsonl").exists)  # the first update begins; it would last for more than a minute
     time.sleep(0.5)
     run.kill(number)

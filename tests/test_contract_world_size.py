@@ -44,7 +44,7 @@ def test_accumulation(train, whole, batch, accumulation):
 
 
 def test_two_processes(sd_flags, whole, server, tmp_path):
-    run = server.start(sd_flags(**TWO_PROCESSES), tmp_path, processes=2)
+    run = server.start(sd_flags(**TWO_PROCESSES), tmp_path, processes=2, count_flops=True)
     assert run.wait_for_all() == [0, 0], run.output()
     assert_close(tmp_path / "out", whole)
 

@@ -2,10 +2,9 @@
 
 import hub_server
 import pytest
-import runs
 import test_guide_commands
 import torch
-from conftest import flags, free_port
+from conftest import flags
 from hub_server import TOKEN
 from runs import ADAPTERS
 from safetensors.torch import load, load_file
@@ -29,31 +28,31 @@ PICTURES = {f"validation/step-{step:06d}{rest}" for step in (0, 2) for rest in (
 
 
 @pytest.fixture(scope="module")
-def pushing():
-    """(server, port): runs in processes of their own, whose libraries look for the hub at a port of this machine."""
-    port = free_port()
-    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    server = runs.Server(environment | {"HF_HUB_DISABLE_TELEMETRY": "1"})
-    yield server, port
-    server.close()
+def start(server):
+    """start(tokens, folder, script, hub's options): (hub, status, printed) of a run in a process of its own."""
+
+    def start(tokens, folder, script="sd", *, token="", options=None, environment=None):
+        environment = {"HF_TOKEN": token, "HF_HUB_OFFLINE": "0"} | (environment or {})
+        with hub_server.running(TOKEN, server.hub_port, **options or {}) as hub:
+            run = server.start(tokens, folder, script, environment=environment)
+            return hub, run.wait(), run.output()
+
+    return start
 
 
 @pytest.fixture(scope="module")
-def push(pushing, model, pictures):
+def push(start, model, pictures):
     """push(output_dir, hub's options, **changes): the hub, and a run of two updates that has pushed to it."""
-    server, port = pushing
 
-    def start(output_dir, options=None, token="", **changes):
+    def push(output_dir, options=None, token="", **changes):
         defaults = {
             "pretrained_model_name_or_path": model, "train_data_dir": pictures, "output_dir": output_dir,
             "resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "lr_warmup_steps": 0, "seed": 3,
             "report_to": "tensorboard", "logging_steps": 1, "push_to_hub": True,
         }  # fmt: skip
-        with hub_server.running(TOKEN, port, **options or {}) as hub:
-            run = server.start(flags(**defaults | changes), output_dir.parent, environment={"HF_TOKEN": token})
-            return hub, run.wait(), run.output()
+        return start(flags(**defaults | changes), output_dir.parent, token=token, options=options)
 
-    return start
+    return push
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -136,15 +135,13 @@ def test_refused_upload_is_one_line_and_keeps_the_trained_model(push, tmp_path):
     assert TOKEN not in printed
 
 
-def test_guides_command_that_pushes(written, pushing, tmp_path):
+def test_guides_command_that_pushes(written, start, tmp_path):
     """The decoder's LoRA command with all that is written."""
     script, tokens = written("decoder_lora")
     assert "--push_to_hub" in tokens
-    server, port = pushing
-    environment = {"HF_TOKEN": TOKEN, "ACCELERATE_MIXED_PRECISION": "fp16"}
-    with hub_server.running(TOKEN, port) as hub:
-        run = server.start(tokens, tmp_path, script, environment=environment)
-        assert run.wait() == 0, run.output()
+    launcher = {"ACCELERATE_MIXED_PRECISION": "fp16"}
+    hub, status, printed = start(tokens, tmp_path, script, token=TOKEN, environment=launcher)
+    assert status == 0, printed
     arrived = hub.repositories["tester/kandi22-decoder-naruto-lora"]
     pictures = {f"validation/step-00000{step}.png" for step in (0, 6)}
     assert {path for path in arrived if path.count("/") < 2 and "/0" not in path} == {
@@ -159,15 +156,13 @@ def test_guides_command_that_pushes(written, pushing, tmp_path):
     assert str(tmp_path) not in card
 
 
-def test_no_folder_of_this_machine_is_uploaded(pushing, command, tmp_path):
+def test_no_folder_of_this_machine_is_uploaded(start, command, tmp_path):
     """A decoder's card names its prior; here that is a folder, which the card that stays has to name."""
-    server, port = pushing
     tokens = command("decoder", output_dir=tmp_path / "out", max_train_steps=1, push_to_hub=True)
     prior = tokens[tokens.index("--pretrained_prior_model_name_or_path") + 1]
-    with hub_server.running(TOKEN, port) as hub:
-        run = server.start(tokens, tmp_path, "decoder", environment={"HF_TOKEN": TOKEN})
-        assert run.wait() == 0, run.output()
+    hub, status, printed = start(tokens, tmp_path, "decoder", token=TOKEN)
+    assert status == 0, printed
     arrived = hub.repositories["tester/out"]
     assert [path for path, data in arrived.items() if prior.encode() in data] == []
     assert f"prior:\n- {prior}\n" in (tmp_path / "out" / "README.md").read_text()
-    assert "the uploaded card names no prior" in run.output()
+    assert "the uploaded card names no prior" in printed
