@@ -3,6 +3,7 @@
 Torch is imported by the workers, when they first need it, and not by the process that waits for them.
 """
 
+import contextlib
 import importlib.util
 import io
 import os
@@ -380,6 +381,29 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def held(folder: Path):
+    """Inside, a run in another process has that output folder."""
+    from t2i_training import runtime
+
+    ready, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            runtime._lock(folder)
+            os.write(write, b"held")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(ready, 4) == b"held"
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(write)
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 import importlib.util
 import json
 import shutil
-import sys
 
 import datasets
 import pytest
 import tiny
-from conftest import flags, load_script
+from conftest import flags, held, load_script
 from PIL import Image
 
 
@@ -360,23 +359,10 @@ def test_launch_ends_with_the_line(case, world, sd_flags, server, tmp_path):
         assert output == expected.format(**world) + "\n"
 
 
-HOLD = """
-import pathlib, sys, t2i_training.runtime as runtime
-runtime._lock(pathlib.Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 def test_output_folder_in_use_by_another_process(sd_flags, tmp_path, capsys):
-    import subprocess
-
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model_index.json").write_text(json.dumps({"kept": True}))
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
+    with held(tmp_path / "out"):
         status, line = stop(sd_flags(), capsys)
-        other.stdin.close()
     assert (status, line) == (1, f"error: --output_dir {tmp_path / 'out'} is in use by another run")
     assert contents(tmp_path / "out") == {"model_index.json": b'{"kept": true}'}

@@ -50,7 +50,7 @@ def test_interrupted_inside_a_logging_interval(train, tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 6, "logging_steps": 3, "train_batch_size": 4}
     whole = train(output_dir=tmp_path / "whole", **options)
     assert [row["step"] for row in rows(whole)] == [3, 6]
-    for update in (1, 2, 4, 5):
+    for update in (2, 4):
         pieces = tmp_path / str(update)
         with interrupt(update):
             train(output_dir=pieces, **options)

@@ -57,66 +57,75 @@ def test_of_attention():
     assert flops.count(linear, Attention(), {"x": torch.ones(1)}) == 3 * 2 * (2 * 8 * 8 * 4)
 
 
-def counted_run(command, script: str, **changes):
-    """(FLOPs as counted by the first micro-batch of a run, those of the same micro-batch run for real)."""
-    seen = []
+@pytest.fixture(scope="module")
+def counted_run(command, count_flops_once):
+    """counted_run(script, **changes): (FLOPs as a run counts them, those of the same micro-batch done for real)."""
+    runs = {}
 
-    def spy(objective, network, batch):
-        parameters, state = [p.detach().clone() for p in network.parameters()], torch.get_rng_state()
-        gradients = [None if p.grad is None else p.grad.clone() for p in network.parameters()]
-        scheduler = copy.deepcopy(objective.keywords["noise_scheduler"].__dict__)
-        seen.append(count(objective, network, batch))
-        assert all(map(torch.equal, parameters, network.parameters()))
-        for before, parameter in zip(gradients, network.parameters(), strict=True):
-            assert parameter.grad is None if before is None else torch.equal(before, parameter.grad)
-        assert torch.equal(state, torch.get_rng_state())
-        assert scheduler.keys() == objective.keywords["noise_scheduler"].__dict__.keys()
-        twin = copy.deepcopy(network)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            objective(twin, batch).backward()
-        seen.append(counter.get_total_flops())
-        return seen[0]
+    def run(script: str, **changes):
+        seen = []
 
-    count = flops.count
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flops, "count", spy)
-        load_script(script).main(command(script, max_train_steps=1, **changes))
-    return seen
+        def spy(objective, network, batch):
+            parameters, state = [p.detach().clone() for p in network.parameters()], torch.get_rng_state()
+            gradients = [None if p.grad is None else p.grad.clone() for p in network.parameters()]
+            scheduler = copy.deepcopy(objective.keywords["noise_scheduler"].__dict__)
+            seen.append(count_flops_once(objective, network, batch))
+            assert all(map(torch.equal, parameters, network.parameters()))
+            for before, parameter in zip(gradients, network.parameters(), strict=True):
+                assert parameter.grad is None if before is None else torch.equal(before, parameter.grad)
+            assert torch.equal(state, torch.get_rng_state())
+            assert scheduler.keys() == objective.keywords["noise_scheduler"].__dict__.keys()
+            twin = copy.deepcopy(network)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                objective(twin, batch).backward()
+            seen.append(counter.get_total_flops())
+            return seen[0]
+
+        key = repr((script, changes))
+        if key not in runs:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(flops, "count", spy)
+                load_script(script).main(command(script, max_train_steps=1, **changes))
+            runs[key] = tuple(seen)
+        return runs[key]
+
+    return run
 
 
 @pytest.mark.parametrize("script", ["sd", "sd_lora", "prior", "prior_lora", "decoder", "decoder_lora"])
-def test_of_a_run_equals_those_done_for_real(command, script):
-    counted, done = counted_run(command, script)
+def test_of_a_run_equals_those_done_for_real(counted_run, script):
+    counted, done = counted_run(script)
     assert counted == done > 0
 
 
 @pytest.mark.parametrize("script", ["sd", "sd_lora", "prior"])
-def test_recomputation_does_not_count(command, script):
-    plain, _ = counted_run(command, script)
-    counted, done = counted_run(command, script, gradient_checkpointing=True)
+def test_recomputation_does_not_count(counted_run, script):
+    plain, _ = counted_run(script)
+    counted, done = counted_run(script, gradient_checkpointing=True)
     assert counted == plain
     assert done > plain, "it recomputes"
 
 
-def test_half_precision_is_counted(command):
-    counted, done = counted_run(command, "sd_lora", mixed_precision="bf16")
-    assert counted == done == counted_run(command, "sd_lora")[0]
+@pytest.mark.slow("6 s of emulated bfloat16: a product is counted by its shapes, which dtypes do not change")
+def test_half_precision_is_counted(counted_run):
+    counted, done = counted_run("sd_lora", mixed_precision="bf16")
+    assert counted == done == counted_run("sd_lora")[0]
 
 
-def test_compiled_blocks_count(command, monkeypatch):
+def test_compiled_blocks_count(counted_run, monkeypatch):
     """They are opaque to a counter, and are run as they are written."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_(*args, **options, backend="eager"))
-    assert counted_run(command, "prior", torch_compile=True)[0] == counted_run(command, "prior")[0]
+    assert counted_run("prior", torch_compile=True)[0] == counted_run("prior")[0]
 
 
-def test_literal(command):
+def test_literal(counted_run):
     """The tiny UNet, two samples of 4 x 16 x 16: full, with the forward pass that DREAM adds, and adapters alone."""
-    full, dream = (counted_run(command, "sd", dream_training=dream)[0] for dream in (False, True))
+    full, dream = counted_run("sd")[0], counted_run("sd", dream_training=True)[0]
     assert full == 70063104
-    assert counted_run(command, "sd", train_batch_size=1)[0] == full / 2
+    assert counted_run("sd", train_batch_size=1)[0] == full / 2
     assert 0.32 < dream / full - 1 < 0.35, "a forward pass is a third"
-    assert 0.6 < counted_run(command, "sd_lora")[0] / full < 0.75, "gradients of activations, and hardly of weights"
+    assert 0.6 < counted_run("sd_lora")[0] / full < 0.75, "gradients of activations, and hardly of weights"
 
 
 @pytest.mark.slow("9 s: the literals of tiny networks are by hand")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import load_script
+from conftest import held, load_script
 
 from t2i_training import networks, optim, runtime
 
@@ -239,22 +239,10 @@ def test_failure_while_loading_names_the_flag(capsys):
 
 # --- the lock
 
-HOLD = """
-import sys, time
-from types import SimpleNamespace
-from t2i_training import networks, optim, runtime
-runtime.start(SimpleNamespace(output_dir=sys.argv[1], local_rank=-1, gradient_accumulation_steps=1,
-    mixed_precision=None, report_to="none", logging_dir="logs", train_batch_size=1, log_file=None, hub_token=None))
-print("locked", flush=True)
-time.sleep(600)
-"""
-
 
 def test_lock_refuses_a_second_process_and_dies_with_the_first(start, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "locked\n"
+    with held(folder):
         for _ in range(2):  # the refused one must not take it with it
             with pytest.raises(SystemExit, match=f"error: --output_dir {folder} is in use by another run"):
                 start()
@@ -262,10 +250,6 @@ def test_lock_refuses_a_second_process_and_dies_with_the_first(start, tmp_path, 
         with pytest.raises(SystemExit, match=r"is in use by another run: 2 processes were asked for \(SLURM_STEP_NUM_"):
             start()
         monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
     start()
     start()  # a process never locks itself out
 
