@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,7 @@ def pytest_configure(config):
         raise pytest.UsageError("--all and --quick: choose one")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(CleanCheckout())
+        config.pluginmanager.register(SlowestFiles())
 
 
 class CleanCheckout:
@@ -97,6 +99,21 @@ class CleanCheckout:
     def pytest_terminal_summary(self, terminalreporter):
         for line in sorted(self.left):
             terminalreporter.line(f"left in the checkout: {line}", red=True)
+
+
+class SlowestFiles:
+    """Where the time goes, at the end of every run of several files."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.location[0]] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if len(self.seconds) > 1:
+            slowest = [f"{Path(file).name} {seconds:.0f} s" for file, seconds in self.seconds.most_common(5)]
+            terminalreporter.line(f"slowest of {self.seconds.total():.0f} s in tests: {', '.join(slowest)}")
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -27,10 +27,15 @@ ACT = {  # acts from the checkpoint on
     "gradient_accumulation_steps": 2, "max_train_samples": 5, "max_train_steps": 6, "mixed_precision": "bf16",
     "cache_encodings": True,
 }  # fmt: skip
+ALIKE = (  # acts by the same line of code as one that is not named here
+    "lr_warmup_steps", "adam_beta2", "adam_weight_decay", "adam_epsilon", "noise_offset", "input_perturbation",
+    "prediction_type", "random_flip", "center_crop",
+)  # fmt: skip
 REFUSED = {  # what the one line says
     "seed": (4, "error: --seed 4 differs from the checkpoint's, 3: leave it out to continue"),
     "rank": (2, "does not fit this model: its adapters have other names, or another --rank"),
 }
+SLOW = pytest.mark.slow("a second each: another flag acts by the same line of code")
 SAID = {  # besides the flag itself
     "train_batch_size": "the effective batch is now 3, not 2",
     "gradient_accumulation_steps": "the effective batch is now 4, not 2",
@@ -99,7 +104,7 @@ def test_the_result_is_the_same(resume, whole, case, caplog, flag):
     case.seen(f"same; {named(caplog)}")
 
 
-@pytest.mark.parametrize("flag", ACT)
+@pytest.mark.parametrize("flag", [pytest.param(flag, marks=SLOW) if flag in ALIKE else flag for flag in ACT])
 def test_it_acts_from_the_checkpoint_on(resume, whole, case, caplog, flag):
     case(f"resumed with another --{flag}", "acts from the checkpoint on, and is named")
     caplog.clear()

@@ -33,10 +33,9 @@ def assert_close(folder, expected, script):
 
 @pytest.mark.parametrize("script", list(tiny.SCRIPTS)[1:])
 def test_accumulation(finished, whole, script):
-    """One batch of four, two times two, and four times one; but not once two."""
-    for batch, accumulation in ((2, 2), (1, 4)):
-        sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        assert_close(finished(script, **sizes, **RUN | DRAWS[script]), whole(script), script)
+    """One batch of four, and two times two; but not once two."""
+    sizes = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert_close(finished(script, **sizes, **RUN | DRAWS[script]), whole(script), script)
     other = finished(script, train_batch_size=2, **RUN | DRAWS[script] | {"max_train_steps": 1})
     assert rows(other)[0]["loss"] != pytest.approx(rows(whole(script))[0]["loss"], rel=1e-3)
 

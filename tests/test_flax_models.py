@@ -201,6 +201,7 @@ def test_autoencoder_is_the_torch_twin(config, tmp_path):
     assert_same_gradient(gradient, twin)
 
 
+@pytest.mark.slow("8 s of compiling: the tests above compare such networks, those below such files")
 def test_bundled_pipeline():
     """What ships with this repository, in fp16 files, computes the same in float32."""
     input_ids = torch.randint(0, 1025, (2, 16), generator=torch.Generator().manual_seed(1))
