@@ -1,10 +1,8 @@
 """Contract: --cache_encodings changes nothing but the time: the same losses, the same resume, nothing encoded twice."""
 
 import gc
-import os
 import shutil
 import signal
-import time
 from functools import cache
 
 import numpy as np
@@ -17,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i_training import encoding_store, encodings
+from t2i_training import encodings
 
 # Six pictures of 40 x 32, two times two an update.
 RUN = {
@@ -219,42 +217,33 @@ def test_crops(train, pictures, tmp_path):
 # Faults
 
 
-def in_a_fork(run) -> int:
-    """The process id of a fork of this process that runs `run()` and ends."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.setpgid(0, 0)
-            run()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
-        finally:
-            os._exit(status)
-    return pid
+SLOWLY = """
+import sys, time
+from conftest import load_script
+from t2i_training import encoding_store, encodings
+
+def add(*arguments, add=encoding_store.Store.add):
+    add(*arguments)
+    time.sleep(0.3)
+
+encodings.BATCH, encodings.SHARD, encoding_store.Store.add = 1, 2, add
+load_script("sd").main(sys.argv[1:])
+"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_while_encoding(train, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_stopped_while_encoding(train, command, server, tmp_path, monkeypatch, number, status):
     """What was written stays and is not encoded again; SIGTERM also writes what was encoded since."""
     monkeypatch.setattr(encodings, "BATCH", 1)
     monkeypatch.setattr(encodings, "SHARD", 2)
     whole = train("sd", tmp_path / "whole", cache_encodings=True)
-    out = tmp_path / "out"
-    add = encoding_store.Store.add
-
-    def slowly(*arguments):
-        add(*arguments)
-        time.sleep(0.3)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(encoding_store.Store, "add", slowly)
-        pid = in_a_fork(lambda: train("sd", out, cache_encodings=True))
+    out, program = tmp_path / "out", tmp_path / "program.py"
+    program.write_text(SLOWLY)
+    tokens = command("sd", output_dir=out, cache_encodings=True, **RUN | DRAWS["sd"] | VIEWS["sd"])
+    run = server.start(tokens, tmp_path, program)
     written = wait_until(lambda: len(shards(out)) >= 2 and shards(out))
-    os.kill(pid, number)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status == (-9 if number == signal.SIGKILL else 143)
+    run.kill(number)
+    assert run.wait() == status
     committed = shards(out)
     assert written <= committed
     assert 4 <= count(out, "pictures") < 12
