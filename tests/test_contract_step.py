@@ -82,19 +82,14 @@ def count_reads(train, folder, **changes) -> tuple[int, int]:
     return reads.count, scalars.count
 
 
-@pytest.fixture
-def counted_each_time(count_flops_once, monkeypatch):
-    monkeypatch.setattr(flops, "count", count_flops_once)  # for runs are compared that count with runs that count
-
-
-@pytest.mark.usefixtures("counted_each_time")
-def test_no_read_between_logging_intervals(train, tmp_path):
-    """Six steps more, not a read more."""
+def test_no_read_between_logging_intervals(train, tmp_path, monkeypatch):
+    """Two steps more, not a read more."""
+    monkeypatch.setattr(flops, "count", lambda *_: 1.0)  # the first run of a process alone would count
     short = count_reads(train, tmp_path / "short", max_train_steps=2, logging_steps=100, **EVERYTHING)
-    long = count_reads(train, tmp_path / "long", max_train_steps=8, logging_steps=100, **EVERYTHING)
+    long = count_reads(train, tmp_path / "long", max_train_steps=4, logging_steps=100, **EVERYTHING)
     assert long == short
-    chatty = count_reads(train, tmp_path / "chatty", max_train_steps=8, logging_steps=1, **EVERYTHING)
-    assert chatty[0] - long[0] == 7, "one for each of seven reports more"
+    chatty = count_reads(train, tmp_path / "chatty", max_train_steps=4, logging_steps=1, **EVERYTHING)
+    assert chatty[0] - long[0] == 3, "one for each of three reports more"
 
 
 def test_counters_count():
