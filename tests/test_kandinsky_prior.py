@@ -218,9 +218,9 @@ def test_resolution_is_the_validation_pictures_and_nothing_else(finished, script
     assert differ(*weights) == []
 
 
-def test_validation_cadence(finished, script):
+def test_validation_cadence(trained, script):
     """Epochs of three updates; every epoch for LoRA, every fifth for a full run."""
-    folder = finished(script, max_train_steps=4, **FLAGS[script])
+    folder, _ = trained(script)
     assert drawn_at(folder) == [f"step-00000{s}.png" for s in ((0, 4) if script == "prior" else (0, 3, 4))]
 
 
