@@ -48,7 +48,7 @@ class Counted(BaseException):
 
 
 @pytest.fixture
-def count(command, monkeypatch, count_flops_once):
+def count(command, small_model, monkeypatch, count_flops_once):
     """count(script, **changes): FLOPs of a sample, as a run of the script counts them."""
 
     def in_torch(_, batch, count=readouts.Gauge.flops):
@@ -61,7 +61,7 @@ def count(command, monkeypatch, count_flops_once):
 
     def of_a_run(script, **changes):
         with pytest.raises(Counted) as counted:
-            load_script(script).main(command(script, **changes))
+            load_script(script).main(command(script, pretrained_model_name_or_path=small_model, **changes))
         runtime.default_signals()
         return counted.value.args[0]
 
@@ -74,7 +74,7 @@ def count(command, monkeypatch, count_flops_once):
 def test_as_many_as_in_torch(count):
     """Also over several micro-batches, of cached encodings, and when activations are computed again."""
     wanted = count("sd")
-    assert wanted > 1e7
+    assert wanted > 1e6
     plain = count("sd_flax")
     assert plain == pytest.approx(wanted, rel=0.01)
     options = {"gradient_accumulation_steps": 3, "cache_encodings": True, "center_crop": True}

@@ -19,7 +19,7 @@ import pytest
 import tiny
 import torch
 from conftest import flags, load_quick_flax_script, load_script, short_run
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from runs import LARGE_EPSILON, _digest, checkpoints, rows, wait_until, weights
 from safetensors.torch import load_file, save_file
@@ -71,24 +71,8 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(model, tmp_path_factory):
-    """The tiny pipeline with fewer layers, which take half the time to compile."""
-    folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "sd")
-    torch.manual_seed(0)
-    UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
-        cross_attention_dim=16, down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
-    ).save_pretrained(folder / "unet")  # fmt: skip
-    AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=32, mid_block_add_attention=False,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokens(model, pictures):
-    return lambda output_dir, **changes: flags(**short_run(model, pictures, output_dir) | RUN | changes)
+def tokens(small_model, pictures):
+    return lambda output_dir, **changes: flags(**short_run(small_model, pictures, output_dir) | RUN | changes)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +206,7 @@ def test_rows_say_how_fast_it_was(whole):
         assert row["tflops_per_second"] == pytest.approx(1e-6 * row["images_per_second"] / 4, rel=1e-3)
 
 
-def test_validation_draws_what_the_pipeline_draws(train, model, tmp_path, monkeypatch):
+def test_validation_draws_what_the_pipeline_draws(train, tmp_path, monkeypatch):
     """In as many steps as a user's takes: the scheduler comes to its full formula after several."""
     monkeypatch.setattr(validation, "STEPS", 20)
     prompts = ["picture 1", "a green one"]
@@ -430,9 +414,9 @@ def on_four_devices(server, environment, tokens, tmp_path):
     return run
 
 
-def test_four_devices_sharded_or_not_save_and_export_all(on_four_devices, model):
+def test_four_devices_sharded_or_not_save_and_export_all(on_four_devices, small_model):
     """One sample on each of four devices at a time. An update there takes a tenth of every weight."""
-    before = weights(model)
+    before = weights(small_model)
     for folder in on_four_devices(quick=True, max_train_steps=2, checkpointing_steps=1):
         assert [row["step"] for row in rows(folder)] == [1, 2]
         for part in ("checkpoint-1/unet", "checkpoint-2/unet", "checkpoint-2/unet_ema", "unet"):
@@ -547,10 +531,10 @@ python train_text_to_image_flax.py \
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="fp16 would be another run")
 @pytest.mark.parametrize("source", ["--dataset_name=$dataset_name", "--train_data_dir=$TRAIN_DIR"])
-def test_guides_commands_on_an_old_flax_repository(source, model, pictures, tmp_path, monkeypatch):
+def test_guides_commands_on_an_old_flax_repository(source, small_model, pictures, tmp_path, monkeypatch):
     """As written, but for names of model and data, size and length. The model has msgpack files alone."""
-    base = shutil.copytree(model, tmp_path / "flax-model")
-    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    base = shutil.copytree(small_model, tmp_path / "flax-model")
+    pipeline = StableDiffusionPipeline.from_pretrained(small_model)
     for part in ("unet", "vae", "text_encoder"):
         (weight_file,) = (base / part).glob("*.safetensors")
         weight_file.unlink()
@@ -612,9 +596,9 @@ def test_without_jax(tokens, tmp_path):
     assert done.stderr.strip().endswith("error: jax not installed: pip install -r requirements_flax.txt")
 
 
-def test_variants_of_weights(tokens, model, tmp_path, capsys):
+def test_variants_of_weights(tokens, small_model, tmp_path, capsys):
     """A part of the pipeline that has none is read from its plain files, as diffusers does it."""
-    base = shutil.copytree(model, tmp_path / "model")
+    base = shutil.copytree(small_model, tmp_path / "model")
     plain = base / "unet" / "diffusion_pytorch_model.safetensors"
     plain.rename(plain.with_suffix(".fp16.safetensors"))
     parse, options = load_script("sd_flax").parse_args, {"pretrained_model_name_or_path": base}
@@ -628,8 +612,8 @@ def test_variants_of_weights(tokens, model, tmp_path, capsys):
     assert f"{base} has no weights of --variant=ema; there are: fp16" in capsys.readouterr().err
 
 
-def test_model_that_does_not_load(tokens, model, tmp_path):
-    base = shutil.copytree(model, tmp_path / "model")
+def test_model_that_does_not_load(tokens, small_model, tmp_path):
+    base = shutil.copytree(small_model, tmp_path / "model")
     (base / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(SystemExit, match=r"^error: --pretrained_model_name_or_path .*Error: "):
         load_script("sd_flax").main(tokens(tmp_path / "out", pretrained_model_name_or_path=base))

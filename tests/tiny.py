@@ -1,6 +1,7 @@
 """Tiny pipelines and data sets of the real classes, made on the fly."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,24 @@ def make_stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: 
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def make_smaller(stable_diffusion: Path, folder: Path) -> Path:
+    """A copy of that Stable Diffusion whose UNet and VAE have fewer layers: cross-attention is in the middle alone."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    shutil.copytree(stable_diffusion, folder)
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        cross_attention_dim=16, down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=32, mid_block_add_attention=False,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).save_pretrained(folder / "vae")  # fmt: skip
     return folder
 
 
