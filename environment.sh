@@ -6,12 +6,12 @@ PYTHON=${PYTHON:-python3}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")'
 
 quiet=$([ -t 2 ] || echo --quiet) # in a terminal the installers show how far they are
-with_uv() { # a company's certificates and package index hold for it as they do for pip
+with_uv() { # modules are compiled as pip does it; a company's certificates and package index hold as they do for pip
     local uv index
     index=${PIP_INDEX_URL:-$("$PYTHON" -m pip config get global.index-url 2>/dev/null || true)}
     uv=$(command -v uv) || uv=$PWD/.venv/bin/uv
     [ -x "$uv" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv || return
-    UV_NATIVE_TLS=1 ${index:+env UV_DEFAULT_INDEX="$index"} "$uv" pip install $quiet --python .venv/bin/python "$@"
+    UV_NATIVE_TLS=1 ${index:+env UV_DEFAULT_INDEX="$index"} "$uv" pip install $quiet --compile-bytecode --python .venv/bin/python "$@"
 }
 with_pip() { .venv/bin/python -m pip install $quiet --disable-pip-version-check "$@"; }
 

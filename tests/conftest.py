@@ -4,6 +4,7 @@ Torch is imported by the workers, when they first need it, and not by the proces
 """
 
 import contextlib
+import gc
 import importlib.util
 import io
 import os
@@ -131,6 +132,12 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = selected
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def _selected(item, config) -> bool:

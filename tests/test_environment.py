@@ -59,7 +59,7 @@ def test_every_requirement_has_its_tested_release():
 
 def test_nothing_is_installed_twice_but_for_another_wish(source, tmp_path):
     (asked,), said = source(PIP_INDEX_URL="https://mirror.example/simple")
-    assert asked.startswith("1 https://mirror.example/simple pip install --quiet --python .venv/bin/python -r requirem")
+    assert asked.startswith("1 https://mirror.example/simple pip install --quiet --compile-bytecode --python .venv/bin/python -r requirem")
     assert asked.endswith(" -e . -c constraints.txt")
     assert said.startswith("installing into .venv (")
     assert source() == ([], "")
