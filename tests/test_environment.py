@@ -59,8 +59,8 @@ def test_every_requirement_has_its_tested_release():
 
 def test_nothing_is_installed_twice_but_for_another_wish(source, tmp_path):
     (asked,), said = source(PIP_INDEX_URL="https://mirror.example/simple")
-    assert asked.startswith("1 https://mirror.example/simple pip install --quiet --compile-bytecode --python .venv/bin/python -r requirem")
-    assert asked.endswith(" -e . -c constraints.txt")
+    assert asked.startswith("1 https://mirror.example/simple pip install --quiet --compile-bytecode ")
+    assert asked.endswith(" --python .venv/bin/python -r requirements_test.txt -e . -c constraints.txt")
     assert said.startswith("installing into .venv (")
     assert source() == ([], "")
     (asked,), _ = source(T2I_NEWEST="1")
