@@ -190,6 +190,12 @@ def small_model(model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def guarded_model(model, tmp_path_factory) -> Path:
+    """The tiny Stable Diffusion with a safety checker, to which every picture is suspect."""
+    return tiny.add_safety_checker(model, tmp_path_factory.mktemp("models") / "guarded")
+
+
+@pytest.fixture(scope="session")
 def v_model(tmp_path_factory) -> Path:
     """Folder of a tiny Stable Diffusion that predicts velocity."""
     return tiny.make_stable_diffusion(tmp_path_factory.mktemp("models") / "sd-v", prediction_type="v_prediction")

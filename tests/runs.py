@@ -80,6 +80,23 @@ def interrupt(update: int, number: int = signal.SIGTERM, last: bool = False):
 
 
 @contextlib.contextmanager
+def after_update(number: int, action):
+    """Inside, `action()` is called within the `number`-th weight update."""
+    seen = []
+
+    def count(*_):
+        seen.append(number)
+        if len(seen) == number:
+            action()
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
 def in_memory(kind: type):
     """Yields a list; the network of class `kind` that computes inside, as it stands in memory, is put into it."""
     found = []

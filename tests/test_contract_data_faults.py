@@ -1,6 +1,5 @@
 """Faults in data are found before training, all of them, and named; odd pictures that are good come out right."""
 
-import contextlib
 import json
 import logging
 import os
@@ -18,8 +17,7 @@ import tiny
 from bad_samples import PIXELS
 from conftest import flags, load_script, short_run
 from PIL import Image
-from runs import checkpoints, outcome, wait_until
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from runs import after_update, checkpoints, outcome, wait_until
 
 from t2i_training import data, images, inspection
 from t2i_training.checkpoint import verify
@@ -411,23 +409,6 @@ def test_sigterm_ends_the_inspection_at_once(pictures, inspect, tmp_path, monkey
 def spoil(folder) -> None:
     for file in folder.glob("*.png"):
         file.write_bytes(b"no picture")
-
-
-@contextlib.contextmanager
-def after_update(number: int, action):
-    """Inside, `action()` is called within the `number`-th weight update."""
-    seen = []
-
-    def count(*_):
-        seen.append(number)
-        if len(seen) == number:
-            action()
-
-    hook = register_optimizer_step_post_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize(("accumulation", "workers", "updates"), [(1, 0, 5), (3, 0, 5), (1, 2, 12)])

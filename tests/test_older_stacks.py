@@ -11,16 +11,11 @@ import numpy as np
 import older_stack
 import pytest
 import tiny
-import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from runs import ADAPTERS
 from safetensors import safe_open
-from transformers import CLIPConfig, CLIPImageProcessor
 
 REQUIREMENTS = Path(__file__).with_name("requirements_older_stack.txt")
 BUNDLED = tiny.REPOSITORY / "examples/quickstart/tiny-emoji-diffusion"
-SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +42,6 @@ def as_written(finished, guarded_model, tmp_path_factory) -> Path:
     shutil.copytree(finished("sd", pretrained_model_name_or_path=guarded_model, max_train_steps=1), folder)
     for part in ("text_encoder", "safety_checker"):
         shutil.copytree(guarded_model / part, folder / part, dirs_exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def guarded_model(model, tmp_path_factory) -> Path:
-    """The tiny Stable Diffusion with a safety checker, written as today's transformers writes what is new."""
-    torch.manual_seed(1)
-    config = CLIPConfig(
-        text_config=SHAPE, vision_config={**SHAPE, "image_size": 32, "patch_size": 8}, projection_dim=16
-    )
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        model, safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=CLIPImageProcessor(**size)
-    )
-    folder = tmp_path_factory.mktemp("models") / "guarded"
-    pipeline.save_pretrained(folder)
     return folder
 
 

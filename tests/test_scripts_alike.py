@@ -31,6 +31,9 @@ LEFT_OUT = {  # script -> what its story goes without: no "no picture" with capt
 }  # fmt: skip
 
 KANDINSKY = [
+    ("imports", " spare_parts,", "", "training uses all that it loads"),
+    ("main", "partial(export, pipeline, network, args)", "partial(export, pipeline, network)",
+     "it exports what it loads"),
     ("draw_picture", "num_inference_steps=validation.STEPS,",
      "num_inference_steps=validation.STEPS, prior_num_inference_steps=validation.STEPS,",
      "two networks draw a picture"),
@@ -88,10 +91,12 @@ DIFFERENCES = {
         ("main", *NOT_EXPORTED),
         ("main", PREPARED.format(", initial=pipeline.unet"), "    unet = lora.add_adapters(unet, args, accelerator)\n",
          "the method"),
-        ("main", "partial(export, pipeline,", "partial(export, args,", "the adapters are exported, not the pipeline"),
+        ("main", "partial(export, pipeline, network, args)", "partial(export, args, network)",
+         "the adapters are exported, not the pipeline"),
         ("main", "partial(lora.save_networks, network)", "lambda folder: export(args, network, folder, "
          "progress.step)", "a checkpoint holds what is exported"),
-        ("export", EXPORT + VOCABULARY, "def export(args, unet, folder, step=None):\n    "
+        ("export", "def export(pipeline, unet, args, folder):\n    pipeline.register_modules(unet=unet)\n    "
+         "spare_parts.save(pipeline, args, folder)" + VOCABULARY, "def export(args, unet, folder, step=None):\n    "
          "lora.save_stable_diffusion(StableDiffusionPipeline, unet, folder)\n    if args.save_kohya:\n        "
          "lora.save_kohya(unet, folder, step)", "the adapters are exported, not the pipeline"),
     ],

@@ -280,23 +280,6 @@ def test_vocabulary_files_stand_beside_the_tokenizer(run, base):
     assert rebuilt("a cat").input_ids == base.tokenizer("a cat").input_ids
 
 
-def test_safety_checker_of_the_base_is_kept_and_does_not_black_out_validation(run, base, tmp_path):
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    vision = small | {"image_size": 8, "patch_size": 4, "projection_dim": 8}
-    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=small, vision_config=vision, projection_dim=8))
-    checker.concept_embeds_weights.data.fill_(-1.0)  # every picture is suspect
-    parts = {"safety_checker": checker, "feature_extractor": CLIPImageProcessor(size=8, crop_size=8)}
-    StableDiffusionPipeline(**base.components | parts).save_pretrained(tmp_path / "base")
-    folder = run(pretrained_model_name_or_path=tmp_path / "base", max_train_steps=1, validation_prompts=["a cat"])
-    files = ("safety_checker/config.json", "safety_checker/model.safetensors")
-    assert tree(folder) >= {*files, "feature_extractor/preprocessor_config.json"}
-    assert differ(load_file(folder / files[1]), frozen(tmp_path / "base" / files[1])) == []
-    assert np.array_equal(picture(folder / "validation/step-000000/00.png"), draw(base, "a cat", 3))
-
-
 GUIDE = """
 accelerate launch --mixed_precision="fp16"  train_text_to_image.py \\
   --pretrained_model_name_or_path=$MODEL_NAME \\

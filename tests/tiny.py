@@ -69,6 +69,26 @@ def make_stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: 
     return folder
 
 
+def add_safety_checker(stable_diffusion: Path, folder: Path) -> Path:
+    """A copy of that Stable Diffusion with one, and with a feature extractor; tensors have today's names."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    torch.manual_seed(1)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**text, "image_size": 32, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    checker.concept_embeds_weights.data.fill_(-1.0)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        stable_diffusion, safety_checker=checker, feature_extractor=extractor
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def make_smaller(stable_diffusion: Path, folder: Path) -> Path:
     """A copy of that Stable Diffusion whose UNet and VAE have fewer layers: cross-attention is in the middle alone."""
     import torch

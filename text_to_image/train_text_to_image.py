@@ -59,6 +59,7 @@ from t2i_training import (  # noqa: E402
     optim,
     processes,
     runtime,
+    spare_parts,
     validation,
 )
 
@@ -68,7 +69,7 @@ def load_models(args, accelerator):
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
     with runtime.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, **source
+            args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.not_loaded(args)
         )
         networks.standardize(pipeline)
         unet = pipeline.unet
@@ -178,7 +179,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
 
 def build_drawing_pipeline(pipeline, unet, vae, text_encoder):
     """The pipeline that validates, around what is in memory anyway. Nothing is loaded or copied."""
-    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "safety_checker": None}
+    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     drawing = StableDiffusionPipeline(**pipeline.components | modules, requires_safety_checker=False)
     drawing.set_progress_bar_config(disable=True)
     return drawing
@@ -194,10 +195,10 @@ def draw_picture(index, pipeline, args, accelerator):
         ).images[0]  # fmt: skip
 
 
-def export(pipeline, unet, folder):
+def export(pipeline, unet, args, folder):
     """Write the loadable pipeline, its frozen parts as they were loaded, into `folder`."""
     pipeline.register_modules(unet=unet)
-    pipeline.save_pretrained(folder)
+    spare_parts.save(pipeline, args, folder)
     hub.keep_vocabulary_files(folder / "tokenizer")
 
 
@@ -285,7 +286,7 @@ def main(argv=None):
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):
-            exported = files.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+            exported = files.publish(args.output_dir, partial(export, pipeline, network, args), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()

@@ -61,6 +61,7 @@ from t2i_training import (  # noqa: E402
     optim,
     processes,
     runtime,
+    spare_parts,
     validation,
 )
 
@@ -70,7 +71,7 @@ def load_models(args, accelerator):
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
     with runtime.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, **source
+            args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.not_loaded(args)
         )
         networks.standardize(pipeline)
     unet = pipeline.unet
@@ -176,7 +177,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
 
 def build_drawing_pipeline(pipeline, unet, vae, text_encoder):
     """The pipeline that validates, around what is in memory anyway. Nothing is loaded or copied."""
-    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "safety_checker": None}
+    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     drawing = StableDiffusionPipeline(**pipeline.components | modules, requires_safety_checker=False)
     drawing.set_progress_bar_config(disable=True)
     return drawing

@@ -4,7 +4,6 @@ PyTorch's classes lend the tokenizer and the sampler's formulas; no network of t
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from transformers import CLIPTokenizer
 
-from . import data, flax_models, hub
+from . import data, flax_models, hub, spare_parts
 from .flax_models.weights import find_files
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -117,30 +116,10 @@ def save(pipeline: Pipeline, unet, folder: Path, variant: str | None) -> None:
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__,
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", type(pipeline.scheduler).__name__], "image_encoder": [None, None],
-        "feature_extractor": [None, None], "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
     }  # fmt: skip
-    if _copy(pipeline.folder / "feature_extractor", folder, []):
-        index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-        checker = pipeline.folder / "safety_checker"
-        if _has_weights(checker, "model", variant):
-            variant = variant_of(checker, variant)
-            weights = find_files(checker, "model", variant)
-            if weights[0].suffix != ".msgpack" and _copy(checker, folder, weights, variant):
-                index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    index["requires_safety_checker"] = index["safety_checker"] != [None, None]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _copy(part: Path, folder: Path, weights: list[Path], variant: str | None = None) -> bool:
-    """Whether the base has this part, whose JSON files and `weights` are then copied, without the variant's name."""
-    if not part.is_dir():
-        return False
-    (folder / part.name).mkdir()
-    for file in [*part.glob("*.json"), *weights]:
-        name = file.name.replace(f".{variant}", "") if variant else file.name
-        shutil.copyfile(file, folder / part.name / name)
-    return True
+    spare_parts.carry_over(pipeline.folder, variant, folder)
 
 
 @jax.jit

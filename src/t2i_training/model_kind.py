@@ -29,7 +29,7 @@ _NEEDS = {  # kind -> the parts of its pipeline, and what a user is told that it
         "a prior of Kandinsky 2.2 is needed: the prior with both CLIP encoders",
     ),
 }
-_NETWORKS = ("unet", "vae", "movq", "prior", "text_encoder", "image_encoder", "safety_checker")  # have weights
+_NETWORKS = ("unet", "vae", "movq", "prior", "text_encoder", "image_encoder")  # have weights
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model|pytorch_model|diffusion_flax_model|flax_model)"
     r"(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?P<type>safetensors|bin|msgpack)"
@@ -116,7 +116,7 @@ def _check_folder(folder: Path, kind: str, args) -> None:
     for part in _NEEDS[kind][0]:
         if not (folder / part).is_dir():
             raise Unfit(f"has no folder {part}, which its model_index.json tells of: it was not copied whole")
-    _check_weights(index, files, args)
+    _check_weights(kind, files, args)
     for path in (folder / name for name in files if name.split("/")[0] in _NETWORKS and _WEIGHTS.search(name)):
         if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
             raise Unfit(f"holds a Git LFS pointer in place of {path.parent.name}/{path.name}: run `git lfs pull` in it")
@@ -194,7 +194,7 @@ def _check_repository(args, flag: str, name: str, kind: str) -> None:
     index = read("model_index.json")
     _check_kind(index, read, kind, args)
     if files is not None:
-        _check_weights(index, files, args)
+        _check_weights(kind, files, args)
 
 
 def _cached(file: str, **source) -> str | None:
@@ -300,12 +300,10 @@ def _check_pair(args) -> None:
 # Weights
 
 
-def _check_weights(index: dict, files, args) -> None:
+def _check_weights(kind: str, files, args) -> None:
     """Raise Unfit unless each network has weights that the script reads, of --variant where any has."""
     kinds = ("safetensors", "bin", "msgpack") if hasattr(args, "from_pt") else ("safetensors", "bin")
-    wanted = _NEEDS["model"][0] if hasattr(args, "from_pt") else _NETWORKS  # a safety checker is diffusers' to load
-    networks = [part for part in _NETWORKS if part in wanted and part in _parts(index)]
-    found = {part: _variants(files, part, kinds) for part in networks}
+    found = {part: _variants(files, part, kinds) for part in _NETWORKS if part in _NEEDS[kind][0]}
     for part, variants in found.items():
         if not variants:
             raise Unfit(f"has no weights in {part}/{_other_weights(files, part)}")
