@@ -1,8 +1,10 @@
 """What a run reports: rows, counts and curves; and that it stops at the first number that is none."""
 
+import io
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -178,6 +180,21 @@ def test_time_left_by_hand(started, clock, caplog):
         update(progress, 1.0)
     assert [line.rpartition("left=")[2] for line in lines(caplog.text)] == ["00:16", "00:12", "00:08", "00:04", "00:00"]
     assert lines(caplog.text)[1] == "step 4 of 10, loss=1.0000, lr=5.0e-01, images/s=1.0, data=0%, left=00:12"
+
+
+def test_a_narrow_terminal_cuts_off_what_matters_least(started, clock, monkeypatch):
+    """The bar is shortened to one line, from its end: how long it will take comes first."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    progress = started(logging_steps=2, max_train_steps=15000)
+    for _ in range(4):
+        clock.now += 2.0
+        update(progress, 1.0)
+    runtime.progress_bar.refresh()
+    bar = terminal.getvalue().split("\r")[-1]
+    assert "| 4/15000 [" in bar
+    assert "left=8:19:52, loss=1.0000, lr=" in bar
 
 
 def test_time_left_is_not_guessed_from_the_first_update(started, clock, caplog):

@@ -187,11 +187,11 @@ class Progress:
         if self.accelerator.is_main_process:
             with files.saving(METRICS, self._file.with_suffix(".partial")), open(self._file, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            shown = f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, {readouts.shown(row)}"
-            left = self._speed.seconds_for((self.total - self.step) * self.effective_batch)
-            shown += "" if left is None else f", left={tqdm.format_interval(left)}"
-            self._bar.set_postfix_str(shown, refresh=False)
-            log.step(f"step {self.step} of {self.total}, {shown}")
+            shown = [f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, {readouts.shown(row)}"]
+            seconds = self._speed.seconds_for((self.total - self.step) * self.effective_batch)
+            left = [] if seconds is None else [f"left={tqdm.format_interval(seconds)}"]
+            self._bar.set_postfix_str(", ".join(left + shown), refresh=False)  # a narrow terminal cuts off its end
+            log.step(f"step {self.step} of {self.total}, {', '.join(shown + left)}")
         values = {"train_loss" if name == "loss" else name: value for name, value in row.items() if name != "step"}
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=self.step)
 
