@@ -1,6 +1,7 @@
 # Sourced by the two README commands: makes .venv on first use, and again when what it is made of has changed.
 # PYTHON chooses the interpreter, default python3; it must be 3.11 or newer. The releases that were tested together are
-# installed, which constraints.txt names; T2I_NEWEST=1 takes today's instead.
+# installed, which constraints.txt names; T2I_NEWEST=1 takes today's instead. When the tests have passed with those:
+# .venv/bin/python -m pip freeze --exclude-editable | grep -Ev '^(nvidia-|cuda-|uv==)' > constraints.txt
 cd "$(dirname "${BASH_SOURCE[0]}")"
 PYTHON=${PYTHON:-python3}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")'
@@ -20,7 +21,7 @@ install_packages() { # with uv in a minute, else with pip in several; the tested
     for tool in with_uv with_pip; do
         if [ -z "${T2I_NEWEST:-}" ]; then
             "$tool" "${packages[@]}" -c constraints.txt && return
-            echo "not all releases of constraints.txt can be had here: trying what requirements.txt allows"
+            echo "the releases of constraints.txt could not be installed: trying what requirements.txt allows"
         fi
         "$tool" "${packages[@]}" && return
         [ "$tool" = with_pip ] || echo "uv could not install: pip tries, which takes minutes longer"

@@ -49,7 +49,7 @@ QUICK = {
     "test_bad_input.py": "test_(usage|fault|flag|tracker)",
     "test_cli.py": r"(?!test_usage_errors_import_nothing_heavy\[(?!sd\]))",
     "test_data.py": "(?!test_crash)",
-    "test_runtime.py": "(?!test_lock|test_platform)",
+    "test_runtime.py": "",
     "test_contract_numerics.py": r".*\bbad_loss",
     "test_contract_resume_all.py": r"test_interrupted_after_every_update\[(sd_lora|prior_lora|decoder_lora)",
     "test_contract_resume.py": r"test_interrupted_after_every_update\[constant",

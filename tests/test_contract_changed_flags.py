@@ -27,15 +27,15 @@ ACT = {  # acts from the checkpoint on
     "gradient_accumulation_steps": 2, "max_train_samples": 5, "max_train_steps": 6, "mixed_precision": "bf16",
     "cache_encodings": True,
 }  # fmt: skip
-ALIKE = (  # acts by the same line of code as one that is not named here
+ALIKE = (  # acts where a flag that is not named here does: optimizer, schedule, loss, reading of pictures
     "lr_warmup_steps", "adam_beta2", "adam_weight_decay", "adam_epsilon", "noise_offset", "input_perturbation",
-    "prediction_type", "random_flip", "center_crop",
+    "random_flip", "center_crop",
 )  # fmt: skip
 REFUSED = {  # what the one line says
     "seed": (4, "error: --seed 4 differs from the checkpoint's, 3: leave it out to continue"),
     "rank": (2, "does not fit this model: its adapters have other names, or another --rank"),
 }
-SLOW = pytest.mark.slow("a second each: another flag acts by the same line of code")
+SLOW = pytest.mark.slow("a second each: another flag acts in the same place")
 SAID = {  # besides the flag itself
     "train_batch_size": "the effective batch is now 3, not 2",
     "gradient_accumulation_steps": "the effective batch is now 4, not 2",

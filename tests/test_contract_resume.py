@@ -45,17 +45,19 @@ def test_interrupted_after_every_update(train, tmp_path, scenario):
     assert outcome(pieces, 3) == outcome(whole, 3)
 
 
-def test_interrupted_inside_a_logging_interval(train, tmp_path):
+SLOW = pytest.mark.slow("a second each: the other update of that interval is by default")
+
+
+@pytest.mark.parametrize("update", [pytest.param(1, marks=SLOW), 2, 4, pytest.param(5, marks=SLOW)])
+def test_interrupted_inside_a_logging_interval(train, finished, tmp_path, update):
     """An interval that a run began and another one ended is reported as one."""
     options = {"max_train_steps": 6, "checkpointing_steps": 6, "logging_steps": 3, "train_batch_size": 4}
-    whole = train(output_dir=tmp_path / "whole", **options)
+    whole = finished("sd", **options)
     assert [row["step"] for row in rows(whole)] == [3, 6]
-    for update in (2, 4):
-        pieces = tmp_path / str(update)
-        with interrupt(update):
-            train(output_dir=pieces, **options)
-        train(output_dir=pieces, resume_from_checkpoint="latest", **options)
-        assert outcome(pieces, 6) == outcome(whole, 6)
+    with interrupt(update):
+        train(output_dir=tmp_path / "pieces", **options)
+    train(output_dir=tmp_path / "pieces", resume_from_checkpoint="latest", **options)
+    assert outcome(tmp_path / "pieces", 6) == outcome(whole, 6)
 
 
 def test_metrics_after_the_checkpoint_are_taken_back(train, tmp_path):

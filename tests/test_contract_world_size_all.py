@@ -31,10 +31,14 @@ def assert_close(folder, expected, script):
         assert positions[0][name] == positions[1][name]
 
 
+SLOW = pytest.mark.slow("a second each: two times two is accumulated as four times one is")
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), pytest.param(1, 4, marks=SLOW)])
 @pytest.mark.parametrize("script", list(tiny.SCRIPTS)[1:])
-def test_accumulation(finished, whole, script):
-    """One batch of four, and two times two; but not once two."""
-    sizes = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+def test_accumulation(finished, whole, script, batch, accumulation):
+    """One batch of four, two times two, and four times one; but not once two."""
+    sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     assert_close(finished(script, **sizes, **RUN | DRAWS[script]), whole(script), script)
     other = finished(script, train_batch_size=2, **RUN | DRAWS[script] | {"max_train_steps": 1})
     assert rows(other)[0]["loss"] != pytest.approx(rows(whole(script))[0]["loss"], rel=1e-3)

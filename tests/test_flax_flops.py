@@ -74,7 +74,7 @@ def count(command, small_model, monkeypatch, count_flops_once):
 def test_as_many_as_in_torch(count):
     """Also over several micro-batches, of cached encodings, and when activations are computed again."""
     wanted = count("sd")
-    assert wanted > 1e6
+    assert wanted > 1e7
     plain = count("sd_flax")
     assert plain == pytest.approx(wanted, rel=0.01)
     options = {"gradient_accumulation_steps": 3, "cache_encodings": True, "center_crop": True}

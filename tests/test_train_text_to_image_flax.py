@@ -48,8 +48,9 @@ RUN = {  # six pictures, four an update
     "random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
     "checkpointing_steps": 6, **LARGE_EPSILON,
 }  # fmt: skip
-PROGRAM = (  # the flags that a step's program depends on, of those that are changed here; weights and rates are inputs
-    "cache_encodings", "mixed_precision", "gradient_accumulation_steps", "train_batch_size", "shard_parameters",
+OUTSIDE = (  # flags that are changed here and that a step's program does not depend on: rates are inputs, as weights
+    "max_train_steps", "checkpointing_steps", "resume_from_checkpoint", "dataloader_num_workers", "seed",
+    "validation_prompts", "center_crop", "learning_rate", "lr_scheduler", "lr_warmup_steps", "logging_steps",
 )  # fmt: skip
 FROZEN = ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 JAX = {  # setting -> its value here, and its default
@@ -88,7 +89,7 @@ def train(tokens):
             begin(trained, train_step)
             trained.train_step = steps.setdefault(program, trained.train_step)
 
-        program = repr([changes.get(name, RUN.get(name)) for name in PROGRAM])
+        program = repr(sorted(item for item in changes.items() if item[0] not in OUTSIDE))
         with pytest.MonkeyPatch.context() as patch:
             if script == "sd_flax" and not anew:
                 patch.setattr(flax_training.Trained, "begin", begin)
@@ -398,7 +399,7 @@ assert product.tolist() == list(range(0, 14, 2)), "seven by four devices"
 
 @pytest.fixture
 def on_four_devices(server, environment, tokens, tmp_path):
-    """on_four_devices(**changes): the output folders of two runs, one with its parameters in four places."""
+    """on_four_devices(quick, **changes): output folders of two runs, the second with its parameters in four places."""
 
     def run(quick, **changes):
         changes |= {"train_batch_size": 1, "gradient_accumulation_steps": 1}
