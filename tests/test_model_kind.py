@@ -192,7 +192,7 @@ def test_weights_that_are_pointers(refused, variant_of):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     line = refused("sd", pretrained_model_name_or_path=folder)
-    assert "holds a Git LFS pointer in place of unet/diffusion_pytorch_model.safetensors" in line
+    assert "unet/diffusion_pytorch_model.safetensors is a Git LFS pointer: run `git lfs pull` in its folder" in line
 
 
 # Weights

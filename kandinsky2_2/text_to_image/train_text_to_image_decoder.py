@@ -81,6 +81,7 @@ def load_models(args, accelerator):
             args.pretrained_prior_model_name_or_path, subfolder="image_encoder",
             **networks.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
         )  # fmt: skip
+        networks.to_whole(image_encoder, "image_encoder", image_encoder.dtype)
     unet = pipeline.unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step

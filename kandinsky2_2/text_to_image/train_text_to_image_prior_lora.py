@@ -171,7 +171,8 @@ def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *
     with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         decoder = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path, **networks.source(args, "pretrained_decoder_model_name_or_path")
-        ).to(dtype=image_encoder.dtype)
+        )
+        networks.standardize(decoder, image_encoder.dtype)
     drawing = KandinskyV22CombinedPipeline(
         **decoder.components, prior_prior=prior, prior_image_encoder=image_encoder, prior_text_encoder=text_encoder,
         prior_tokenizer=pipeline.tokenizer, prior_scheduler=pipeline.scheduler,

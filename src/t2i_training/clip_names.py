@@ -9,12 +9,14 @@ import os
 import shutil
 from pathlib import Path
 
+from .weight_files import read_header
+
 
 def keep_old_names(folder: Path) -> None:
     """Rename the tensors in each CLIP network's safetensors files below `folder`; their bytes stay as they are."""
     for part in {file.parent for file in folder.rglob("model*.safetensors")}:
         files = list(part.glob("model*.safetensors"))
-        names = old_names({name for file in files for name in _read_header(file)[0]})
+        names = old_names({name for file in files for name in read_header(file)[0]})
         for file in files if names else []:
             _rename_tensors(file, names)
         for index in part.glob("model*.safetensors.index.json") if names else []:  # of weights in several files
@@ -35,15 +37,8 @@ def old_names(names: set[str]) -> dict[str, str]:
     return {}
 
 
-def _read_header(file: Path) -> tuple[dict, int]:
-    """(name -> type, shape and place of each tensor; where the tensors' bytes begin)."""
-    with open(file, "rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        return json.loads(opened.read(size)), 8 + size
-
-
 def _rename_tensors(file: Path, names: dict[str, str]) -> None:
-    header, start = _read_header(file)
+    header, start = read_header(file)
     text = json.dumps(_renamed(header, names), separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors are aligned
     partial = file.with_name(f".{file.name}.partial")

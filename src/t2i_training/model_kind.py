@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import names, texts
+from . import names, texts, weight_files
+from .weight_files import Unfit
 
 logger = logging.getLogger("t2i_training")
 _NEEDS = {  # kind -> the parts of its pipeline, and what a user is told that it is
@@ -30,15 +31,8 @@ _NEEDS = {  # kind -> the parts of its pipeline, and what a user is told that it
     ),
 }
 _NETWORKS = ("unet", "vae", "movq", "prior", "text_encoder", "image_encoder")  # have weights
-_WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|model|pytorch_model|diffusion_flax_model|flax_model)"
-    r"(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?P<type>safetensors|bin|msgpack)"
-)
+_CONFIGURATIONS = {"scheduler": "scheduler_config.json", "image_processor": "preprocessor_config.json"}
 _SINGLE = (".ckpt", ".safetensors", ".pt", ".pth", ".gguf")  # a whole model in one file
-
-
-class Unfit(Exception):
-    """Why a model cannot be what a flag asks for: one sentence."""
 
 
 def check_folders(parser, args) -> None:
@@ -116,16 +110,33 @@ def _check_folder(folder: Path, kind: str, args) -> None:
     for part in _NEEDS[kind][0]:
         if not (folder / part).is_dir():
             raise Unfit(f"has no folder {part}, which its model_index.json tells of: it was not copied whole")
-    _check_weights(kind, files, args)
-    for path in (folder / name for name in files if name.split("/")[0] in _NETWORKS and _WEIGHTS.search(name)):
-        if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-            raise Unfit(f"holds a Git LFS pointer in place of {path.parent.name}/{path.name}: run `git lfs pull` in it")
+    _check_configurations(_NEEDS[kind][0], files)
+    weight_files.check(_networks(kind), files, folder, args)
+
+
+def _networks(kind: str) -> list[str]:
+    return [part for part in _NETWORKS if part in _NEEDS[kind][0]]
+
+
+def _check_configurations(parts, files) -> None:
+    """Raise Unfit unless each part has the files that are read besides weights."""
+    for part in parts:
+        if part == "tokenizer":
+            old = {"tokenizer/vocab.json", "tokenizer/merges.txt"}
+            if "tokenizer/tokenizer.json" not in files and not old.issubset(files):
+                lacks = "neither tokenizer/tokenizer.json nor tokenizer/vocab.json with tokenizer/merges.txt"
+                raise Unfit(f"has {lacks}: it was not copied whole")
+        elif (file := f"{part}/{_CONFIGURATIONS.get(part, 'config.json')}") not in files:
+            raise Unfit(f"has no {file}: it was not copied whole")
 
 
 def _parse(file: Path) -> dict:
     where = "/".join(file.parts[-2:]) if file.name != "model_index.json" else file.name
     try:
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
+        if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):  # as diffusers refuses it
+            raise Unfit(f"holds a {where} that begins with a byte order mark: save it as UTF-8 without BOM")
+        text = content.decode("utf-8")
         if text.startswith("version https://git-lfs"):
             raise Unfit(f"holds a Git LFS pointer in place of {where}: run `git lfs pull` in it")
         found = json.loads(text)
@@ -194,7 +205,7 @@ def _check_repository(args, flag: str, name: str, kind: str) -> None:
     index = read("model_index.json")
     _check_kind(index, read, kind, args)
     if files is not None:
-        _check_weights(kind, files, args)
+        weight_files.check(_networks(kind), files, None, args)
 
 
 def _cached(file: str, **source) -> str | None:
@@ -227,8 +238,8 @@ def _check_kind(index: dict, read: Callable[[str], dict | None], kind: str, args
     """Raise Unfit unless a pipeline of these configuration files is of that kind."""
     name = index.get("_class_name") or "pipeline without a name"
     reason = _other_parts(index, name, kind, hasattr(args, "from_pt"))
-    if reason is None and kind != "prior":
-        reason = _other_unet(read, kind)
+    if reason is None:
+        reason = _quantised(read, kind) or (_other_unet(read, kind) if kind != "prior" else None)
     if reason:
         raise Unfit(f"is a {name}: {reason}; {_NEEDS[kind][1]}")
 
@@ -257,7 +268,15 @@ def _other_parts(index: dict, name: str, kind: str, is_flax: bool) -> str | None
     if "AutoencoderTiny" in classes:
         return "its VAE is an AutoencoderTiny, which gives no distribution of latents"
     unet = str(index["unet"][-1])
-    return None if unet.endswith("UNet2DConditionModel") else f"its UNet is a {unet}"
+    return None if unet.removeprefix("Flax") == "UNet2DConditionModel" else f"its UNet is a {unet}"
+
+
+def _quantised(read, kind: str) -> str | None:
+    for part in _networks(kind):
+        if found := (read(f"{part}/config.json") or {}).get("quantization_config"):
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            return f"its {part} is quantised ({method or 'by its config.json'}), which cannot be trained on or from"
+    return None
 
 
 def _other_unet(read, kind: str) -> str | None:
@@ -300,46 +319,14 @@ def _check_pair(args) -> None:
 # Weights
 
 
-def _check_weights(kind: str, files, args) -> None:
-    """Raise Unfit unless each network has weights that the script reads, of --variant where any has."""
-    kinds = ("safetensors", "bin", "msgpack") if hasattr(args, "from_pt") else ("safetensors", "bin")
-    found = {part: _variants(files, part, kinds) for part in _NETWORKS if part in _NEEDS[kind][0]}
-    for part, variants in found.items():
-        if not variants:
-            raise Unfit(f"has no weights in {part}/{_other_weights(files, part)}")
-    if not hasattr(args, "variant"):  # Kandinsky's scripts, which take what is there: see `source`
-        return
-    everywhere = sorted({variant for variants in found.values() for variant in variants if variant})
-    if args.variant and args.variant not in everywhere:
-        there = f"there are: {', '.join(everywhere)}" if everywhere else "leave the flag out"
-        raise Unfit(f"has no weights of --variant={args.variant}; {there}")
-    for part, variants in found.items():
-        if "" not in variants and args.variant not in variants:
-            raise Unfit(f"has weights in {part}/ only of a variant: try --variant={sorted(variants)[0]}")
-
-
-def _variants(files, part: str, kinds=("safetensors", "bin")) -> set[str]:
-    """The variants ("" for the plain one) of which a network has weights."""
-    matches = [_WEIGHTS.fullmatch(file.removeprefix(f"{part}/")) for file in files if file.startswith(f"{part}/")]
-    return {match["variant"] or "" for match in matches if match and match["type"] in kinds}
-
-
-def _other_weights(files, part: str) -> str:
-    there = sorted(file for file in files if file.startswith(f"{part}/"))
-    if any(file.endswith(".msgpack") for file in there):
-        return ", only Flax's, which train_text_to_image_flax.py reads"
-    other = [file for file in there if not file.endswith((".json", ".txt", ".md"))]
-    return f", only {', '.join(other)[:200]}, which is read by no diffusers pipeline" if other else ""
-
-
 def source(args, flag: str, part: str | None = None) -> dict:
     """Options for `from_pretrained` of a Kandinsky model, whose scripts have no --variant: what is there is read."""
     name = getattr(args, flag)
     files = [path.relative_to(name).as_posix() for path in Path(name).glob("*/*")]
     if not Path(name).is_dir():
         files = _remote_files(args, flag) or ()
-    parts = [part] if part else [part for part in _NETWORKS if _variants(files, part)]
-    variants = {min(_variants(files, part)) for part in parts if _variants(files, part)} - {""}
+    parts = [part] if part else _NETWORKS
+    variants = {min(there) for each in parts if (there := weight_files.variants(files, each))} - {""}
     if not variants:
         return {"cache_dir": args.cache_dir}
     logger.info(f"--{flag} {name} has weights only of a variant, {min(variants)}: they are read")

@@ -8,8 +8,9 @@ import torch
 import torch.utils.checkpoint
 from diffusers import SchedulerMixin
 from torch.utils._triton import has_triton
+from transformers import PreTrainedModel
 
-from . import data, model_kind
+from . import data, model_kind, weight_files
 from .optim import trainable
 
 # What is compiled on its own under `--torch_compile=regional`: where nearly all of a UNet's or prior's arithmetic is.
@@ -18,7 +19,7 @@ REGIONS = ("BasicTransformerBlock", "ResnetBlock2D", "Attention")
 
 
 def standardize(pipeline, dtype: torch.dtype = torch.float32):
-    """A pipeline as it was loaded: its weights in `dtype`, its captions as long as its text encoder reads them.
+    """A pipeline as it was loaded: its weights whole and in `dtype`, its captions as long as its text encoder reads.
 
     A tokenizer that states no length, or one beyond the encoder's positions, is given theirs, for good.
     """
@@ -28,7 +29,24 @@ def standardize(pipeline, dtype: torch.dtype = torch.float32):
         data.fit_tokenizer(
             tokenizer, encoder.config.max_position_embeddings, prior.config.num_embeddings if prior else None
         )
-    return pipeline.to(dtype=dtype)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            to_whole(part, name, dtype)
+    return pipeline
+
+
+def to_whole(network: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A network as it was loaded, in `dtype`. Unfit if its files lack a tensor, or hold one that is not finite."""
+    lacking = [tensor for tensor, value in network.state_dict().items() if value.is_meta]  # as diffusers leaves them
+    if isinstance(network, PreTrainedModel):
+        lacking = weight_files.absent(network)
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        raise weight_files.Unfit(f"{name} has no weights for {lacking[0]}{more}, which its config.json tells of")
+    for tensor, value in network.to(dtype=dtype).state_dict().items():
+        if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite():
+            raise weight_files.Unfit(f"{name} holds values that are not finite, in {tensor}: its file is of no use")
+    return network
 
 
 def source(args, flag: str, part: str | None = None) -> dict:

@@ -31,6 +31,7 @@ from accelerate.utils import (
 from . import log, machine, names, packages, processes, texts
 from .checks import DefaultSeed, public_config
 from .log import logger
+from .weight_files import Unfit
 
 # Those of clusters are announcements: minutes before a time limit (Slurm, LSF, SGE), or at a soft limit, once a second.
 _ANNOUNCEMENTS = tuple(getattr(signal, n) for n in ("SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, n))
@@ -116,8 +117,9 @@ def _quiet_libraries(accelerator):
     import diffusers
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # it calls it an error that there are only .bin files
     for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     if not accelerator.is_main_process or not sys.stderr.isatty():
@@ -195,8 +197,11 @@ def readable_errors(flag: str, value: str):
         heed_early_stop()  # torch's C++ makes an error of its own of the exit that a signal raises
         if isinstance(error, SystemExit):
             raise
-        line = f"{flag} {texts.printable(str(value))}: {type(error).__name__}: {texts.reason(error)[:500]}"
-        line += names.cache_hint(error)
+        reason = texts.reason(error)[:500].partition(" If you want to instead")[0]  # diffusers' advice to its callers
+        if "ignore_mismatched_sizes" in reason:  # transformers', which names neither
+            reason = "a config.json states other sizes than its weights have"
+        kind = "" if isinstance(error, Unfit) else f"{type(error).__name__}: "
+        line = f"{flag} {texts.printable(str(value))}: {kind}{reason}{names.cache_hint(error)}"
         raise SystemExit(f"error: {line}") from error
 
 

@@ -41,7 +41,7 @@ def load(network_class: type[nnx.Module], folder: str | Path, *, variant: str | 
 
 
 def fill(blanks: dict, files: list[Path]) -> dict:
-    """`blanks`, a dict from path to parameter, with values from `files`. ValueError unless they fit exactly."""
+    """`blanks`, a dict from path to parameter, with values from `files`. ValueError unless they fit, and are finite."""
     paths = {tensor_name(path): path for path in blanks}
     is_torch, parameters = files[0].suffix != ".msgpack", {}
     for file in files:
@@ -58,6 +58,8 @@ def fill(blanks: dict, files: list[Path]) -> dict:
             if is_torch and path[-1] == "kernel":
                 array = array.transpose(TO_FLAX[array.ndim])
             parameters[path] = nnx.Param(np.array(array, np.float32))
+            if not np.isfinite(parameters[path].get_value().sum()):
+                raise ValueError(f"{file}: tensor {old_name} holds values that are not finite: the file is of no use")
     if missing := sorted(paths[name] for name in paths if paths[name] not in parameters):
         raise ValueError(f"{files[0]}: tensor {tensor_name(missing[0])} is missing ({len(missing)} in all)")
     return parameters
