@@ -149,6 +149,11 @@ def _write(folder: Path, *names: str) -> Path:
 
 FOLDERS = {  # files -> what a folder without model_index.json is
     ("pytorch_lora_weights.safetensors",): "holds LoRA adapters, and no model: give the base that they were trained on",
+    ("pytorch_lora_weights.safetensors", "checkpoint-5/manifest.json"): (
+        "holds LoRA adapters, and no model: give the base that they were trained on, and to train them on: "
+        "--output_dir={folder} --resume_from_checkpoint=latest; "
+    ),
+    ("pytorch_lora_weights.safetensors", "manifest.json"): "is a checkpoint of a training run, for --resume_from_check",
     ("adapter_config.json", "adapter_model.safetensors"): "holds LoRA adapters",
     ("config.json", "diffusion_pytorch_model.safetensors"): "is one network (UNet2DConditionModel), and not a whole",
     ("v1-5-pruned.ckpt", "v1-inference.yaml"): "holds a model in a single file, v1-5-pruned.ckpt: make a folder of it",

@@ -154,10 +154,13 @@ def _what_instead(folder: Path) -> str:
     below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/model_index.json"))
     if below:
         return f"holds no model_index.json, but {below[0]} does: give that"
-    if "adapter_config.json" in inside or any(re.search("lora|adapter_model", name) for name in inside):
-        return "holds LoRA adapters, and no model: give the base that they were trained on"
     if "manifest.json" in inside or {"optimizer.bin", "scheduler.bin"} & inside:
         return "is a checkpoint of a training run, for --resume_from_checkpoint, and not a whole pipeline"
+    if "adapter_config.json" in inside or any(re.search("lora|adapter_model", name) for name in inside):
+        train_on = f", and to train them on: --output_dir={folder} --resume_from_checkpoint=latest"
+        has_checkpoints = any(re.fullmatch(r"checkpoint-\d+", name) for name in inside)
+        base = "give the base that they were trained on"
+        return f"holds LoRA adapters, and no model: {base}{train_on if has_checkpoints else ''}"
     whole = f": give {folder.parent}" if (folder.parent / "model_index.json").is_file() else ""
     if "config.json" in inside:
         config = _parse(folder / "config.json")
