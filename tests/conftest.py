@@ -57,6 +57,7 @@ QUICK = {
     "test_contract_encodings.py": r"test_cached_training.*\[(prior|decoder_lora)\]",
     "test_contract_data_faults.py": r"test_a_run_fails_before|test_skipping.*\[sd",
     "test_contract_stop.py": "test_signal_in_the_last",
+    "test_contract_bases.py": "test_what_files_tell",
     "test_contract_secrets.py": "test_an_error_in|test_a_token_in|test_a_line_end",
     "test_train_text_to_image.py": "test_every_flag|test_exported_tree|test_what_is_drawn",
     "test_kandinsky_prior.py": "test_exported_tree",

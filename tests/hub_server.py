@@ -1,4 +1,4 @@
-"""A hub for one test: enough of the Hugging Face hub's HTTP API for the real client to create a repository and push.
+"""A hub for one test: enough of the Hugging Face hub's HTTP API for the real client to push and to download.
 
 Nothing of it is a mock of this project: scripts reach it through HF_ENDPOINT, as they would reach the hub.
 """
@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 USER = "tester"
 TOKEN = "hf_" + "SecretOfThisTest" * 2
@@ -22,6 +23,7 @@ class Hub:
     def __init__(self, token: str, refuse_commits: bool = False):
         self.token, self.refuse_commits = token, refuse_commits
         self.requests, self.repositories, self.objects = [], {}, {}
+        self.public = {}  # of repositories to download, as `repositories`
         self.url = None
 
     def answer(self, method: str, path: str, authorization: str | None, body: bytes) -> tuple[int, dict]:
@@ -30,6 +32,8 @@ class Hub:
         if upload := re.fullmatch(r"/objects/(\w+)", path):  # like the hub's storage: the address is the permission
             self.objects[upload[1]] = body
             return (200, {}) if hashlib.sha256(body).hexdigest() == upload[1] else (400, {"error": "wrong hash"})
+        if method in ("GET", "HEAD") and (found := self._readable(path)) is not None:
+            return found
         if authorization != f"Bearer {self.token}":
             return 401, {"error": f"Invalid credentials: {authorization}"}  # as careless as a server can be
         if path == "/api/repos/create":
@@ -49,6 +53,26 @@ class Hub:
         if path.endswith(".git/info/lfs/objects/batch"):
             return 200, {"transfer": "basic", "objects": [self._lfs(item) for item in json.loads(body)["objects"]]}
         return 404, {"error": f"this hub does not know {method} {path}"}
+
+    def add(self, name: str, folder: Path) -> None:
+        """Offer a folder as a public repository."""
+        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        self.public[name] = files
+
+    def _readable(self, path: str) -> tuple[int, dict | list | bytes] | None:
+        """What a public repository says of itself, or one of its files; None if the path is of neither."""
+        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(/revision/\w+)?", path):
+            if found[1] not in self.public:
+                return 404, {"error": "Repository not found"}
+            siblings = [{"rfilename": file} for file in sorted(self.public[found[1]])]
+            return 200, {"id": found[1], "modelId": found[1], "sha": COMMIT, "siblings": siblings, "private": False}
+        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/tree/\w+", path):
+            files = self.public.get(found[1], {}).items()
+            return 200, [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files]
+        if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/\w+/(.+)", path):
+            content = self.public.get(found[1], {}).get(found[2])
+            return (404, {"error": "Entry not found"}) if content is None else (200, content)
+        return None
 
     def _preupload(self, body: bytes) -> tuple[int, dict]:
         modes = [
@@ -77,8 +101,11 @@ def _is_large(path: str) -> bool:
 
 @contextlib.contextmanager
 def running(token: str, port: int = 0, **options):
-    """A `Hub` that listens on 127.0.0.1 at `hub.url` until the block ends."""
+    """A `Hub` that listens on 127.0.0.1 at `hub.url` until the block ends; `public` are folders to offer, by name."""
+    public = options.pop("public", {})
     hub = Hub(token, **options)
+    for name, folder in public.items():
+        hub.add(name, folder)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -86,12 +113,17 @@ def running(token: str, port: int = 0, **options):
         def _serve(self):
             body = self._body()
             status, value = hub.answer(self.command, self.path.partition("?")[0], self.headers["Authorization"], body)
-            data = json.dumps(value).encode()
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
+            if data is value:
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
             if status >= 400:
                 self.send_header("X-Error-Message", value.get("error", ""))
+                code = {"Repository not found": "RepoNotFound", "Entry not found": "EntryNotFound"}
+                self.send_header("X-Error-Code", code.get(value.get("error"), ""))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(data)

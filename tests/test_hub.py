@@ -5,7 +5,7 @@ import pytest
 import test_guide_commands
 import torch
 from conftest import flags
-from hub_server import TOKEN
+from hub_server import COMMIT, TOKEN
 from runs import ADAPTERS
 from safetensors.torch import load, load_file
 
@@ -166,3 +166,88 @@ def test_no_folder_of_this_machine_is_uploaded(start, command, tmp_path):
     assert [path for path, data in arrived.items() if prior.encode() in data] == []
     assert f"prior:\n- {prior}\n" in (tmp_path / "out" / "README.md").read_text()
     assert "the uploaded card names no prior" in printed
+
+
+# Bases that the hub has
+
+
+DOWNLOADS = {
+    "sd": {"pretrained_model_name_or_path": "someone/base"},
+    "sd_lora": {"pretrained_model_name_or_path": "someone/base"},
+    "sd_flax": {"pretrained_model_name_or_path": "someone/small"},
+    "decoder": {
+        "pretrained_prior_model_name_or_path": "someone/prior",
+        "pretrained_decoder_model_name_or_path": "someone/decoder",
+    },
+    "prior_lora": {
+        "pretrained_prior_model_name_or_path": "someone/prior",
+        "pretrained_decoder_model_name_or_path": "someone/decoder",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def public(guarded_model, small_model, prior_model, decoder_model):
+    return {
+        "public": {
+            "someone/base": guarded_model, "someone/small": small_model, "someone/prior": prior_model,
+            "someone/decoder": decoder_model,
+        }
+    }  # fmt: skip
+
+
+def downloads(hub) -> set[str]:
+    return {path.partition(f"/resolve/{COMMIT}/")[2] for method, path in hub.requests if method == "GET"} - {""}
+
+
+SLOW = pytest.mark.slow("10 s to compile: the other scripts hold what is downloaded")
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=SLOW if s == "sd_flax" else ()) for s in DOWNLOADS])
+def test_a_base_by_its_name_on_the_hub(script, public, start, command, tmp_path):
+    """It is downloaded, what training or the export needs of it; the second start needs no hub."""
+    if script == "sd_flax":
+        pytest.importorskip("jax")
+    environment = {"JAX_PLATFORMS": "cpu"} if script == "sd_flax" else {}
+    names = {**DOWNLOADS[script], "cache_dir": tmp_path / "cache", "max_train_steps": 1}
+    tokens = command(script, output_dir=tmp_path / "out", **names)
+    hub, status, printed = start(tokens, tmp_path, script, options=public, environment=environment)
+    assert status == 0, printed
+    found = {name for name in downloads(hub) if name.endswith((".safetensors", "preprocessor_config.json"))}
+    unet, vae, text = (
+        f"{p}.safetensors"
+        for p in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+    )
+    spare = {"safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json"}
+    image_encoder = "image_encoder/model.safetensors"
+    assert (
+        found
+        == {
+            "sd": {unet, vae, text, *spare},
+            "sd_lora": {unet, vae, text},
+            "sd_flax": {unet, vae, text},
+            "decoder": {unet, "movq/diffusion_pytorch_model.safetensors", image_encoder},
+            "prior_lora": {
+                "prior/diffusion_pytorch_model.safetensors",
+                text,
+                image_encoder,
+                "image_processor/preprocessor_config.json",
+            },
+        }[script]
+    )
+    if script == "sd":
+        assert (tmp_path / "out" / "safety_checker" / "model.safetensors").is_file()
+        tokens = command(script, output_dir=tmp_path / "again", **names)
+        hub, status, printed = start(tokens, tmp_path, script)  # of a hub that has it no more
+        assert status == 0, printed
+        assert not downloads(hub)
+
+
+def test_a_base_that_the_hub_does_not_have(public, start, command, tmp_path):
+    tokens = command("sd", pretrained_model_name_or_path="someone/bse", output_dir=tmp_path / "out")
+    _, status, printed = start(tokens, tmp_path, "sd", options=public)
+    assert status == 1
+    (line,) = [line for line in printed.splitlines() if "error" in line]
+    assert line.startswith(
+        "error: --pretrained_model_name_or_path someone/bse: there is no such folder, and no such model on"
+    )
