@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import load_script
 from diffusers import (
+    AutoPipelineForImage2Image,
     AutoPipelineForText2Image,
     DiffusionPipeline,
     PriorTransformer,
@@ -19,6 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 from runs import ADAPTERS, DRAWS, outcome
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -94,6 +96,73 @@ def test_adapters_load(script, run, base):
     assert np.array_equal(pictures["checkpoint-4"], pictures["."])
     assert np.abs(pictures["checkpoint-4"] - pictures["base"]).max() > 0.01
     assert np.abs(pictures["checkpoint-4"] - pictures["checkpoint-2"]).max() > 0.001
+
+
+def weights(unet) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+
+
+def test_two_adapters_at_once(run, base):
+    """They add up: W + 0.5 of one + 0.25 of the other, which fusing them writes into the weights."""
+    folder, pipeline = run("sd_lora"), base("sd_lora")
+    before = weights(pipeline.unet)
+    pipeline.load_lora_weights(folder, adapter_name="last")
+    pipeline.load_lora_weights(folder / "checkpoint-2", adapter_name="earlier")
+    pipeline.set_adapters(["last", "earlier"], [0.5, 0.25])
+    pipeline.fuse_lora(adapter_names=["last", "earlier"])
+    pipeline.unload_lora_weights()
+    parts = [(0.5, load_file(folder / ADAPTERS)), (0.25, load_file(folder / "checkpoint-2" / ADAPTERS))]
+    changed = 0
+    for name, tensor in pipeline.unet.state_dict().items():
+        down, up = (f"unet.{name.removesuffix('.weight')}.lora.{side}.weight" for side in ("down", "up"))
+        added = sum((w * adapters[up] @ adapters[down] for w, adapters in parts if up in adapters), torch.tensor(0.0))
+        torch.testing.assert_close(tensor, before[name] + added, rtol=1e-5, atol=1e-6)
+        changed += not torch.equal(tensor, before[name])
+    assert changed == ADAPTED["sd_lora"]
+
+
+def test_fused_and_saved_is_a_pipeline_like_any(run, base, tmp_path):
+    pipeline, plain = base("sd_lora"), base("sd_lora")
+    pipeline.load_lora_weights(run("sd_lora"))
+    adapted = draw(pipeline)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "fused")
+    assert loaded.unet.state_dict().keys() == plain.unet.state_dict().keys()
+    np.testing.assert_allclose(draw(loaded), adapted, atol=1e-3)
+    assert np.abs(draw(plain) - adapted).max() > 0.01
+
+
+def test_a_scale_of_zero_is_the_base(run, base):
+    pipeline = base("sd_lora")
+    plain = draw(pipeline)
+    pipeline.load_lora_weights(run("sd_lora"))
+    pipeline.set_adapters(["default_0"], [0.0])
+    np.testing.assert_allclose(draw(pipeline), plain, atol=1e-6)
+
+
+def test_adapters_change_images_that_start_from_images(run, base):
+    pipeline = AutoPipelineForImage2Image.from_pipe(base("sd_lora"))
+    pipeline.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (64, 64), "orange")
+
+    def change():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a cat", image, num_inference_steps=4, generator=generator, output_type="np").images[0]
+
+    plain = change()
+    pipeline.load_lora_weights(run("sd_lora"))
+    assert np.abs(change() - plain).max() > 0.01
+
+
+def test_adapters_load_in_half_precision(run, base):
+    pipeline = base("sd_lora", torch_dtype=torch.bfloat16)
+    plain = draw(pipeline)
+    pipeline.load_lora_weights(run("sd_lora"))
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.bfloat16}
+    assert loaded_adapters(pipeline.unet) == ADAPTED["sd_lora"]
+    assert np.abs(draw(pipeline) - plain).max() > 0.01
 
 
 @pytest.mark.parametrize("script", ADAPTED)
