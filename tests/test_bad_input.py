@@ -215,10 +215,6 @@ RUN_ERRORS = {  # found once data and models are opened: exit status 1
         {"train_data_dir": "{missing_picture}"},
         "row 2 ({missing_picture}/2.png, metadata.jsonl line 3): No such file: 2.png",
     ),
-    "weights cut short": (
-        {"pretrained_model_name_or_path": "{broken_model}"},
-        "--pretrained_model_name_or_path {broken_model}: ",
-    ),
     "model unknown": (
         {"pretrained_model_name_or_path": "nobody/nothing"},
         "--pretrained_model_name_or_path nobody/nothing: ",

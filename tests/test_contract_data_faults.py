@@ -14,10 +14,12 @@ import datasets
 import numpy as np
 import pytest
 import tiny
+import torch
 from bad_samples import PIXELS
 from conftest import flags, load_script, short_run
 from PIL import Image
 from runs import after_update, checkpoints, outcome, wait_until
+from safetensors.torch import save_file
 
 from t2i_training import data, images, inspection
 from t2i_training.checkpoint import verify
@@ -83,10 +85,10 @@ def check_list(file, cases) -> None:
 
 
 def test_a_run_fails_before_models_are_loaded_and_lists_all(odd, model, tmp_path, caplog):
-    """The model's weights cannot be read, and that would be said if the run came to them."""
+    """The model's weights are another's, and that would be said if the run came to them."""
     folder, cases = odd
     base = shutil.copytree(model, tmp_path / "model")
-    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    save_file({"other": torch.zeros(1)}, base / "unet" / "diffusion_pytorch_model.safetensors")
     tokens = flags(**short_run(base, folder, tmp_path / "out"))
     with caplog.at_level(logging.WARNING, "t2i_training"):
         message = refusal(load_script("sd").main, tokens)

@@ -1,6 +1,7 @@
 """Pictures of every kind come out upright, in RGB and with the right colours; squares are cut where the draw says."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -68,6 +69,67 @@ def test_damaged_exif_costs_no_picture(kind, exif):
     decoded, size = images.decode_with_size(stored(picture, kind, exif=exif), min_side=4)
     assert size == (64, 32)
     np.testing.assert_allclose(decoded.getpixel((3, 3)), RED, atol=3)
+
+
+def chunk(kind: bytes, content: bytes, checksum: int | None = None) -> bytes:
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return len(content).to_bytes(4, "big") + kind + content + checksum.to_bytes(4, "big")
+
+
+def with_chunks(file: bytes, *chunks: bytes, place: bytes = b"IDAT") -> bytes:
+    """A PNG file with more chunks before its pixels, or before its end."""
+    where = file.index(place) - 4
+    return file[:where] + b"".join(chunks) + file[where:]
+
+
+PACKED = zlib.compress(bytes(3 * 2**20))  # 3 KiB, of which Pillow would make more than it allows for metadata
+METADATA = {  # of which no viewer minds any
+    "a workflow": [chunk(b"iTXt", b"workflow\0\1\0\0\0" + PACKED)],
+    "compressed text": [chunk(b"zTXt", b"parameters\0\0" + PACKED)],
+    "70 MiB of text": [chunk(b"tEXt", b"p%d\0" % i + bytes(2**20)) for i in range(70)],
+    "a large colour profile": [chunk(b"iCCP", b"wide\0\0" + PACKED)],
+    "a large XMP packet": [chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + PACKED)],
+    "text of an unknown compression": [chunk(b"zTXt", b"p\0\7x")],
+    "a profile of an unknown compression": [chunk(b"iCCP", b"p\0\7x")],
+    "a wrong checksum": [chunk(b"tEXt", b"a\0b", checksum=5)],
+    "a wrong checksum of a chunk of its own": [chunk(b"prVt", b"a", checksum=5)],
+    "a gamma cut short": [chunk(b"gAMA", b"a")],
+    "a resolution cut short": [chunk(b"pHYs", b"a")],
+    "an intent left out": [chunk(b"sRGB", b"")],
+    "primaries cut short": [chunk(b"cHRM", b"abcde")],
+    "an animation cut short": [chunk(b"acTL", b"a")],
+}
+
+
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("case", METADATA)
+def test_metadata_costs_no_picture(case, place, tmp_path):
+    """Beyond a limit of Pillow's, or broken. It is not unpacked; how the picture is turned is heeded as ever."""
+    exif = Image.Exif()
+    exif[274] = 6
+    file = stored(Image.fromarray(np.ascontiguousarray(AS_STORED[6])), exif=exif)
+    file = with_chunks(file, *METADATA[case], place=place)
+    (tmp_path / "a.png").write_bytes(file)
+    for source in (file, tmp_path / "a.png"):
+        picture, size = images.decode_with_size(source, 8)
+        assert pixels(picture) == UPRIGHT.tolist()
+        assert size == (3, 2)
+
+
+def test_metadata_of_a_picture_with_transparency():
+    file = stored(Image.new("L", (1, 1)), transparency=0)
+    assert pixels(images.decode(with_chunks(file, *METADATA["a workflow"]))) == [[list(WHITE)]]
+
+
+@pytest.mark.parametrize("damage", [lambda f: f[:-40], lambda f: f.replace(b"IDAT", b"IDAX")])
+def test_metadata_hides_no_damage(damage):
+    """What is wrong with the pixels is said as without it."""
+    file = stored(Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)))
+    with pytest.raises(images.UnreadableImage) as plain:
+        images.decode(damage(file))
+    with pytest.raises(images.UnreadableImage) as fault:
+        images.decode(damage(with_chunks(file, chunk(b"tEXt", b"a\0b"))))
+    assert str(fault.value) == str(plain.value)
 
 
 def test_orientation_and_scaled_decode_together():

@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,18 @@ def decode(source: bytes | str | Path, min_side: int | None = None) -> Image.Ima
 
 def decode_with_size(source: bytes | str | Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """As `decode`, and the upright picture's (width, height) in the file, whatever scale it was decoded at."""
+    try:
+        return _decode(source, min_side)
+    except UnreadableImage as fault:
+        alone = _png_without_metadata(source)
+        if alone is None:
+            raise
+        with contextlib.suppress(UnreadableImage):
+            return _decode(alone, min_side)
+        raise fault from fault.__cause__
+
+
+def _decode(source: bytes | str | Path, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with naming_the_fault(source), Image.open(file) as picture:
         size = None
@@ -124,6 +137,38 @@ def decode_with_size(source: bytes | str | Path, min_side: int | None = None) ->
         turn = _turn(picture)
         upright = _to_rgb(picture if turn is None else picture.transpose(turn))
         return upright, size or upright.size
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_TURNED = (
+    b"XML:com.adobe.xmp\0\0",
+    b"Raw profile type exif\0",
+)  # texts that may hold the orientation; XMP is not packed
+_LONGEST_TEXT = 2**16  # bytes
+
+
+def _png_without_metadata(source: bytes | str | Path) -> bytes | None:
+    """A PNG file's pixels and orientation alone; None for another kind, or a file whose chunks are not whole.
+
+    Pillow refuses a picture for metadata that are broken, or of more than 1 MiB when unpacked, as a workflow of ComfyUI
+    can be; viewers do not. Chunks are as in the PNG specification, section 5.3; nothing is unpacked.
+    """
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if not content.startswith(_PNG):
+        return None
+    kept, place = [_PNG], len(_PNG)
+    while place < len(content):
+        size, kind = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        end = place + 12 + size
+        if end > len(content):
+            return None
+        turned = size < _LONGEST_TEXT and content.startswith(_TURNED, place + 8)
+        intact = zlib.crc32(memoryview(content)[place + 4 : end - 4]) == int.from_bytes(content[end - 4 : end], "big")
+        if kind in _PIXELS or ((kind == b"eXIf" or turned) and intact):
+            kept.append(content[place:end])
+        place = len(content) if kind == b"IEND" else end
+    return b"".join(kept)
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
