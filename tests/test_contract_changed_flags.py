@@ -39,7 +39,7 @@ SLOW = pytest.mark.slow("a second each: another flag acts in the same place")
 SAID = {  # besides the flag itself
     "train_batch_size": "the effective batch is now 3, not 2",
     "gradient_accumulation_steps": "the effective batch is now 4, not 2",
-    "max_train_samples": "the data set's size has changed since the checkpoint",
+    "max_train_samples": "the data set has changed since the checkpoint: it had 6 samples and has 5, which are seen in",
 }
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from runs import TIMED
 from runs import rows as untimed
 
-from t2i_training import data, flops, metrics, readouts, runtime
+from t2i_training import data, flops, inspection, metrics, readouts, runtime
 
 
 @pytest.fixture
@@ -32,7 +32,8 @@ def started(sd_flags, tmp_path):
             changes = {"resume_from_checkpoint": "latest"} | changes
         args = load_script("sd").parse_args(sd_flags(**changes))
         accelerator = runtime.start(args)
-        progress = metrics.Progress(args, accelerator, data.open_dataset(args), position or {})
+        samples = inspection.inspect(args, accelerator, data.open_dataset(args))
+        progress = metrics.Progress(args, accelerator, *samples, position or {})
         progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean())
         opened.append(progress)
         return progress
@@ -285,7 +286,9 @@ def test_position(started):
     progress = started(gradient_accumulation_steps=2, max_train_steps=10)
     for _ in range(3):
         update(progress, 1.0, 1.0)
-    assert progress.position() == {
+    position = progress.position()
+    assert set(position.pop("data")) == {"images", "captions", "samples", "order"}
+    assert position == {
         "step": 3, "samples_seen": 12, "seed": 3, "effective_batch": 4, "dataset_size": 6, "unreported": [],
     }  # fmt: skip
     assert (progress.total, progress.effective_batch) == (10, 4)

@@ -24,7 +24,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from t2i_training import clip_names, data, draws, ema, metrics, runtime, validation
+from t2i_training import clip_names, data, draws, ema, inspection, metrics, runtime, validation
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a cat", "a dog"]
@@ -179,9 +179,11 @@ def sampler(script, base, parse):
 
 def make_loader(script, args, pipeline, frozen) -> torch.utils.data.DataLoader:
     """A run's own loader, of which `dataset[epoch, index]` is what its workers make of a visit to a row."""
-    accelerator, opened = Accelerator(), data.open_dataset(args)
-    progress = metrics.Progress(args, accelerator, opened, {})
-    return script.make_dataloader(args, opened, None, pipeline, frozen, pipeline.scheduler, accelerator, progress)
+    accelerator = Accelerator()
+    Path(args.output_dir).mkdir(exist_ok=True)
+    opened, looked_at = inspection.inspect(args, accelerator, data.open_dataset(args))
+    progress = metrics.Progress(args, accelerator, opened, looked_at, {})
+    return script.make_dataloader(args, opened, looked_at, pipeline, frozen, pipeline.scheduler, accelerator, progress)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

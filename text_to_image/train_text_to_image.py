@@ -227,7 +227,7 @@ def main(argv=None):
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
-    progress = metrics.Progress(args, accelerator, dataset, position)
+    progress = metrics.Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
     average = ema.make_ema(args, unet, accelerator.device, initial=pipeline.unet) if args.use_ema else None

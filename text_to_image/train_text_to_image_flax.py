@@ -241,7 +241,7 @@ def main(argv=None):
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, noise_scheduler = load_models(args)
-    progress = metrics.Progress(args, accelerator, dataset, position, *flax_devices.describe(mesh))
+    progress = metrics.Progress(args, accelerator, dataset, pictures, position, *flax_devices.describe(mesh))
     loader = make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh)
 
     schedule = flax_training.make_schedule(args, mesh, progress.total)

@@ -225,7 +225,7 @@ def main(argv=None):
     repo_id = hub.create_repository(args, accelerator)
     pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [networks.frozen(pipeline.movq, accelerator), networks.frozen(image_encoder, accelerator, exported=False)]
-    progress = metrics.Progress(args, accelerator, dataset, position)
+    progress = metrics.Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
     average = ema.make_ema(args, unet, accelerator.device) if args.use_ema else None

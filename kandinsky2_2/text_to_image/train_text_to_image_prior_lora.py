@@ -221,7 +221,7 @@ def main(argv=None):
     repo_id = hub.create_repository(args, accelerator)
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(pipeline, accelerator)
-    progress = metrics.Progress(args, accelerator, dataset, position)
+    progress = metrics.Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     prior = lora.add_adapters(prior, args, accelerator)
 

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from . import checkpoint, data, encodings, files, loading, log, processes, readouts, runtime, validation
+from . import checkpoint, data, data_changes, encodings, files, loading, log, processes, readouts, runtime, validation
 from .checks import public_config
 from .runtime import logger
 
@@ -30,13 +30,14 @@ class Progress:
     manifest of the checkpoint that is resumed from, or {}. Each process drives `devices` of the kind `device`.
     """
 
-    def __init__(self, args, accelerator, dataset, position: dict, devices: int = 1, device: str | None = None):
+    def __init__(self, args, accelerator, dataset, pictures, position: dict, devices=1, device: str | None = None):
         self.args, self.accelerator, self.dataset = args, accelerator, dataset
         self.devices, self.device = devices * accelerator.num_processes, device or accelerator.device
         self.effective_batch, self.total = loading.plan_updates(args, len(dataset), self.devices)
         self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
-        if position.get("dataset_size", len(dataset)) != len(dataset):
-            logger.warning("the data set's size has changed since the checkpoint: samples are seen in a new order")
+        self._data = data_changes.describe(args, accelerator, dataset, pictures)
+        if changed := data_changes.since(position, len(dataset), self._data):
+            logger.warning(f"the data set has changed since the checkpoint: {changed}")
         if position.get("effective_batch", self.effective_batch) != self.effective_batch:
             logger.warning(f"the effective batch is now {self.effective_batch}, not {position['effective_batch']}")
         self._losses, self._grad_norms, self._indices, self._usable = [], [], [], []
@@ -54,6 +55,7 @@ class Progress:
             "seed": self.args.seed,
             "effective_batch": self.effective_batch,
             "dataset_size": len(self.dataset),
+            "data": self._data,
             "unreported": self._unreported,
         }
 

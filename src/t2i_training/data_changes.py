@@ -1,0 +1,43 @@
+"""Whether a resumed run's data are those that its checkpoint was made with, and what has changed, in one line."""
+
+import hashlib
+
+import numpy as np
+
+_CHUNK = 10_000  # captions in memory at a time
+
+
+def describe(args, accelerator, dataset, pictures) -> dict[str, str]:
+    """Digests of a data set for a checkpoint's manifest, on the main process, by the contents of images and captions.
+
+    Where the files lie and what they are called does not count. Some seconds and 50 MiB for a million rows.
+    """
+    if not accelerator.is_main_process:
+        return {}
+    images = np.array([int(picture.digest[:16], 16) for picture in pictures], np.uint64)
+    captions = np.zeros(len(images), np.uint64)
+    if args.caption_column:
+        texts = dataset.select_columns([args.caption_column])
+        for start in range(0, len(images), _CHUNK):
+            chunk = texts[start : start + _CHUNK][args.caption_column]
+            captions[start : start + _CHUNK] = [_number(repr(caption)) for caption in chunk]
+    samples = images * np.uint64(0x9E3779B97F4A7C15) ^ captions  # an odd factor: equal ones do not cancel out
+    numbers = {"images": np.sort(images), "captions": np.sort(captions), "samples": np.sort(samples), "order": samples}
+    return {name: hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest() for name, array in numbers.items()}
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def since(position: dict, size: int, now: dict[str, str]) -> str | None:
+    """What is other than when the checkpoint with that manifest was made; None if nothing is, as far as it tells."""
+    if position.get("dataset_size", size) != size:
+        return f"it had {position['dataset_size']} samples and has {size}, which are seen in a new order"
+    before = position.get("data")  # older checkpoints have none
+    if not before or not now or before == now:
+        return None
+    if before["samples"] == now["samples"]:
+        return "its samples stand in another order"
+    others = [name for name in ("images", "captions") if before[name] != now[name]]
+    return f"some of its {' and '.join(others)} are others" if others else "some captions stand with other images"
