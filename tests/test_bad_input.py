@@ -84,7 +84,7 @@ USAGE_ERRORS = {  # refused before torch is imported: exit status 2
     ),
     "variant missing": ({"variant": "fp16"}, " has no weights of --variant=fp16; leave the flag out"),
     "no data": ({"train_data_dir": None}, "no data: give --dataset_name, or --train_data_dir"),
-    "no pictures": ({"train_data_dir": "{empty_folder}"}, "--train_data_dir {empty_folder} holds no metadata.jsonl"),
+    "no pictures": ({"train_data_dir": "{empty_folder}"}, "--train_data_dir {empty_folder} is empty"),
     "data folder missing": ({"train_data_dir": "{root}/gone"}, "--train_data_dir {root}/gone: there is no such folder"),
     "data set missing": (
         {"train_data_dir": None, "dataset_name": "{root}/gone"},

@@ -271,9 +271,11 @@ def test_a_mistyped_flag(parse, refused):
 
 
 def test_folder_without_captions(parse, refused, tmp_path):
-    """Nothing is imported yet; a .txt beside each picture, as other trainers have it, is not read."""
+    """Nothing is imported yet."""
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "0.txt").touch()
+    assert "pictures holds no images" in refused(parse, train_data_dir=tmp_path / "pictures")
+    (tmp_path / "pictures" / "1.png").touch()
     message = refused(parse, train_data_dir=tmp_path / "pictures")
     assert "pictures holds no metadata.jsonl, with a line for each picture such as " in message
     (tmp_path / "pictures" / "train").mkdir()

@@ -36,6 +36,8 @@ def open_dataset(args):
         dataset, said = _read_folder(place, args) if place else _read_splits(where, args.dataset_name, args)
     except Exception as error:  # datasets raises some twenty kinds here, for files, hub, formats and metadata
         hint = names.cache_hint(error, getattr(args, "cache_dir", None))
+        if place and not isinstance(error, data_files.BadData):
+            hint = hint or data_files.archives(data_files.list_files(place))
         raise SystemExit(f"error: {where}: {_one_line(error)}{hint}") from error
     if len(dataset) == 0:
         raise SystemExit(f"error: {where} holds no samples")
@@ -123,7 +125,11 @@ def _check_images(dataset, args, place: str | None):
 
     column = args.image_column
     found = _columns_of(dataset, datasets.Image)
-    likely = found or [name for name in dataset.column_names if place and _holds_names(dataset, name)]
+    named = [name for name in dataset.column_names if place and _holds_names(dataset, name)]
+    stored = [
+        name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in ("binary", "large_binary")
+    ]
+    likely = found or named or stored
     _check_column(dataset, "image_column", column, likely[0] if len(likely) == 1 else None)
     dataset = _as_images(dataset, column, place)
     if not isinstance(dataset.features[column], datasets.Image):

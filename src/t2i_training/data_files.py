@@ -10,11 +10,11 @@ import os
 import posixpath
 import re
 import shlex
+import stat
 import unicodedata
-import urllib.parse
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -27,6 +27,7 @@ _TABLES = (  # what `datasets` reads as tables, or looks into
     ".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv",
     ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar",
 )  # fmt: skip
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".001")  # not looked into
 _CAPTIONS = (".txt", ".caption")
 _SPLITS = {  # a folder's name -> the split that it holds, as `datasets` has it
     "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -64,11 +65,15 @@ class Listing:
 
 def list_files(root: str) -> Listing:
     """All files below in a fixed order, links followed, hidden ones left out."""
-    listing, seen = Listing(os.path.abspath(root)), set()
+    listing = Listing(os.path.abspath(root))
+    above = {listing.root: frozenset()}  # place -> the folders, without links, that it lies in
     for place, folders, names in os.walk(listing.root, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith((".", "__")))
-        seen.add(real)
+        real, outer = os.path.realpath(place), above.pop(place)
+        if real in outer:  # a link that leads back
+            folders[:] = []
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        above |= dict.fromkeys((os.path.join(place, name) for name in folders), outer | {real})
         for path in (os.path.join(place, name) for name in sorted(names) if not name.startswith(".")):
             listing.files.setdefault(relative(path, listing.root), path)
             if path.lower().endswith(".zip"):
@@ -83,22 +88,41 @@ def relative(path: str, root: str) -> str:
 
 
 def add_zips(listing: Listing) -> None:
-    """Add the members of all zips; a file on the disk comes before a member of its name. Raises BadData."""
-    for path in listing.zips:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise BadData(f"{relative(path, listing.root)} cannot be read as a zip: {error}") from None
-        if any(member.flag_bits & 1 for member in members):
-            raise BadData(f"{relative(path, listing.root)} is encrypted: unpack it")
-        folder = os.path.dirname(path)
-        for member in members:
-            for shown in _names(member):
-                target = os.path.normpath(os.path.join(folder, shown.replace("\\", "/")))
-                hidden = any(part.startswith((".", "__")) for part in shown.split("/"))
-                if not member.is_dir() and not hidden and target.startswith(folder + os.sep):
-                    listing.files.setdefault(relative(target, listing.root), f"zip://{member.filename}::{path}")
+    """Add the members of all zips; a file on the disk comes before a member of its name. Raises BadData.
+
+    Where several zips of one folder have metadata of their own, each counts as a folder, with the zip's name.
+    """
+    contents = {path: _members(path, listing.root) for path in listing.zips}
+    own = Counter(os.path.dirname(path) for path, shown in contents.items() if _has_metadata(shown))
+    holders = {}
+    for path, shown in contents.items():
+        several = own[os.path.dirname(path)] > 1 and _has_metadata(shown)
+        folder = path if several else os.path.dirname(path)
+        for name, filename in shown:
+            target = os.path.normpath(os.path.join(folder, name.replace("\\", "/")))
+            if any(part.startswith((".", "__")) for part in name.split("/")) or not target.startswith(folder + os.sep):
+                continue
+            key = relative(target, listing.root)
+            kept = listing.files.setdefault(key, f"zip://{filename}::{path}")
+            if kept.startswith("zip://") and (other := holders.setdefault(key, path)) != path:
+                zips = " and ".join(relative(each, listing.root) for each in (other, path))
+                raise BadData(f"{zips} both hold {key}: unpack them into folders of their own")
+
+
+def _members(path: str, root: str) -> list[tuple[str, str]]:
+    """(name as it was meant, name in the zip) of its files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise BadData(f"{relative(path, root)} cannot be read as a zip: {error}") from None
+    if any(member.flag_bits & 1 for member in members):
+        raise BadData(f"{relative(path, root)} is encrypted: unpack it")
+    return [(name, member.filename) for member in members for name in _names(member)]
+
+
+def _has_metadata(shown: list[tuple[str, str]]) -> bool:
+    return any(posixpath.basename(name) in METADATA for name, _ in shown)
 
 
 def _names(member: zipfile.ZipInfo) -> list[str]:
@@ -142,16 +166,28 @@ def refusal(root: str, captions: bool) -> str | None:
             add_zips(listing)
         except BadData as error:
             return f"cannot be read: {error}"
+    for name in METADATA:
+        if os.path.isdir(os.path.join(root, name)):
+            return f"cannot be read: {name} is a folder"
     found, images = listing.metadata(), listing.having(IMAGES)
     if found:
         training, others = training_files(found)
         return None if training else _only_other_splits(root, others)
     if is_table(listing) or (images and not captions):
         return None
-    if not captions:
-        return "holds no images"
+    if not listing.files:
+        return "is empty"
+    if not captions or archives(listing) or not (images or _near_miss(listing)):
+        return f"holds no images{archives(listing)}"
     beside = _captions_beside(listing, images)
     return beside or f"holds no metadata.jsonl, with a line for each picture such as {_LINE}{_near_miss(listing)}"
+
+
+def archives(listing: Listing) -> str:
+    """A clause on those that are not looked into; "" if there are none."""
+    inner = [name for name in listing.having((".zip",)) if listing.files[name].startswith("zip://")]
+    found = sorted([*listing.having(_ARCHIVES), *inner])
+    return f"; unpack {', '.join(found[:5])}: such archives are not looked into" if found else ""
 
 
 def _only_other_splits(root: str, names: list[str]) -> str:
@@ -253,6 +289,9 @@ def stamped(path: str) -> str:
 def read_bytes(path: str) -> bytes:
     """A file's content. Raises OSError, and for a member of a zip what zipfile raises."""
     if not path.startswith("zip://"):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open it could take for ever
+            raise OSError("it is no file, but a pipe, socket or device")
         with open(path, "rb") as file:
             return file.read()
     member, _, archive = path.removeprefix("zip://").rpartition("::")
@@ -264,50 +303,6 @@ def read_bytes(path: str) -> bytes:
     return _archive(archive, os.stat(archive).st_mtime_ns, os.getpid()).read(member)
 
 
-# --- names that no file has
-
-
-def did_you_mean(missing: Iterable[str], at_hand: Iterable[str]) -> Iterator[str | None]:
-    """For each relative path that is missing, the file at hand that it probably stands for, if there is one."""
-    missing, at_hand, by_key = list(missing), list(at_hand), {}
-    if not missing:
-        return
-    for name in at_hand:
-        for key in _keys(name):
-            by_key.setdefault(key, []).append(name)
-    stems = Counter(_stem(name) for name in at_hand)
-    for tried, name in enumerate(missing):
-        found = next((by_key[key] for key in _keys(name) if key in by_key), [])
-        if not found and tried < 20:  # seconds, with many files
-            found = [other for other in at_hand if _is_typo(_stem(name), _stem(other)) and stems[_stem(other)] == 1]
-        yield max(found[:50], key=lambda other: difflib.SequenceMatcher(None, name, other).ratio()) if found else None
-
-
-def _stem(name: str) -> str:
-    return posixpath.splitext(posixpath.basename(name))[0].casefold()
-
-
-def _keys(name: str) -> list[tuple]:
-    """What two names have in common that mean the same file, the closest first."""
-    plain = unicodedata.normalize("NFKC", urllib.parse.unquote(name)).strip().casefold()
-    for wrong in ("cp1252", "latin-1", "cp437"):  # UTF-8 that was read as something else
-        try:
-            plain = plain if plain.isascii() else name.encode(wrong).decode("utf-8").casefold()
-        except UnicodeError:
-            continue
-    base, whole = posixpath.basename(plain), posixpath.splitext(plain)[0]
-    stem = posixpath.splitext(base)[0]
-    loose = re.sub(r"[\W_]+", "", stem)
-    numbers = re.sub(r"0+(?=\d)", "", re.sub(r"(?<=\d)[\W_]+(?=\d)", ".", stem))
-    keys = [("path", plain), ("base", base), ("path stem", whole), ("stem", stem), ("stem", base)]
-    keys += [("loose", loose)] if loose else []
-    return [*keys, ("numbers", re.sub(r"[^\w.]|_", "", numbers))] if stem else keys
-
-
-def _is_typo(name: str, other: str) -> bool:
-    """Whether a letter too many, too few or two in another order tell them apart. A letter for another may be meant."""
-    if min(len(name), len(other)) < 5 or re.sub(r"\D", "", name) != re.sub(r"\D", "", other):
-        return False
-    if len(name) == len(other) and sorted(name) != sorted(other):
-        return False
-    return abs(len(name) - len(other)) < 2 and difflib.SequenceMatcher(None, name, other).ratio() >= 0.8
+def link_to_nothing(path: str) -> str | None:
+    """What is wrong with a link whose target is not there; None of anything else."""
+    return f"a link to nothing: {os.readlink(path)}" if os.path.islink(path) and not os.path.exists(path) else None

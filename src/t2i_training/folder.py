@@ -11,7 +11,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 
-from . import data_files, metadata_files, texts
+from . import data_files, metadata_files, near_names, texts
 
 METADATA = "metadata.jsonl"
 LINE, FAULTS = "_line", "_faults"  # columns of ours: where a row stands; a JSON object, what is wrong by column
@@ -93,7 +93,12 @@ def _refuse_two_of_a_kind(names: list[str]) -> None:
 def _read_file(listing, name: str) -> Iterator[tuple[dict, str, dict]]:
     """(columns, "metadata.jsonl line 3", faults by column) of each row of a metadata file."""
     folder = posixpath.dirname(os.path.join(listing.root, name))
-    for values, place, faults in metadata_files.rows(data_files.read_bytes(listing.files[name]), name):
+    try:
+        content = data_files.read_bytes(listing.files[name])
+    except OSError as error:
+        reason = data_files.link_to_nothing(listing.files[name]) or f"not to be read: {error.strerror or error}"
+        raise data_files.BadData(f"{name} is {reason}") from None
+    for values, place, faults in metadata_files.rows(content, name):
         columns, wrong = _columns(values, folder, name)
         yield columns, place, wrong | faults
 
@@ -204,8 +209,9 @@ def _find_files(listing, rows, left_out: list[str]) -> list[str]:
         if listing.files[name] not in listed and data_files.split_of(name) not in splits
     ]  # fmt: skip
     names = [data_files.relative(picture["path"], listing.root) for picture, _, _ in missing]
-    for (_, column, faults), name, meant in zip(missing, names, data_files.did_you_mean(names, left), strict=True):
-        advice = f"; did you mean {meant}?" if meant else ""
+    unpack = data_files.archives(listing) if missing else ""
+    for (_, column, faults), name, meant in zip(missing, names, near_names.did_you_mean(names, left), strict=True):
+        advice = f"; did you mean {meant}?" if meant else unpack
         faults.setdefault(column, texts.printable(f"No such file: {name}{advice}")[:900])
     return left
 

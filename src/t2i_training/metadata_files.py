@@ -24,6 +24,8 @@ def rows(content: bytes, name: str) -> Rows:
     if content.startswith(b"version https://git-lfs"):
         raise data_files.BadData(f"{name} is a Git LFS pointer in place of it: run `git lfs pull` where it was cloned")
     content = content.removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        raise data_files.BadData(f"{name} is a web page, saved in its place: download it again")
     if content.startswith(_UTF16) or b"\0" in content[:4]:
         raise data_files.BadData(f"{name} is UTF-16: save it as UTF-8")
     return _csv_rows(content, name) if name.endswith(".csv") else _json_rows(content, name)
@@ -79,14 +81,18 @@ def _csv_rows(content: bytes, name: str) -> Rows:
             fields = next(lines, None)
         except csv.Error as error:
             until = first + lines.line_num
-            yield {}, place, {"": f"the line is no CSV: {error} (read until line {until}; is a quote not closed?)"}
+            backslash = '; a double quote within quotes is written twice, "", and not \\"' if '\\"' in text else ""
+            reason = f"{error} (read until line {until}; is a quote not closed?){backslash}"
+            yield {}, place, {"": f"the line is no CSV: {reason}"}
             continue
         if fields is None:
             return
         if not any(field.strip() for field in fields):
             continue
         if header is None:
-            header = _header(fields, place)
+            header, top = _header(fields, place), place
+        elif len(header) == 1 < len(fields) and not is_name_column(header[0]):
+            raise data_files.BadData(f"{top} names no columns: the header must stand there, e.g. file_name,text")
         else:
             yield _record(header, fields, place, delimiter)
 
