@@ -57,6 +57,14 @@ def test_recipe_launches_its_script(recipe, name, pictures, tmp_path):
     assert args.max_train_steps >= 1000
 
 
+def test_recipe_with_a_launcher(recipe, pictures, tmp_path):
+    """Its words come before the script; the precision is the script's own flag."""
+    before, script, tokens = recipe("sd_lora.sh", pictures, tmp_path / "out", LAUNCH="accelerate launch --multi_gpu")
+    assert before == ["launch", "--multi_gpu"]
+    assert tiny.SCRIPTS["sd_lora"].samefile(script)
+    assert "--mixed_precision=bf16" in tokens
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "sd_flax.sh"])
 def test_recipe_trains_and_continues(recipe, name, model, prior_model, decoder_model, pictures, tmp_path):
     script, out = RECIPES[name], tmp_path / "out"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Kandinsky 2.2 decoder, LoRA. Usage: bash examples/recipes/kandinsky_decoder_lora.sh FOLDER_OF_CAPTIONED_PICTURES OUTPUT_FOLDER [more flags]
 # Interrupted, the same command continues. PRECISION (bf16) is taken from the environment; add --validation_prompt "...".
-# One process, and so no launcher: a stop signal reaches the script. Several GPUs: `torchrun --nproc_per_node 4` for `python`.
+# One process needs no launcher: a stop signal reaches the script. Several GPUs: LAUNCH="accelerate launch --multi_gpu" before
+# the command, or LAUNCH="torchrun --nproc_per_node=4".
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")/../..
-exec python "$here/kandinsky2_2/text_to_image/train_text_to_image_decoder_lora.py" --mixed_precision="${PRECISION:-bf16}" \
+exec ${LAUNCH:-python} "$here/kandinsky2_2/text_to_image/train_text_to_image_decoder_lora.py" --mixed_precision="${PRECISION:-bf16}" \
     --train_data_dir="${1:?usage: kandinsky_decoder_lora.sh PICTURES OUTPUT [flags]}" \
     --output_dir="${2:?usage: kandinsky_decoder_lora.sh PICTURES OUTPUT [flags]}" --resume_from_checkpoint=latest --checkpoints_total_limit=3 \
     --resolution=768 --train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing \

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Stable Diffusion 1.5, LoRA. Usage: bash examples/recipes/sd_lora.sh FOLDER_OF_CAPTIONED_PICTURES OUTPUT_FOLDER [more flags]
 # Interrupted, the same command continues. MODEL (folder or hub name) and PRECISION (bf16) are taken from the environment; add --validation_prompt "...".
-# One process, and so no launcher: a stop signal reaches the script. Several GPUs: `torchrun --nproc_per_node 4` for `python`.
+# One process needs no launcher: a stop signal reaches the script. Several GPUs: LAUNCH="accelerate launch --multi_gpu" before
+# the command, or LAUNCH="torchrun --nproc_per_node=4".
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")/../..
-exec python "$here/text_to_image/train_text_to_image_lora.py" --mixed_precision="${PRECISION:-bf16}" \
+exec ${LAUNCH:-python} "$here/text_to_image/train_text_to_image_lora.py" --mixed_precision="${PRECISION:-bf16}" \
     --train_data_dir="${1:?usage: sd_lora.sh PICTURES OUTPUT [flags]}" \
     --output_dir="${2:?usage: sd_lora.sh PICTURES OUTPUT [flags]}" --resume_from_checkpoint=latest --checkpoints_total_limit=3 \
     --pretrained_model_name_or_path="${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}" \

@@ -27,6 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 LAUNCHERS = {
     "python": [sys.executable],
+    "srun, 2 tasks": [sys.executable, __file__, "--tasks", "PORT"],
     "torchrun, 1 process": [*TORCHRUN, "--nproc_per_node=1", "--master_port=PORT"],
     "torchrun, 2 processes": [*TORCHRUN, "--nproc_per_node=2", "--master_port=PORT"],
     "torchrun, 2 processes, --signals-to-handle": [
@@ -42,6 +43,21 @@ LAUNCHERS = {
 }  # fmt: skip
 TARGETS = ("launcher", "group", "script")
 PATIENCE = 400  # seconds
+
+
+def start_tasks(port: str, command: list[str]) -> int:
+    """Start two processes as Slurm's srun does, without a launcher; the greater of their exit statuses."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # `scancel --signal` and a time limit reach the tasks
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [os.environ | world | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+    def heed():  # what is ignored stays so in a child
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+
+    tasks = [subprocess.Popen([sys.executable, *command], env=environment, preexec_fn=heed) for environment in ranks]
+    return max(task.wait() for task in tasks)
 
 
 def processes_with(word: str) -> list[int]:
@@ -122,4 +138,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--tasks"]:
+        sys.exit(start_tasks(sys.argv[2], sys.argv[3:]))
     main()
