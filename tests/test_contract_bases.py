@@ -187,7 +187,7 @@ def test_what_files_tell_is_said_while_flags_are_checked(case, base, command, ca
         load_script("sd").parse_args(command("sd", **{FLAG: base}))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"__main__.py: error: --{FLAG} {base} ")
+    assert f" error: --{FLAG} {base} " in line
     assert re.search(said, line), line
 
 

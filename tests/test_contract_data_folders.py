@@ -170,6 +170,10 @@ REFUSED = {  # a folder -> what is said
         lambda f: (listed(f), (f / "a.part1.rar").write_bytes(b"R"), (f / "a.part2.rar").write_bytes(b"R")),
         "; unpack a.part1.rar, a.part2.rar: such archives are not looked into",
     ),
+    "captions in .txt files, and an archive": (
+        lambda f: (two(f, old_tar="x"), (f / "0.txt").write_text("a"), (f / "1.txt").write_text("b")),
+        "has captions in .txt files beside its images",
+    ),
     "a tar with metadata": (
         lambda f: tar(f / "d.tar", **{"0.png": PNG, "metadata.jsonl": lines(A).encode()}),
         "; unpack d.tar: such archives are not looked into",

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,13 @@ def test_log_file(started, tmp_path, clock):
     assert len(lines(text)) == 1
     assert text.count("6 samples, 2 an update, 10 updates") == 2
     assert "WARNING the server says: ***\\nand more\n" in text
+
+
+def test_log_file_begins_with_what_is_trained(started, model, tmp_path):
+    started(log_file=tmp_path / "run.log")
+    line = (tmp_path / "run.log").read_text().splitlines()[0]
+    assert line.endswith(f" --pretrained_model_name_or_path={model} --output_dir={tmp_path / 'out'}")
+    assert f" INFO {Path(sys.argv[0]).name} --" in line
 
 
 def test_log_file_ends_with_what_ended_the_run(started, tmp_path):

@@ -177,7 +177,7 @@ def refusal(root: str, captions: bool) -> str | None:
         return None
     if not listing.files:
         return "is empty"
-    if not captions or archives(listing) or not (images or _near_miss(listing)):
+    if not images and (not captions or archives(listing) or not _near_miss(listing)):
         return f"holds no images{archives(listing)}"
     beside = _captions_beside(listing, images)
     return beside or f"holds no metadata.jsonl, with a line for each picture such as {_LINE}{_near_miss(listing)}"

@@ -44,7 +44,8 @@ def to_whole(network: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.n
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise weight_files.Unfit(f"{name} has no weights for {lacking[0]}{more}, which its config.json tells of")
     for tensor, value in network.to(dtype=dtype).state_dict().items():
-        if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite():
+        # The sum is quicker by far; of great values it may be infinite.
+        if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
             raise weight_files.Unfit(f"{name} holds values that are not finite, in {tensor}: its file is of no use")
     return network
 

@@ -82,6 +82,7 @@ def start(args) -> Accelerator:
     if accelerator.is_main_process:
         _lock(output_dir)
         log.open_file(args.log_file, args.hub_token)
+        logger.info(_what_is_trained(args))
     processes.wait(accelerator)
     if getattr(args, "allow_tf32", False):
         torch.set_float32_matmul_precision("high")  # cuDNN's convolutions are in TF32 unless told otherwise
@@ -89,6 +90,12 @@ def start(args) -> Accelerator:
     _catch_signals()
     packages.try_out(args, accelerator.device)
     return accelerator
+
+
+def _what_is_trained(args) -> str:
+    """The first line of a log: script, models, and where the result will be."""
+    models = [f"--{name}={value}" for name, value in vars(args).items() if name.startswith("pretrained_")]
+    return f"{Path(sys.argv[0]).name} {' '.join(models)} --output_dir={args.output_dir}"
 
 
 def _refuse_backends(accelerator) -> None:

@@ -64,13 +64,8 @@ def _other_files(files, part: str) -> str:
     named = [file for file in other if file.endswith((".safetensors", ".bin")) and not re.search("lora|adapter", file)]
     if len(named) == 1:
         kind = named[0].rpartition(".")[2]
-        stem = (
-            "diffusion_pytorch_model"
-            if "encoder" not in part
-            else "model"
-            if kind == "safetensors"
-            else "pytorch_model"
-        )
+        stems = {"safetensors": "model", "bin": "pytorch_model"}  # transformers'
+        stem = stems[kind] if "encoder" in part else "diffusion_pytorch_model"
         return f", only {named[0]}, whose name must be {part}/{stem}.{kind}"
     return f", only {', '.join(other)[:200]}, which is read by no diffusers pipeline"
 
@@ -80,14 +75,10 @@ def _check_whole(folder: Path, files, part: str, variant: str, kinds) -> None:
     matches = [(file, match) for file, match in _matches(files, part) if (match["variant"] or "") == variant]
     kind = next(kind for kind in kinds if any(match["type"] == kind for _, match in matches))
     used = [file for file, match in matches if match["type"] == kind]
-    indices = [
-        name for name in files if name.startswith(f"{part}/") and _INDEX.fullmatch(name.removeprefix(f"{part}/"))
-    ]
-    if any(match["shard"] for file, match in matches if file in used):
-        for index in indices:
-            listed = {f"{part}/{name}" for name in _listed(folder / index)}
-            if listed & {*used} and (lost := sorted(listed - {*files})):
-                raise Unfit(f"has no {lost[0]}, which holds a part of its weights: it was not copied whole")
+    for index in [file for file in files if file.startswith(f"{part}/") and _INDEX.fullmatch(file.partition("/")[2])]:
+        listed = {f"{part}/{name}" for name in _listed(folder / index)}
+        if listed & {*used} and (lost := sorted(listed - {*files})):
+            raise Unfit(f"has no {lost[0]}, which holds a part of its weights: it was not copied whole")
     for file in used:
         if fault := damage(folder / file):
             raise Unfit(f"cannot be read: {file} {fault}")

@@ -58,7 +58,7 @@ def fill(blanks: dict, files: list[Path]) -> dict:
             if is_torch and path[-1] == "kernel":
                 array = array.transpose(TO_FLAX[array.ndim])
             parameters[path] = nnx.Param(np.array(array, np.float32))
-            if not np.isfinite(parameters[path].get_value().sum()):
+            if not np.isfinite(parameters[path].get_value()).all():
                 raise ValueError(f"{file}: tensor {old_name} holds values that are not finite: the file is of no use")
     if missing := sorted(paths[name] for name in paths if paths[name] not in parameters):
         raise ValueError(f"{files[0]}: tensor {tensor_name(missing[0])} is missing ({len(missing)} in all)")
