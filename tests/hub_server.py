@@ -18,12 +18,15 @@ COMMIT = "0" * 39 + "1"
 
 
 class Hub:
-    """What has arrived: `requests` as (method, path), `repositories` as {name: {path: bytes}}."""
+    """What has arrived: `requests` as (method, path), `repositories` as {name: {path: bytes}}.
 
-    def __init__(self, token: str, refuse_commits: bool = False):
+    It offers `public`, folders by the names of repositories.
+    """
+
+    def __init__(self, token: str, refuse_commits: bool = False, public: dict[str, Path] | None = None):
         self.token, self.refuse_commits = token, refuse_commits
         self.requests, self.repositories, self.objects = [], {}, {}
-        self.public = {}  # of repositories to download, as `repositories`
+        self.public = {name: _contents(folder) for name, folder in (public or {}).items()}  # to be downloaded
         self.url = None
 
     def answer(self, method: str, path: str, authorization: str | None, body: bytes) -> tuple[int, dict]:
@@ -53,11 +56,6 @@ class Hub:
         if path.endswith(".git/info/lfs/objects/batch"):
             return 200, {"transfer": "basic", "objects": [self._lfs(item) for item in json.loads(body)["objects"]]}
         return 404, {"error": f"this hub does not know {method} {path}"}
-
-    def add(self, name: str, folder: Path) -> None:
-        """Offer a folder as a public repository."""
-        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        self.public[name] = files
 
     def _readable(self, path: str) -> tuple[int, dict | list | bytes] | None:
         """What a public repository says of itself, or one of its files; None if the path is of neither."""
@@ -95,17 +93,18 @@ class Hub:
         return 200, {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.url}/{name}/commit/{COMMIT}"}
 
 
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def _is_large(path: str) -> bool:
     return path.endswith((".safetensors", ".png"))
 
 
 @contextlib.contextmanager
 def running(token: str, port: int = 0, **options):
-    """A `Hub` that listens on 127.0.0.1 at `hub.url` until the block ends; `public` are folders to offer, by name."""
-    public = options.pop("public", {})
+    """A `Hub` that listens on 127.0.0.1 at `hub.url` until the block ends."""
     hub = Hub(token, **options)
-    for name, folder in public.items():
-        hub.add(name, folder)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -111,9 +111,15 @@ SEEN_IN_FILES = {
         lambda f: weights(f).write_bytes(weights(f).read_bytes() + bytes(100)), f"unet/{PLAIN} is {DAMAGED}"
     ),
     "empty": (lambda f: cut(weights(f), 0), f"unet/{PLAIN} is empty: fetch it again"),
-    "a web page as safetensors": (lambda f: web_page(weights(f)), f"unet/{PLAIN} is a web page: fetch the file itself"),
+    "a web page as safetensors": (
+        lambda f: web_page(weights(f)), f"unet/{PLAIN} is a web page, saved in its place: download it again"
+    ),
     "a web page as .bin": (
-        lambda f: web_page(as_bin(f)), "unet/diffusion_pytorch_model.bin is a web page: fetch the file itself"
+        lambda f: web_page(as_bin(f)), "unet/diffusion_pytorch_model.bin is a web page, saved in its place: download it"
+    ),
+    "a server's error as safetensors": (
+        lambda f: weights(f).write_text("<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>"),
+        f"unet/{PLAIN} is an XML text, as servers send it with an error, saved in its place: download it again",
     ),
     ".bin cut": (lambda f: cut(as_bin(f)), "unet/diffusion_pytorch_model.bin is damaged or incomplete: fetch it again"),
     "the text encoder's .bin cut": (
@@ -129,7 +135,7 @@ SEEN_IN_FILES = {
     "one of the text encoder's two files lost": (
         lambda f: in_two_files(f, "text_encoder").unlink(), "has no text_encoder/model-00002-of-00002.safetensors"
     ),
-    "a link that leads nowhere": (link_to_nothing, f"unet/{PLAIN} is a link to nothing: .*, which is not there"),
+    "a link that leads nowhere": (link_to_nothing, f"unet/{PLAIN} is a link to nothing: ../../blobs/0123"),
     "an unfinished download": (
         lambda f: rename(f, f"{PLAIN}.crdownload"), f"only unet/{PLAIN}.crdownload, an unfinished download"
     ),

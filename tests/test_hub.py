@@ -214,27 +214,18 @@ def test_a_base_by_its_name_on_the_hub(script, public, start, command, tmp_path)
     hub, status, printed = start(tokens, tmp_path, script, options=public, environment=environment)
     assert status == 0, printed
     found = {name for name in downloads(hub) if name.endswith((".safetensors", "preprocessor_config.json"))}
-    unet, vae, text = (
-        f"{p}.safetensors"
-        for p in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-    )
-    spare = {"safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json"}
-    image_encoder = "image_encoder/model.safetensors"
-    assert (
-        found
-        == {
-            "sd": {unet, vae, text, *spare},
-            "sd_lora": {unet, vae, text},
-            "sd_flax": {unet, vae, text},
-            "decoder": {unet, "movq/diffusion_pytorch_model.safetensors", image_encoder},
-            "prior_lora": {
-                "prior/diffusion_pytorch_model.safetensors",
-                text,
-                image_encoder,
-                "image_processor/preprocessor_config.json",
-            },
-        }[script]
-    )
+    unet, vae = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+    text, image = "text_encoder/model.safetensors", "image_encoder/model.safetensors"
+    expected = {
+        "sd": {unet, vae, text, "safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json"},
+        "sd_lora": {unet, vae, text},
+        "sd_flax": {unet, vae, text},
+        "decoder": {unet, "movq/diffusion_pytorch_model.safetensors", image},
+        "prior_lora": {
+            "prior/diffusion_pytorch_model.safetensors", text, image, "image_processor/preprocessor_config.json"
+        },
+    }  # fmt: skip
+    assert found == expected[script]
     if script == "sd":
         assert (tmp_path / "out" / "safety_checker" / "model.safetensors").is_file()
         tokens = command(script, output_dir=tmp_path / "again", **names)

@@ -189,7 +189,9 @@ def test_files_that_were_not_copied_whole(refused, variant_of):
     assert "holds a unet/config.json that cannot be read" in refused("sd", pretrained_model_name_or_path=folder)
     (folder / INDEX).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     line = refused("sd", pretrained_model_name_or_path=folder)
-    assert "holds a Git LFS pointer in place of model_index.json: run `git lfs pull` in it" in line
+    assert (
+        "cannot be read: model_index.json is a Git LFS pointer in place of it: run `git lfs pull` where it was" in line
+    )
 
 
 def test_weights_that_are_pointers(refused, variant_of):
@@ -197,7 +199,7 @@ def test_weights_that_are_pointers(refused, variant_of):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     line = refused("sd", pretrained_model_name_or_path=folder)
-    assert "unet/diffusion_pytorch_model.safetensors is a Git LFS pointer: run `git lfs pull` in its folder" in line
+    assert "unet/diffusion_pytorch_model.safetensors is a Git LFS pointer in place of it: run `git lfs pull`" in line
 
 
 # Weights

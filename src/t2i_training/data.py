@@ -125,11 +125,11 @@ def _check_images(dataset, args, place: str | None):
 
     column = args.image_column
     found = _columns_of(dataset, datasets.Image)
-    named = [name for name in dataset.column_names if place and _holds_names(dataset, name)]
-    stored = [
-        name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in ("binary", "large_binary")
-    ]
-    likely = found or named or stored
+    likely = (
+        found
+        or [name for name in dataset.column_names if place and _holds_names(dataset, name)]
+        or [name for name in dataset.column_names if _kind(dataset, name) in ("binary", "large_binary")]
+    )
     _check_column(dataset, "image_column", column, likely[0] if len(likely) == 1 else None)
     dataset = _as_images(dataset, column, place)
     if not isinstance(dataset.features[column], datasets.Image):

@@ -301,8 +301,3 @@ def read_bytes(path: str) -> bytes:
         with fsspec.open(path, "rb") as file:
             return file.read()
     return _archive(archive, os.stat(archive).st_mtime_ns, os.getpid()).read(member)
-
-
-def link_to_nothing(path: str) -> str | None:
-    """What is wrong with a link whose target is not there; None of anything else."""
-    return f"a link to nothing: {os.readlink(path)}" if os.path.islink(path) and not os.path.exists(path) else None

@@ -11,7 +11,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 
-from . import data_files, metadata_files, near_names, texts
+from . import data_files, metadata_files, near_names, stand_ins, texts
 
 METADATA = "metadata.jsonl"
 LINE, FAULTS = "_line", "_faults"  # columns of ours: where a row stands; a JSON object, what is wrong by column
@@ -96,7 +96,7 @@ def _read_file(listing, name: str) -> Iterator[tuple[dict, str, dict]]:
     try:
         content = data_files.read_bytes(listing.files[name])
     except OSError as error:
-        reason = data_files.link_to_nothing(listing.files[name]) or f"not to be read: {error.strerror or error}"
+        reason = stand_ins.link_to_nothing(listing.files[name]) or f"not to be read: {error.strerror or error}"
         raise data_files.BadData(f"{name} is {reason}") from None
     for values, place, faults in metadata_files.rows(content, name):
         columns, wrong = _columns(values, folder, name)

@@ -2,6 +2,8 @@
 
 import re
 
+from . import stand_ins
+
 _CONVERT = "convert it to PNG or JPEG"
 _BRANDS = {  # of ISO media files (ISO/IEC 14496-12), in which phones store images as well as films
     b"heic": "heif", b"heix": "heif", b"heim": "heif", b"heis": "heif", b"hevc": "heif", b"hevx": "heif",
@@ -13,10 +15,6 @@ _ISO = {
     "raw": f"a camera's raw file: {_CONVERT}",
 }
 _STARTS = (  # first that fits
-    (
-        b"version https://git-lfs",
-        "not a picture but a Git LFS pointer in place of it: run `git lfs pull` where it was cloned",
-    ),
     (b"%PDF", f"not a picture but a PDF document: {_CONVERT}"),
     (b"\xff\x0a", f"a JPEG XL image, which Pillow cannot read: {_CONVERT}"),
     (b"\x00\x00\x00\x0cJXL ", f"a JPEG XL image, which Pillow cannot read: {_CONVERT}"),
@@ -44,6 +42,8 @@ def describe(head: bytes) -> str:
         return _ISO.get(_BRANDS.get(head[8:12]), "not a picture but a video: take single images out of it")
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "not a picture but a video (AVI): take single images out of it"
+    if stand_ins.is_pointer(head):
+        return f"not a picture but {stand_ins.POINTER}"
     for start, what in _STARTS:
         if head.startswith(start):
             return what
@@ -59,7 +59,7 @@ def _describe_text(head: bytes) -> str | None:
     start = text.lower()
     if re.search(r"<svg[\s>]", start) and start[0] == "<":
         return f"not a picture but an SVG drawing, which Pillow cannot read: {_CONVERT}"
-    if re.match(r"(<!--.*?-->\s*)*<(!doctype html|html|head|body)", start, re.DOTALL):
+    if stand_ins.is_web_page(start):
         return f"not a picture but an HTML page, {_DOWNLOAD}"
     if start[0] in "{[" or start.startswith("<?xml") or start.startswith("<error"):
         return f"not a picture but {'a JSON' if start[0] in '{[' else 'an XML'} text, {_DOWNLOAD}"

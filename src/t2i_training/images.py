@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from . import data_files, image_kinds, texts
+from . import image_kinds, stand_ins, texts
 
 with contextlib.suppress(ImportError):  # phones' HEIC, for those who have installed it
     import pillow_heif
@@ -95,7 +95,7 @@ def _reason(source: bytes | str | Path, error: Exception) -> str:
             "decompression bomb, which would fill the memory: make it smaller, e.g. "
             "`magick IMAGE -resize 4096x4096 NEW_IMAGE`"
         )
-    if not isinstance(source, bytes) and (lost := data_files.link_to_nothing(source)):
+    if not isinstance(source, bytes) and (lost := stand_ins.link_to_nothing(source)):
         return f"it is {lost}"
     reason = f"{type(error).__name__}: {texts.reason(error)}"
     known_kind = isinstance(error, OSError | ValueError)

@@ -10,7 +10,7 @@ import json
 import posixpath
 from collections.abc import Iterator
 
-from . import data_files, texts
+from . import data_files, stand_ins, texts
 
 Rows = Iterator[tuple[dict, str, dict]]
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -21,11 +21,9 @@ def rows(content: bytes, name: str) -> Rows:
     """Of a file named metadata.jsonl, .csv or .parquet; places read like "metadata.jsonl line 3"."""
     if name.endswith(".parquet"):
         return _parquet_rows(content, name)
-    if content.startswith(b"version https://git-lfs"):
-        raise data_files.BadData(f"{name} is a Git LFS pointer in place of it: run `git lfs pull` where it was cloned")
+    if instead := stand_ins.of_content(content[:1000]):
+        raise data_files.BadData(f"{name} is {instead}")
     content = content.removeprefix(b"\xef\xbb\xbf")
-    if content.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
-        raise data_files.BadData(f"{name} is a web page, saved in its place: download it again")
     if content.startswith(_UTF16) or b"\0" in content[:4]:
         raise data_files.BadData(f"{name} is UTF-16: save it as UTF-8")
     return _csv_rows(content, name) if name.endswith(".csv") else _json_rows(content, name)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import names, texts, weight_files
+from . import names, stand_ins, texts, weight_files
 from .weight_files import Unfit
 
 logger = logging.getLogger("t2i_training")
@@ -136,10 +136,9 @@ def _parse(file: Path) -> dict:
         content = file.read_bytes()
         if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):  # as diffusers refuses it
             raise Unfit(f"holds a {where} that begins with a byte order mark: save it as UTF-8 without BOM")
-        text = content.decode("utf-8")
-        if text.startswith("version https://git-lfs"):
-            raise Unfit(f"holds a Git LFS pointer in place of {where}: run `git lfs pull` in it")
-        found = json.loads(text)
+        if instead := stand_ins.of_content(content[:1000]):
+            raise Unfit(f"cannot be read: {where} is {instead}")
+        found = json.loads(content)
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {texts.reason(error)[:200]}"
         raise Unfit(f"holds a {where} that cannot be read ({reason})") from None

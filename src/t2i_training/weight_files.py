@@ -5,6 +5,8 @@ import re
 import zipfile
 from pathlib import Path
 
+from . import stand_ins
+
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model|pytorch_model|diffusion_flax_model|flax_model)"
     r"(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?\.(?P<type>safetensors|bin|msgpack)"
@@ -96,17 +98,13 @@ def damage(file: Path) -> str | None:
     try:
         size = file.stat().st_size
         with open(file, "rb") as opened:
-            start = opened.read(500)
-    except FileNotFoundError:
-        return f"is a link to nothing: {file.readlink() if file.is_symlink() else file}, which is not there"
+            start = opened.read(1000)
     except OSError as error:
-        return f"is not to be opened: {error.strerror}"
+        return f"is {stand_ins.link_to_nothing(file) or f'not to be opened: {error.strerror}'}"
     if not size:
         return "is empty: fetch it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer: run `git lfs pull` in its folder"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page: fetch the file itself"
+    if instead := stand_ins.of_content(start):
+        return f"is {instead}"
     if file.suffix == ".safetensors":
         return _damaged_tensors(file, size)
     if file.suffix == ".bin" and start.startswith(b"PK") and not zipfile.is_zipfile(file):
@@ -147,8 +145,8 @@ def absent(network) -> list[str]:
     By the ends of names: transformers and older files put different prefixes before them.
     """
     there = set()
-    for file, _ in _matches([f"/{path.name}" for path in Path(network.name_or_path).glob("*")], ""):
-        for name in _tensor_names(Path(network.name_or_path) / file[1:]):
+    for file in [path for path in Path(network.name_or_path).glob("*") if _WEIGHTS.fullmatch(path.name)]:
+        for name in _tensor_names(file):
             parts = name.split(".")
             there.update(".".join(parts[i:]) for i in range(len(parts)))
     names = network.state_dict() if there else ()
