@@ -15,7 +15,7 @@ from PIL import Image
 from runs import TIMED
 from runs import rows as untimed
 
-from t2i_training import data, flops, inspection, metrics, readouts, runtime
+from t2i_training import data, flops, inspection, log, metrics, readouts, runtime
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_log_file(started, tmp_path, clock):
     file, token = tmp_path / "logs" / "run.log", "hf_" + "SecretOfThisTest" * 2
     progress = started(log_file=file, max_train_steps=10, push_to_hub=True, hub_token=token)
     update(progress, 1.0)
-    runtime.logger.warning(f"the server says: {token}\nand more")
+    log.logger.warning(f"the server says: {token}\nand more")
     started({"step": 1, "samples_seen": 2}, log_file=file, max_train_steps=10, resume_from_checkpoint="latest")
     text = file.read_text()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO|WARNING) ", line) for line in text.splitlines())

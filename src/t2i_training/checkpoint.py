@@ -16,9 +16,10 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from .files import cannot_be_saved, forget_local_paths, make_readable, remove_folder, replace_folder, saving, set_aside
+from .log import logger
 from .manifest import MANIFEST, read_manifest, verify, write_manifest
 from .processes import wait
-from .runtime import end_loop, fail, fail_after_step, heed_early_stop, logger, readable_errors
+from .runtime import end_loop, fail, fail_after_step, heed_early_stop, readable_errors
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import re
 import warnings
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 
 from . import data_files, folder, images, model_kind, names, texts
+from .log import logger
 
-logger = logging.getLogger("t2i_training")  # heard of the main process alone, as runtime.start sets its level
 _COUNTED = 20_000  # captions whose tokens are counted: seconds
 _WORD = re.compile(r"\w+")
 ROW = 0  # a row's number in itself, under a key that no column has
@@ -224,9 +223,7 @@ def fit_tokenizer(tokenizer, positions: int, needed: int | None = None) -> None:
     if length != tokenizer.model_max_length:
         stated = tokenizer.model_max_length
         stated = stated if stated < 1e9 else "no length"  # transformers' stand-in for none is 1e30
-        logging.getLogger("t2i_training").warning(
-            f"the tokenizer states {stated}: captions are cut to the {length} tokens that are read"
-        )
+        logger.warning(f"the tokenizer states {stated}: captions are cut to the {length} tokens that are read")
         tokenizer.model_max_length = length
     tokenize(tokenizer, "")  # what fails here is no caption's fault
 

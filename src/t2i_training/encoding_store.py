@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from . import files, runtime
+from . import files, log, runtime
 
 
 class Store:
@@ -65,7 +65,7 @@ class Store:
         return vars(self) | {"_files": {}}  # of a spawned worker, which opens them anew
 
     def _discard(self, name: str, reason) -> None:
-        runtime.logger.warning(f"{self.folder / name} is damaged ({reason}): what it holds is encoded again")
+        log.logger.warning(f"{self.folder / name} is damaged ({reason}): what it holds is encoded again")
         self._files.pop(name, None)
         (self.folder / name).unlink(missing_ok=True)
 

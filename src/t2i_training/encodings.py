@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from . import __version__, data, draws, images, inspection, loading, log, processes, runtime
+from . import __version__, bar, data, draws, images, inspection, loading, log, processes, runtime
 from .encoding_store import Store
 from .fingerprint import fingerprint
 
@@ -101,7 +101,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
         plan = store.folder.name, store.missing(wanted)
     processes.wait(accelerator)  # the hashing of terabytes takes long
     name, missing = broadcast_object_list([plan])[0]
-    runtime.logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
+    log.logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
     with readable():
         store = Store(folder / name)
     if missing:
@@ -169,8 +169,8 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
         parts.clear()
 
     loader = loading.loader(_Reading(items, read), args, accelerator, size, batch_size=size)
-    bar = log.Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
-    with bar, torch.no_grad():
+    shown = bar.Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
+    with shown, torch.no_grad():
         try:
             for first, batch in zip(range(0, len(items), size), loading.on_device(loader, accelerator), strict=True):
                 keys = [key for key, _ in items[first : first + size]]
@@ -179,8 +179,8 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
                 parts.append((keys, encoded))
                 if len(parts) * size >= SHARD:
                     commit()
-                bar.update(len(keys))
+                shown.update(len(keys))
         finally:
             commit()
-            if bar.n < len(items):
-                runtime.logger.info(f"{kind}: {bar.n} of the {len(items)} that were missing are encoded, and kept")
+            if shown.n < len(items):
+                log.logger.info(f"{kind}: {shown.n} of the {len(items)} that were missing are encoded, and kept")

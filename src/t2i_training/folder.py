@@ -5,18 +5,16 @@ type, does not say where, and leaves out images without a line in silence.
 """
 
 import json
-import logging
 import os
 import posixpath
 import re
 from collections.abc import Iterator
 
 from . import data_files, metadata_files, near_names, stand_ins, texts
+from .log import logger
 
 METADATA = "metadata.jsonl"
 LINE, FAULTS = "_line", "_faults"  # columns of ours: where a row stands; a JSON object, what is wrong by column
-
-logger = logging.getLogger("t2i_training")
 
 
 class _Picture(dict):

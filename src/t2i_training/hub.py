@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from . import texts
+from .log import logger
 from .names import is_hub_name
-from .runtime import logger
 
 OBJECTIVE = (  # flags that the card tells of where they are set
     "prediction_type", "rank", "use_ema", "snr_gamma", "noise_offset", "input_perturbation", "dream_training",

@@ -21,7 +21,8 @@ import PIL.Image
 from accelerate.utils import gather_object
 
 from . import data, data_files, files, folder, images, machine, processes, texts
-from .log import Bar, logger
+from .bar import Bar
+from .log import logger
 
 MEMO = ".inspected_pictures.json"
 BAD, SKIPPED = "bad_samples.jsonl", "skipped_samples.jsonl"

@@ -3,30 +3,26 @@
 import contextlib
 import logging
 import sys
-import time
 import traceback
 from pathlib import Path
 
-from accelerate.logging import get_logger
-from tqdm.auto import tqdm
-
 from . import texts
 
-logger = get_logger("t2i_training")
-logger.logger.addFilter(lambda record: _make_printable(record))
+logger = logging.getLogger("t2i_training")  # of the main process; `runtime.start` has the others say errors alone
+logger.addFilter(lambda record: _make_printable(record))
 _steps = logging.getLogger("t2i_training.steps")  # the lines of logging intervals, for which a terminal has a bar
 _log_file = None  # the handler that writes --log_file
 _LINES = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%Y-%m-%d %H:%M:%S"}
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    message = record.getMessage().removeprefix("[RANK 0] ")  # what accelerate adds; others log errors alone
-    record.msg, record.args = texts.printable(message), ()
+    record.msg, record.args = texts.printable(record.getMessage()), ()
     return True
 
 
 def to_stderr() -> None:
     """Log lines stand above the progress bars. Nothing is changed if the caller has set up logging."""
+    from tqdm.auto import tqdm  # a tenth of a second, which --help does without
 
     class Handler(logging.StreamHandler):
         def emit(self, record):
@@ -85,26 +81,3 @@ def error_into_file(error: BaseException) -> None:
 def step(line: str) -> None:
     """Log the line of a logging interval: not to a terminal, which has the bar. Main process only."""
     _steps.info(line)
-
-
-class Bar(tqdm):
-    """A bar on the terminal of the main process; where stderr is none, a line in the log every minute."""
-
-    def __init__(self, accelerator, **options):
-        self._in_log, self._logged = not sys.stderr.isatty(), time.monotonic()
-        options |= {"leave": False} if self._in_log else {}
-        super().__init__(disable=not accelerator.is_main_process, dynamic_ncols=True, **options)
-
-    def update(self, n=1):
-        super().update(n)
-        now = time.monotonic()
-        if self._in_log and not self.disable and now - self._logged > 60:
-            left = self.format_interval(self.format_dict["elapsed"] * (self.total - self.n) / self.n)
-            logger.info(f"{self.desc}: {self.n} of {self.total}, {left} left")
-            self._logged = now
-
-    def display(self, *arguments, **options):
-        return None if self._in_log else super().display(*arguments, **options)
-
-    def clear(self, *arguments, **options):
-        return None if self._in_log else super().clear(*arguments, **options)

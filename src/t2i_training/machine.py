@@ -1,14 +1,13 @@
 """What the machine offers to a process of the run, CPU cores and memory; what is said where it is too little."""
 
-import logging
 import os
 import shutil
 import sys
 from traceback import walk_tb
 
 from . import texts
+from .log import logger
 
-logger = logging.getLogger("t2i_training")
 SHARED_MEMORY = "/dev/shm"  # where loader workers put their batches
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoint, data, data_changes, encodings, files, loading, log, processes, readouts, runtime, validation
 from .checks import public_config
-from .runtime import logger
+from .log import logger
 
 METRICS = "metrics.jsonl"
 MOST_SKIPPED = 32  # updates in a row that fp16's loss scaler may skip: each halves the scale, which is then below 2e-5
@@ -299,7 +299,7 @@ def read_metrics(output_dir) -> list[dict]:
                 raise ValueError
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError):
-            logger.logger.warning(f"{METRICS}: left out a damaged line")  # accelerate's adapter wants a run under way
+            logger.warning(f"{METRICS}: left out a damaged line")
     return rows
 
 

@@ -6,16 +6,15 @@ configuration files are small, and the download of its weights is not.
 
 import functools
 import json
-import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from . import names, stand_ins, texts, weight_files
+from .log import logger
 from .weight_files import Unfit
 
-logger = logging.getLogger("t2i_training")
 _NEEDS = {  # kind -> the parts of its pipeline, and what a user is told that it is
     "model": (
         ("vae", "text_encoder", "tokenizer", "unet", "scheduler"),

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from .runtime import logger
+from .log import logger
 
 
 def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -43,9 +43,7 @@ def make_schedule(args, optimizer, num_updates: int):
 
     name, _, rules = args.lr_scheduler.partition(":")
     if args.lr_warmup_steps >= num_updates and name not in ("constant", "piecewise_constant"):
-        logger.logger.warning(
-            f"the run's {num_updates} updates are all warm-up: --lr_warmup_steps {args.lr_warmup_steps}"
-        )
+        logger.warning(f"the run's {num_updates} updates are all warm-up: --lr_warmup_steps {args.lr_warmup_steps}")
     if name == "polynomial" and num_updates == args.lr_warmup_steps:
         num_updates += 1  # it divides by the number of updates after the warm-up
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from . import flops
-from .runtime import logger
+from .log import logger
 
 _END = object()
 _waited = 0.0  # seconds that `timed` has waited for data in this process

@@ -71,7 +71,7 @@ def start(args) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     log.to_stderr()
-    logging.getLogger("t2i_training").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     _quiet_libraries(accelerator)
     _refuse_backends(accelerator)
     if accelerator.num_processes > 1:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import texts
-from .runtime import logger
+from .log import logger
 
 PARTS = ("feature_extractor", "safety_checker", "image_encoder")
 _CLASSES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # the name of today

@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from . import processes, runtime
 from .files import free_name, whole
+from .log import logger
 from .networks import eager
-from .runtime import logger
 
 STEPS = 20  # of the sampler, for a validation image
 
@@ -54,7 +54,7 @@ def _generate(draw_picture: Callable[[int], Image.Image], indices, step: int) ->
             if not runtime.stopping():
                 images.append((i, draw_picture(i)))
     if not_numbers:
-        logger.logger.warning(
+        logger.warning(
             f"validation pictures of step {step} are black where a network gave nan; where a VAE overflows in fp16, "
             "--mixed_precision=bf16 or no, or another VAE, helps"
         )
