@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from t2i_training import draws, images
+from t2i_training.data import draws, images
 
 SIZES = {"1 MP": (1152, 864), "12 MP": (4000, 3000)}
 

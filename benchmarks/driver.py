@@ -17,9 +17,9 @@ import runs
 
 def time_caching() -> list[float]:
     """Of the one call that makes encodings, or finds them: the list that its seconds will be in."""
-    from t2i_training import encodings
+    from t2i_training.encodings import cache
 
-    cached, seconds = encodings.cached, []
+    cached, seconds = cache.cached, []
 
     def timed(*args):
         began = time.perf_counter()
@@ -27,7 +27,7 @@ def time_caching() -> list[float]:
         seconds.append(time.perf_counter() - began)
         return result
 
-    encodings.cached = timed
+    cache.cached = timed
     return seconds
 
 
@@ -46,16 +46,16 @@ def after_flax_updates(hook) -> None:
     """Call `hook` when an update of the Flax script is done."""
     import jax
 
-    from t2i_training import flax_training
+    from t2i_training.sd_flax import train_state
 
-    step = flax_training.Trained.step
+    step = train_state.Trained.step
 
     def stepped(trained, *inputs):
         result = jax.block_until_ready(step(trained, *inputs))
         hook()
         return result
 
-    flax_training.Trained.step = stepped
+    train_state.Trained.step = stepped
 
 
 def main() -> None:

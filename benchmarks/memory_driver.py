@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from t2i_training import flops
+from t2i_training.report import flops
 
 
 def zeros(network: torch.nn.Module) -> torch.nn.Module:

@@ -58,7 +58,7 @@ def environment(work: Path) -> dict[str, str]:
 class Run:
     """A run that has made its first update.
 
-    `started` is the time that took, from the start of the process, `caching` that within `encodings.cached`, and
+    `started` is the time that took, from the start of the process, `caching` that within `encodings.cache`, and
     `compiling` that of JAX's compiler, in seconds; `peak` the most GPU memory that torch's allocator had given out in
     the last turn, in bytes. The run ends with `close`, wherever it stands: nothing is exported.
     """

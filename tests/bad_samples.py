@@ -220,7 +220,8 @@ def bad(cases: dict[str, tuple[str, str]]) -> dict[str, str]:
 
 
 def main() -> int:
-    from t2i_training import data, inspection
+    from t2i_training.data import inspection
+    from t2i_training.data.dataset import open_dataset
 
     logging.disable()
     os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -232,7 +233,7 @@ def main() -> int:
             dataset_name=None, train_data_dir=f"{root}/pictures", image_column="image", max_train_samples=None,
             output_dir=root, skip_bad_samples=True,
         )  # fmt: skip
-        dataset, _ = inspection.inspect(args, Accelerator(), data.open_dataset(args), "text")
+        dataset, _ = inspection.inspect(args, Accelerator(), open_dataset(args), "text")
         seen = dict.fromkeys(dataset["_line"], TRAINS)
         for line in Path(root, inspection.SKIPPED).read_text().splitlines():
             sample = json.loads(line)

@@ -171,11 +171,16 @@ def device(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_run_under_way(monkeypatch):
     """What an earlier test's run in this process has left: which tests share one depends on the machine's speed."""
-    from t2i_training import runtime
+    from t2i_training import errors, stopping
 
-    for name in ("progress_bar", "steps", "_stop_signal", "_failure"):
-        monkeypatch.setattr(runtime, name, None)
-    monkeypatch.setattr(runtime, "_phase", "before the loop")
+    for module, name in (
+        (errors, "progress_bar"),
+        (errors, "steps"),
+        (stopping, "_stop_signal"),
+        (stopping, "_failure"),
+    ):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(stopping, "_phase", "before the loop")
 
 
 @pytest.fixture(scope="session")
@@ -233,7 +238,7 @@ def server():
 @pytest.fixture(scope="session", autouse=True)
 def count_flops_once():
     """Hundreds of runs, a second each: a network's class is counted once. test_flops.py counts for itself."""
-    from t2i_training import flops
+    from t2i_training.report import flops
 
     count, known = flops.count, {}
 
@@ -251,9 +256,9 @@ def count_flops_once():
 @pytest.fixture(scope="session", autouse=True)
 def draw_curves_once():
     """They are half of a short run's time: rows of equal kinds share a picture. test_metrics.py draws for itself."""
-    from t2i_training import metrics
+    from t2i_training.report import curves
 
-    figure, known = metrics._figure, {}
+    figure, known = curves._figure, {}
 
     def draw_once(rows):
         kinds = frozenset((name, type(value)) for row in rows for name, value in row.items())
@@ -263,14 +268,14 @@ def draw_curves_once():
         return SimpleNamespace(savefig=lambda file, **_options: file.write_bytes(known[kinds]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_figure", draw_once)
+        patch.setattr(curves, "_figure", draw_once)
         yield figure
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_sampling_steps():
     """Hundreds of validation images: test_validation.py has how many steps a user's take."""
-    from t2i_training import validation
+    from t2i_training.report import validation
 
     with pytest.MonkeyPatch.context() as patch:
         steps = validation.STEPS
@@ -303,12 +308,12 @@ def load_script(name: str):
 def load_quick_flax_script(patch: pytest.MonkeyPatch):
     """The Flax script with nothing to compile: an update shrinks the weights, pictures are grey. All else is real."""
     script = load_script("sd_flax")
-    from t2i_training import flax_devices, flax_training
+    from t2i_training.sd_flax import devices, train_state
 
-    def begin(trained, train_step, begin=flax_training.Trained.begin):
+    def begin(trained, train_step, begin=train_state.Trained.begin):
         def shrink(tree):
-            shrunk = script.jax.tree.map(lambda array: array * 0.9, flax_devices.fetch(tree))
-            return flax_devices.place(shrunk, trained.mesh, trained.shard)
+            shrunk = script.jax.tree.map(lambda array: array * 0.9, devices.fetch(tree))
+            return devices.place(shrunk, trained.mesh, trained.shard)
 
         def step(state, *_):
             names = {"parameters", "average"} & set(state)
@@ -317,8 +322,8 @@ def load_quick_flax_script(patch: pytest.MonkeyPatch):
         begin(trained, train_step)
         trained.train_step = step
 
-    patch.setattr(flax_training.Trained, "sample_flops", lambda _: 1e6)
-    patch.setattr(flax_training.Trained, "begin", begin)
+    patch.setattr(train_state.Trained, "sample_flops", lambda _: 1e6)
+    patch.setattr(train_state.Trained, "begin", begin)
     patch.setattr(script, "draw_picture", lambda index, **_: script.Image.new("RGB", (16, 16), "grey"))
     return script
 
@@ -423,12 +428,12 @@ def free_port() -> int:
 @contextlib.contextmanager
 def held(folder: Path):
     """Inside, a run in another process has that output folder."""
-    from t2i_training import runtime
+    from t2i_training.run import output_folder
 
     ready, write = os.pipe()
     if (pid := os.fork()) == 0:
         try:
-            runtime._lock(folder)
+            output_folder.lock(folder)
             os.write(write, b"held")
             signal.pause()
         finally:

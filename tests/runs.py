@@ -308,8 +308,8 @@ def _enter(environment: dict[str, str]) -> None:
 def _draw_once() -> None:
     """Let all runs' curves be the same picture: one takes a new process more than a second."""
     row = {"step": 1, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0}
-    metrics._figure([row]).savefig(curves := io.BytesIO(), format="png")
-    metrics._figure = lambda _rows: SimpleNamespace(savefig=lambda file, **_: file.write_bytes(curves.getvalue()))
+    curves._figure([row]).savefig(picture := io.BytesIO(), format="png")
+    curves._figure = lambda _rows: SimpleNamespace(savefig=lambda file, **_: file.write_bytes(picture.getvalue()))
 
 
 def _freeze() -> None:
@@ -353,13 +353,13 @@ if __name__ == "__main__":
     import huggingface_hub
     import transformers  # noqa: F401
 
-    from t2i_training import flops, metrics, validation
+    from t2i_training.report import curves, flops, validation
 
     validation.STEPS = SAMPLING_STEPS
     _draw_once()
     _freeze()
     request = _serve()
-    for module in () if request["count_flops"] else (flops, sys.modules.get("t2i_training.flax_flops")):
+    for module in () if request["count_flops"] else (flops, sys.modules.get("t2i_training.sd_flax.flops")):
         if module:
             module.count = lambda *_: 1.0
     os.chdir(request["folder"])

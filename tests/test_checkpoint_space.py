@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from conftest import load_quick_flax_script, load_script
 
-from t2i_training import checkpoint
+from t2i_training.run import checkpoint
 
 GIB = 2**30
 

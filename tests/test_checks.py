@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import flags, load_script
 
-from t2i_training import checks
+from t2i_training.cli import checks, config_file
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_no_error_text_shows_a_token(config, parse, refused, text):
 def test_public_config_holds_everything_but_secrets(config, parse):
     path = config("push_to_hub: true\nhub_token: hf_secret\nhub_model_id: me/model\n")
     args = parse("--config", path, validation_prompts=["a"])
-    public = checks.public_config(args)
+    public = config_file.public_config(args)
     assert args.hub_token == "hf_secret"
     assert "hf_secret" not in str(public)
     assert set(vars(args)) - set(public) == {"hub_token", "config"}
@@ -152,8 +152,8 @@ def test_public_config_comes_back_through_config(config, parse):
     model = {"learning_rate": None, "pretrained_model_name_or_path": "someone/model"}
     args = parse(*tokens, f"--tracker_project_name={project}", f"--config={path}", **model)
     assert args.validation_prompts == prompts
-    again = load_script("sd").parse_args(["--config", config(yaml.safe_dump(checks.public_config(args)))])
-    assert checks.public_config(again) == checks.public_config(args)
+    again = load_script("sd").parse_args(["--config", config(yaml.safe_dump(config_file.public_config(args)))])
+    assert config_file.public_config(again) == config_file.public_config(args)
 
 
 # --- rules

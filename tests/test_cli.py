@@ -10,7 +10,7 @@ import pytest
 import tiny
 from conftest import load_script
 
-from t2i_training import checks
+from t2i_training.cli import checks
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "recorded_flags.json").read_text())
 OURS = {  # script -> the flags that the published one does not have
@@ -66,7 +66,7 @@ def actions(script: str, monkeypatch) -> dict:
     monkeypatch.setattr(checks, "parse", lambda parser, argv: parser)
     module = load_script(script)
     if script == "sd_flax":
-        monkeypatch.setattr(module.flax_cli, "need_packages", lambda parser: None)
+        monkeypatch.setattr(module.flax_flags, "need_packages", lambda parser: None)
     parser = module.parse_args()
     return {action.dest: action for action in parser._actions if action.dest != "help"}
 

@@ -17,7 +17,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from t2i_training.clip_names import keep_old_names
+from t2i_training.run.clip_names import keep_old_names
 
 SHAPE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 8,

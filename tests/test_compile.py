@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from t2i_training import checks
+from t2i_training.cli import checks
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 GRAPHS = {  # script -> (whole, regional): blocks of equal shapes share a graph, gradients flowing in or not

@@ -11,7 +11,7 @@ import tiny
 from conftest import load_script
 from runs import ADAPTERS, checkpoints, interrupt, outcome, rows
 
-from t2i_training.checkpoint import read_manifest
+from t2i_training.run.checkpoint import read_manifest
 
 # A run of four updates, the learning rate falling along a cosine, stopped after the second.
 RUN = {"max_train_steps": 4, "lr_scheduler": "cosine", "learning_rate": 1e-2}

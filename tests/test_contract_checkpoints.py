@@ -14,7 +14,8 @@ import torch
 from conftest import flags, load_script, short_run
 from runs import checkpoints, outcome, rows, wait_until, weights
 
-from t2i_training import checkpoint, files
+from t2i_training import files
+from t2i_training.run import checkpoint
 
 
 def manifest(folder) -> dict:
@@ -235,7 +236,7 @@ def test_no_local_path_is_written_into_a_model(out, model):
 
 def test_limit_of_one_always_leaves_a_whole_one(server, sd_flags, tmp_path):
     """Seen from outside, at any moment after the first save."""
-    from t2i_training.checkpoint import verify
+    from t2i_training.run.checkpoint import verify
 
     out = tmp_path / "out"
     run = server.start(sd_flags(max_train_steps=10, checkpointing_steps=1, checkpoints_total_limit=1), tmp_path)
@@ -404,7 +405,7 @@ def test_disk_that_fails_while_training_goes_on(train, tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         files.sync(path)
 
-    monkeypatch.setattr("t2i_training.manifest.sync", sync)
+    monkeypatch.setattr("t2i_training.run.manifest.sync", sync)
     message = refusal(train, max_train_steps=1000, checkpointing_steps=2)
     assert message.startswith(f"error: checkpoint-4 cannot be saved in {tmp_path / 'out'}, where ")
     last = rows(tmp_path / "out")[-1]["step"]

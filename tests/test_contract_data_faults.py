@@ -21,8 +21,9 @@ from PIL import Image
 from runs import after_update, checkpoints, outcome, wait_until
 from safetensors.torch import save_file
 
-from t2i_training import data, images, inspection
-from t2i_training.checkpoint import verify
+from t2i_training.data import images, inspection
+from t2i_training.data.dataset import open_dataset
+from t2i_training.run.checkpoint import verify
 
 ONE_PROCESS = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True)
 
@@ -47,7 +48,7 @@ def inspect(tmp_path):
             dataset_name=None, train_data_dir=str(source), image_column=image_column, max_train_samples=None,
             output_dir=str(tmp_path / "out"), skip_bad_samples=skip, cache_dir=None,
         )  # fmt: skip
-        dataset = source if isinstance(source, datasets.Dataset) else data.open_dataset(args)
+        dataset = source if isinstance(source, datasets.Dataset) else open_dataset(args)
         return inspection.inspect(args, process, dataset, caption_column)
 
     return run
@@ -302,7 +303,7 @@ def test_pictures_within_a_data_set_are_not_read_again(inspect, tmp_path, monkey
     def opened():
         options = {"dataset_name": str(tmp_path / "data"), "dataset_config_name": None, "train_data_dir": None}
         options |= {"cache_dir": str(tmp_path / "cache"), "image_column": "image", "max_train_samples": None}
-        return data.open_dataset(SimpleNamespace(**options))
+        return open_dataset(SimpleNamespace(**options))
 
     (tmp_path / "data").mkdir()
     stored = embedded(text=["a", None, "c"]).cast_column("image", datasets.Image())
@@ -368,7 +369,7 @@ def test_ten_thousand_remembered_pictures_are_not_opened(inspect, tmp_path, monk
     tiny.make_pictures(folder, count=1)
     line = '{"file_name": "0.png", "text": "caption %d"}\n'
     (folder / "metadata.jsonl").write_text("".join(line % i for i in range(10_000)))
-    dataset = data.open_dataset(
+    dataset = open_dataset(
         SimpleNamespace(dataset_name=None, train_data_dir=str(folder), image_column="image", max_train_samples=None)
     )
     inspect(dataset.select(range(1)))

@@ -20,7 +20,9 @@ from bad_samples import _stored
 from conftest import load_script
 from PIL import Image
 
-from t2i_training import data, data_files, images, inspection, loading
+from t2i_training.data import captions, images, inspection, loading
+from t2i_training.data.dataset import BadSample, open_dataset, picture_file
+from t2i_training.sources import data_files
 
 ONE_PROCESS = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True)
 PNG = _stored(Image.new("RGB", (8, 8), "red"))
@@ -46,7 +48,7 @@ def samples(tmp_path, caplog):
             try:
                 if fault := data_files.refusal(str(place), caption_column is not None):
                     raise SystemExit(f"error: --{flag} {place} {fault}")
-                dataset, _ = inspection.inspect(args, ONE_PROCESS, data.open_dataset(args), caption_column)
+                dataset, _ = inspection.inspect(args, ONE_PROCESS, open_dataset(args), caption_column)
                 outcomes.append(dataset.to_list())
             except SystemExit as stop:
                 outcomes.append(stop.code.replace(flag, "FLAG").replace(f"--FLAG {place}", "FLAG"))
@@ -73,7 +75,7 @@ def lines(*rows: dict) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def captions(rows) -> list:
+def texts(rows) -> list:
     assert isinstance(rows, list), rows
     return [row["text"] for row in rows]
 
@@ -84,7 +86,7 @@ def captions(rows) -> list:
 def test_other_splits_are_left_out_by_both_flags_and_named(samples, tmp_path, caplog):
     for split, count in (("train", 3), ("test", 2), ("Validation", 1)):
         tiny.make_pictures(tmp_path / "set" / split, count)
-    assert captions(samples(tmp_path / "set")) == ["picture 0", "picture 1", "picture 2"]
+    assert texts(samples(tmp_path / "set")) == ["picture 0", "picture 1", "picture 2"]
     said = "3 samples of train/metadata.jsonl; left out as other splits: Validation/metadata.jsonl, test/metadata.jsonl"
     assert f"--train_data_dir {tmp_path / 'set'}: {said}" in caplog.messages
     assert "have no line" not in caplog.text
@@ -94,7 +96,7 @@ def test_other_splits_are_left_out_by_both_flags_and_named(samples, tmp_path, ca
 def test_a_split_that_the_training_metadata_lists_itself_is_read(samples, tmp_path):
     folder = fill(tmp_path / "set", "test/0.png", "1.png")
     (folder / "metadata.jsonl").write_text(lines({"file_name": "test/0.png", "text": "a"}))
-    assert captions(samples(folder)) == ["a"]
+    assert texts(samples(folder)) == ["a"]
 
 
 def test_only_other_splits(samples, tmp_path):
@@ -142,9 +144,9 @@ def test_images_in_a_zip(inside, samples, tmp_path, caplog, monkeypatch):
     if not inside:
         (tmp_path / "set" / "metadata.jsonl").write_text(LISTED)
     rows = samples(tmp_path / "set")
-    assert captions(rows) == [f"caption {i}" for i in range(4)]
+    assert texts(rows) == [f"caption {i}" for i in range(4)]
     assert rows[2]["image"] == {"bytes": None, "path": f"zip://2.png::{tmp_path}/set/images.zip"}
-    with Image.open(io.BytesIO(data.picture_file(rows[2]["image"]))) as image:
+    with Image.open(io.BytesIO(picture_file(rows[2]["image"]))) as image:
         assert image.getpixel((0, 0)) == (2, 0, 0)
     assert "4 samples of metadata.jsonl, with what images.zip holds" in caplog.text
     monkeypatch.setattr(images, "decode_with_size", None)
@@ -191,15 +193,15 @@ def test_a_zip_leads_nowhere_else(samples, tmp_path):
     fill(tmp_path, "outside.png")
     listed = lines({"file_name": "../outside.png", "text": "a"}, {"file_name": "in.png", "text": "b"})
     pack(tmp_path / "set" / "i.zip", **{"../outside.png": PNG, "in.png": PNG, "metadata.jsonl": listed.encode()})
-    assert captions(samples(tmp_path / "set", skip=True)) == ["b"]
+    assert texts(samples(tmp_path / "set", skip=True)) == ["b"]
 
 
 def test_a_path_within_a_zip_as_datasets_gives_it(tmp_path):
     """What `load_dataset` makes of a zip of the hub, once it is downloaded."""
     path = pack(tmp_path / "i.zip", **{"a/b.png": PNG})
-    assert data.picture_file({"bytes": None, "path": f"zip://a/b.png::{path}"}) == PNG
+    assert picture_file({"bytes": None, "path": f"zip://a/b.png::{path}"}) == PNG
     with pytest.raises(images.UnreadableImage, match="no item named 'c"):
-        data.picture_file({"bytes": None, "path": f"zip://c.png::{path}"})
+        picture_file({"bytes": None, "path": f"zip://c.png::{path}"})
 
 
 # --- captions in .txt
@@ -222,7 +224,7 @@ def test_captions_in_txt_files(command, samples, tmp_path, capsys):
     line = error.partition("of them: ")[2].strip()
     assert shlex.split(line)[:2] == ["cd", str(folder)]
     subprocess.run(line.replace("python -c", "python3 -c"), shell=True, check=True)
-    assert captions(samples(folder)) == ['a red "fox"', "café"]
+    assert texts(samples(folder)) == ['a red "fox"', "café"]
 
 
 # --- tables
@@ -240,7 +242,7 @@ def test_images_of_a_table_are_cast(samples, tmp_path):
     for name in ("a", "b", "c"):  # more tables than images
         pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"train-{name}.parquet")
     for column in ("bytes", "struct", "half", "pixels", "names"):
-        assert captions(samples(folder, image_column=column)) == ["a", "b"] * 3, column
+        assert texts(samples(folder, image_column=column)) == ["a", "b"] * 3, column
     assert "'number' holds int64, not pictures" in samples(folder, image_column="number")
     message = samples(folder, image_column="image")
     assert "--image_column 'image' is not a column; there are: bytes, struct, half, pixels, names" in message
@@ -294,7 +296,7 @@ CSV = {  # what metadata.csv holds -> captions of its two samples
 @pytest.mark.parametrize("case", CSV)
 def test_csv_of_any_spreadsheet(case, samples, tmp_path):
     folder = fill(tmp_path / "set", "0.png", "1.png", metadata_csv=CSV[case])
-    assert captions(samples(folder)) == ["a fox", "a hen"]
+    assert texts(samples(folder)) == ["a fox", "a hen"]
 
 
 def test_words_and_numbers_of_a_csv_stand_as_they_are(samples, tmp_path):
@@ -303,7 +305,7 @@ def test_words_and_numbers_of_a_csv_stand_as_they_are(samples, tmp_path):
         '{}.png,"{}"\n'.format(i, word.replace('"', '""')) for i, word in enumerate(words)
     )
     folder = fill(tmp_path / "set", *(f"{i}.png" for i in range(len(words))), metadata_csv=text)
-    assert captions(samples(folder)) == words
+    assert texts(samples(folder)) == words
 
 
 CSV_FAULTS = [  # (a line after two good ones, what is said of it)
@@ -329,7 +331,7 @@ def test_every_fault_of_a_csv_has_its_line(line, reason, samples, tmp_path, capl
     assert reason in message
     assert "left.png" in caplog.text
     assert "have no line in metadata.csv and are left out: " in caplog.text
-    assert captions(samples(folder, skip=True)) == ["two\nlines", "b"]
+    assert texts(samples(folder, skip=True)) == ["two\nlines", "b"]
 
 
 CSV_REFUSED = {  # what metadata.csv holds -> what is said
@@ -432,7 +434,7 @@ def test_names_are_compared_after_normalisation(stored, named, samples, tmp_path
     folder = fill(tmp_path / "set", unicodedata.normalize(stored, name))
     listed = lines({"file_name": unicodedata.normalize(named, name), "text": "a"})
     (folder / "metadata.jsonl").write_text(listed)
-    assert captions(samples(folder)) == ["a"]
+    assert texts(samples(folder)) == ["a"]
     assert "left out" not in caplog.text
 
 
@@ -441,7 +443,7 @@ def test_an_absolute_name_inside_the_folder(samples, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     (folder / "metadata.jsonl").write_text(lines({"file_name": str(folder / "0.png"), "text": "a"}))
     for place in (folder, tmp_path / "link"):
-        assert captions(samples(place)) == ["a"]
+        assert texts(samples(place)) == ["a"]
 
 
 KEYS = [  # (rows, what is said)
@@ -503,8 +505,8 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
         dataset_name=None, train_data_dir=str(folder), caption_column="text", image_column="image",
         max_train_samples=None,
     )  # fmt: skip
-    dataset = data.open_dataset(args)
-    assert data.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS) is base_tokenizer
+    dataset = open_dataset(args)
+    assert captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS) is base_tokenizer
     (said,) = [line for line in caplog.messages if "captions are longer" in line]
     expected = (
         "3 of 7 captions are longer than the 16 tokens that the text encoder reads; the rest of them is cut off, "
@@ -512,7 +514,7 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
     example = f"e.g. of row 2 ({folder}/2.png, metadata.jsonl line 3) what follows '...{'y' * 14}'"
     assert said == expected + example
     caplog.clear()
-    data.report_cuts(base_tokenizer, dataset.select([0, 1, 5, 6]), args, ONE_PROCESS)
+    captions.report_cuts(base_tokenizer, dataset.select([0, 1, 5, 6]), args, ONE_PROCESS)
     assert caplog.messages == []
 
 
@@ -597,14 +599,14 @@ def test_a_fault_of_the_code_is_not_put_on_the_sample(error, pictures):
     """It goes its way, with a note on the sample that was at hand."""
 
     def make_sample(row, draw):
-        data.picture_file(row["image"])
+        picture_file(row["image"])
         raise error
 
     args = SimpleNamespace(
         dataset_name=None, train_data_dir=str(pictures), image_column="image", max_train_samples=None
     )
     with pytest.raises(type(error)) as raised:
-        loader(data.open_dataset(args), make_sample)[(0, 1)]
+        loader(open_dataset(args), make_sample)[(0, 1)]
     assert raised.value is error
     assert f"raised while row 1 ({pictures}/1.png, metadata.jsonl line 2) was prepared" in raised.value.__notes__[0]
 
@@ -616,15 +618,15 @@ def test_a_fault_of_the_disk_ends_a_run_without_blaming_the_image(pictures):
     args = SimpleNamespace(
         dataset_name=None, train_data_dir=str(pictures), image_column="image", max_train_samples=None
     )
-    with pytest.raises(data.BadSample, match=r"row 1 \(.*could not be read: OSError: .*the fault is the machine's"):
-        loader(data.open_dataset(args), make_sample)[(0, 1)]
+    with pytest.raises(BadSample, match=r"row 1 \(.*could not be read: OSError: .*the fault is the machine's"):
+        loader(open_dataset(args), make_sample)[(0, 1)]
 
 
 def test_a_copy_of_save_to_disk_is_read_by_both_flags(samples, tmp_path, pictures):
     rows = {"image": [{"bytes": PNG, "path": None}] * 2, "text": ["a", "b"]}
     stored = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     datasets.DatasetDict(train=stored, test=stored).save_to_disk(tmp_path / "set")
-    assert captions(samples(tmp_path / "set")) == ["a", "b"]
+    assert texts(samples(tmp_path / "set")) == ["a", "b"]
     shutil.rmtree(tmp_path / "set")
     stored.save_to_disk(tmp_path / "set")
-    assert captions(samples(tmp_path / "set")) == ["a", "b"]
+    assert texts(samples(tmp_path / "set")) == ["a", "b"]

@@ -1,9 +1,9 @@
 """Contract: --cache_encodings changes nothing but the time: the same losses, the same resume, nothing encoded twice."""
 
+import functools
 import gc
 import shutil
 import signal
-from functools import cache
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i_training import encodings
+from t2i_training.encodings import cache
 
 # Six pictures of 40 x 32, two times two an update.
 RUN = {
@@ -43,7 +43,7 @@ def train(command):
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
     """whole(script): output folder of an uninterrupted cached run, one for all tests: leave it as it is."""
-    return cache(lambda script: train(script, tmp_path_factory.mktemp("whole") / "out", cache_encodings=True))
+    return functools.cache(lambda script: train(script, tmp_path_factory.mktemp("whole") / "out", cache_encodings=True))
 
 
 def shards(folder, kind="*") -> set:
@@ -220,13 +220,13 @@ def test_crops(train, pictures, tmp_path):
 SLOWLY = """
 import sys, time
 from conftest import load_script
-from t2i_training import encoding_store, encodings
+from t2i_training.encodings import cache, store
 
-def add(*arguments, add=encoding_store.Store.add):
+def add(*arguments, add=store.Store.add):
     add(*arguments)
     time.sleep(0.3)
 
-encodings.BATCH, encodings.SHARD, encoding_store.Store.add = 1, 2, add
+cache.BATCH, cache.SHARD, store.Store.add = 1, 2, add
 load_script("sd").main(sys.argv[1:])
 """
 
@@ -234,8 +234,8 @@ load_script("sd").main(sys.argv[1:])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_stopped_while_encoding(train, command, server, tmp_path, monkeypatch, number, status):
     """What was written stays and is not encoded again; SIGTERM also writes what was encoded since."""
-    monkeypatch.setattr(encodings, "BATCH", 1)
-    monkeypatch.setattr(encodings, "SHARD", 2)
+    monkeypatch.setattr(cache, "BATCH", 1)
+    monkeypatch.setattr(cache, "SHARD", 2)
     whole = train("sd", tmp_path / "whole", cache_encodings=True)
     out, program = tmp_path / "out", tmp_path / "program.py"
     program.write_text(SLOWLY)

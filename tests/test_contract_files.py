@@ -25,7 +25,7 @@ from runs import ADAPTERS, DRAWS, outcome
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from t2i_training import manifest
+from t2i_training.run import manifest
 
 RUN = {"max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 3e-2}
 NETWORKS = {"sd": "unet", "prior": "prior", "decoder": "unet"}

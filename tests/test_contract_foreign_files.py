@@ -11,8 +11,11 @@ from conftest import load_script
 from PIL import Image
 from runs import TRAINED, checkpoints, interrupt, outcome
 
-from t2i_training import checkpoint, files, hub, metrics, runtime, validation
-from t2i_training.encoding_store import Store
+from t2i_training import files
+from t2i_training.encodings.store import Store
+from t2i_training.report import curves, hub, validation
+from t2i_training.run import checkpoint, output_folder
+from t2i_training.run.export import publish
 
 MAIN = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, trackers=[])
 
@@ -42,7 +45,7 @@ def write_validation(folder):
 
 def write_curves(folder):
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "lr": 1, "grad_norm": 1}\n')
-    metrics.draw_curves(folder)
+    curves.draw_curves(folder)
 
 
 def write_card(folder):
@@ -55,7 +58,7 @@ def write_card(folder):
 
 
 def write_config(folder):
-    runtime.write_config(SimpleNamespace(output_dir=str(folder), seed=1), resumed=True)
+    output_folder.write_config(SimpleNamespace(output_dir=str(folder), seed=1), resumed=True)
 
 
 WRITERS = {
@@ -112,12 +115,12 @@ def test_a_model_is_there_at_every_moment_of_a_second_export(tmp_path, monkeypat
         return result
 
     monkeypatch.setattr(files.Path, "rename", look)
-    files.publish(tmp_path, write, MAIN)
+    publish(tmp_path, write, MAIN)
     assert seen
     assert all(seen)
     assert (tmp_path / "unet" / "config.json").read_text() == '{"new": 1}'
     monkeypatch.setattr(files, "_exchange", lambda *_: False)  # a system that cannot
-    files.publish(tmp_path, write, MAIN)
+    publish(tmp_path, write, MAIN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["unet"]
 
 

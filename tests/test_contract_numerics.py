@@ -11,7 +11,7 @@ import torch
 from conftest import load_script
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from t2i_training import checkpoint
+from t2i_training.run import checkpoint
 
 
 def bad_loss(loss, network):

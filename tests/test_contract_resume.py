@@ -12,7 +12,7 @@ import torch
 from conftest import flags, load_script, short_run
 from runs import ALL_DRAWS, checkpoints, interrupt, outcome, rows, wait_until
 
-from t2i_training import runtime
+from t2i_training.run import lifecycle
 
 # Six pictures: epochs end inside batches, and most updates below stand in the middle of an epoch.
 SCENARIOS = {  # of three updates each
@@ -120,14 +120,14 @@ def test_drawn_seed_survives(train, tmp_path):
 def test_loss_scaling_begins_where_a_checkpoint_has_none(train, monkeypatch):
     """As in a run in bf16 that goes on in fp16."""
     train(max_train_steps=2, checkpointing_steps=2)
-    start = runtime.start
+    start = lifecycle.start
 
     def start_scaled(args):
         accelerator = start(args)
         accelerator.scaler = torch.amp.GradScaler("cpu")
         return accelerator
 
-    monkeypatch.setattr(runtime, "start", start_scaled)
+    monkeypatch.setattr(lifecycle, "start", start_scaled)
     for steps in (4, 6):
         folder = train(max_train_steps=steps, checkpointing_steps=steps, resume_from_checkpoint="latest")
         scaler = torch.load(folder / f"checkpoint-{steps}" / "scaler.pt", weights_only=True)

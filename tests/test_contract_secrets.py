@@ -120,16 +120,16 @@ def test_a_run_with_all_trackers_whose_upload_fails(script, run, planted):
 @pytest.mark.parametrize("script", tiny.ALL_SCRIPTS)
 def test_an_error_in_the_middle_of_a_run(script, run, planted):
     """With a token on the command line, and a traceback."""
-    from t2i_training import metrics
+    from t2i_training.report.progress import Progress
 
     def add(progress, loss, batch):
         if progress.step == 1:
             raise RuntimeError("out of everything")
         return original(progress, loss, batch)
 
-    original = metrics.Progress.add
+    original = Progress.add
     planted.setattr(huggingface_hub, "create_repo", lambda **options: type("Made", (), {"repo_id": "me/model"}))
-    planted.setattr(metrics.Progress, "add", add)
+    planted.setattr(Progress, "add", add)
     ended, everything = run(script, report_to="tensorboard", push_to_hub=True, hub_token=FLAG, **SHORT)
     assert str(ended) == "out of everything"
     assert b"Traceback" in everything["traceback"]

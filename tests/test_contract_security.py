@@ -15,7 +15,13 @@ from conftest import load_script
 from PIL import Image
 from safetensors.torch import save_file
 
-from t2i_training import checkpoint, data, encoding_store, files, inspection, lora, runtime, texts, validation
+from t2i_training import errors, files, sanitize, stopping
+from t2i_training.data import inspection
+from t2i_training.data.dataset import check_caption_column, open_dataset
+from t2i_training.encodings.store import Store
+from t2i_training.model import lora
+from t2i_training.report import validation
+from t2i_training.run import checkpoint, lifecycle
 
 ANSI = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\r"
 
@@ -196,11 +202,11 @@ def load(command, tmp_path):
         flag = "model" if script.startswith("sd") else f"{script.removesuffix('_lora')}_model"
         flag = f"pretrained_{flag}_name_or_path"
         args = load_script(script).parse_args(command(script, output_dir=tmp_path / "out", **{flag: folder}))
-        runtime.settle_seed(args, {})
+        lifecycle.settle_seed(args, {})
         try:
-            return load_script(script).load_models(args, runtime.start(args))
+            return load_script(script).load_models(args, lifecycle.start(args))
         finally:
-            runtime.default_signals()
+            stopping.default_signals()
 
     return call
 
@@ -243,7 +249,7 @@ def test_code_in_a_model_folder_is_not_run(how, load, model, crater, tmp_path, c
 
 
 def open_data(command, **flags):
-    return data.open_dataset(load_script("sd").parse_args(command("sd", **flags)))
+    return open_dataset(load_script("sd").parse_args(command("sd", **flags)))
 
 
 @pytest.mark.parametrize("flag", ["dataset_name", "train_data_dir"])
@@ -278,9 +284,9 @@ def lines(folder, *rows) -> None:
 
 def inspect(command, tmp_path, folder):
     args = load_script("sd").parse_args(command("sd", train_data_dir=folder, output_dir=tmp_path / "out"))
-    accelerator = runtime.start(args)
-    runtime.default_signals()
-    return inspection.inspect(args, accelerator, data.open_dataset(args), args.caption_column)
+    accelerator = lifecycle.start(args)
+    stopping.default_signals()
+    return inspection.inspect(args, accelerator, open_dataset(args), args.caption_column)
 
 
 def test_names_and_captions_drive_no_terminal(command, tmp_path, caplog):
@@ -302,7 +308,7 @@ def test_names_and_captions_drive_no_terminal(command, tmp_path, caplog):
 
 
 def inspection_of_column(command, folder, column):
-    data.check_caption_column(open_data(command, train_data_dir=folder), column)
+    check_caption_column(open_data(command, train_data_dir=folder), column)
 
 
 def test_endless_names_are_cut(command, tmp_path, caplog):
@@ -322,18 +328,18 @@ def test_columns_of_our_own_cannot_be_forged(command, tmp_path):
 
 
 def test_a_library_s_colours_do_not_reach_the_terminal():
-    with pytest.raises(SystemExit) as stop, runtime.readable_errors("--flag", "value"):
+    with pytest.raises(SystemExit) as stop, errors.readable_errors("--flag", "value"):
         raise ValueError(f"\x1b[1mbold\x1b[0m{ANSI}")
     assert str(stop.value).isprintable()
     with pytest.raises(SystemExit) as stop:
-        runtime.fail(f"a\nb{ANSI}")
+        errors.fail(f"a\nb{ANSI}")
     assert str(stop.value).isprintable()
 
 
 def test_printable_text_stays_as_it_is():
     text = "ein Bär, 熊, 🐻 - 'quoted' \\ and  spaced"
-    assert texts.printable(text) == text
-    assert texts.printable("a\x00\x1b\n\u2028\udcff") == "a\\x00\\x1b\\n\\u2028\\udcff"
+    assert sanitize.printable(text) == text
+    assert sanitize.printable("a\x00\x1b\n\u2028\udcff") == "a\\x00\\x1b\\n\\u2028\\udcff"
 
 
 # --- settings
@@ -400,7 +406,7 @@ def test_prompt_in_another_encoding_is_refused_before_training(sd_flags, capsys)
 @pytest.fixture
 def store(tmp_path):
     """A store that holds one shard in order, of two keys."""
-    store = encoding_store.Store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     store.add([b"k" * 16, b"l" * 16], {"x": torch.arange(6.0).view(2, 3)})
     return store
 
@@ -446,7 +452,7 @@ def test_odd_names_in_a_store_are_left_alone(store):
 
 
 def test_control_characters_do_not_reach_the_card():
-    from t2i_training.hub import literal
+    from t2i_training.report.hub import literal
 
     for text in (ANSI, f"a{ANSI}b", "\x00", "\u2028", "\udcff"):
         assert literal(text).isprintable()

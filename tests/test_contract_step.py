@@ -11,7 +11,7 @@ from runs import ALL_DRAWS, outcome
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2i_training import flops
+from t2i_training.report import flops
 
 EVERYTHING = {**ALL_DRAWS, "use_ema": True, "dream_training": True, "snr_gamma": 5.0, "gradient_accumulation_steps": 2}
 

@@ -17,7 +17,7 @@ import torch
 from conftest import load_script
 from runs import checkpoints, interrupt, rows, wait_until
 
-from t2i_training import data, ema
+from t2i_training.model import ema
 
 
 def read_rows(folder) -> list[dict]:
@@ -123,8 +123,9 @@ def test_signals_that_libraries_take_for_something_else(train, monkeypatch, tmp_
             time.sleep(5)
         return opened(args)
 
-    opened = data.open_dataset
-    monkeypatch.setattr(data, "open_dataset", open_dataset)
+    script = load_script("sd")
+    opened = script.open_dataset
+    monkeypatch.setattr(script, "open_dataset", open_dataset)
     with pytest.raises(SystemExit) as stop:
         train(output_dir=tmp_path / "other")
     assert stop.value.code == 130
@@ -177,7 +178,8 @@ def test_signal_in_a_validation_ends_it(train, monkeypatch, caplog, tmp_path):
 
 @pytest.mark.parametrize("place", ["publish", "write_card"])
 def test_signal_after_the_last_update_lets_the_run_end(train, monkeypatch, caplog, tmp_path, place):
-    from t2i_training import files, hub
+    from t2i_training import files
+    from t2i_training.report import hub
 
     module = files if place == "publish" else hub
     original = getattr(module, place)

@@ -14,7 +14,9 @@ import torch
 from conftest import load_quick_flax_script, load_script
 from runs import TRAINED, checkpoints, outcome, rows, weights
 
-from t2i_training import checkpoint, encodings, metrics
+from t2i_training.encodings import cache
+from t2i_training.report.progress import Progress
+from t2i_training.run import checkpoint
 
 RUN = {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True}
 PARTS = {"sd": RUN, "prior_lora": {"max_train_steps": 4, "checkpointing_steps": 1}}
@@ -50,7 +52,7 @@ def free(disk) -> None:
 @contextlib.contextmanager
 def at_update(update: int, act):
     """Inside, `act()` is called right after the `update`-th weight update of this process."""
-    seen, counted = [], metrics.Progress.update
+    seen, counted = [], Progress.update
 
     def count(*arguments):
         seen.append(update)
@@ -59,7 +61,7 @@ def at_update(update: int, act):
         counted(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics.Progress, "update", count)
+        patch.setattr(Progress, "update", count)
         yield
 
 
@@ -166,8 +168,8 @@ def test_faults_of_the_flax_script(run, disk, case, monkeypatch, model, caplog):
 
 def test_full_while_encoding(run, disk, case, monkeypatch):
     case("sd: disk full in --cache_encodings", "one line; what was written is used by the next run")
-    monkeypatch.setattr(encodings, "BATCH", 2)
-    monkeypatch.setattr(encodings, "SHARD", 2)
+    monkeypatch.setattr(cache, "BATCH", 2)
+    monkeypatch.setattr(cache, "SHARD", 2)
     fill(disk, 56)  # a few of six shards of 17 KB
     message = last_line(run, "sd", disk / "out", cache_encodings=True)
     assert message.startswith(f"error: --encodings_dir {disk / 'out' / 'encodings'}/pictures-")

@@ -13,7 +13,9 @@ import tiny
 import torch
 from PIL import Image
 
-from t2i_training import data, draws, loading
+from t2i_training.data import captions, draws, loading
+from t2i_training.data.dataset import ROW, BadSample, describe, open_dataset, picture_file, picture_source
+from t2i_training.report.progress import plan_updates
 
 
 def options(**changes):
@@ -26,7 +28,7 @@ def options(**changes):
     return SimpleNamespace(**defaults | changes)
 
 
-def captions(**columns) -> datasets.Dataset:
+def table_of(**columns) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
 
@@ -46,24 +48,24 @@ def refusal(function, *args) -> str:
 def test_data_set_of_save_to_disk(tmp_path):
     """Alone, or as the splits of a dictionary."""
     pixels = np.zeros((2, 2, 3), np.uint8)
-    stored = captions(image=[Image.fromarray(pixels)], text=["a"]).cast_column("image", datasets.Image())
+    stored = table_of(image=[Image.fromarray(pixels)], text=["a"]).cast_column("image", datasets.Image())
     stored.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=stored).save_to_disk(tmp_path / "several")
     for name in ("one", "several"):
-        dataset = data.open_dataset(options(dataset_name=str(tmp_path / name)))
+        dataset = open_dataset(options(dataset_name=str(tmp_path / name)))
         assert dataset["text"][:] == ["a"]
 
 
 def test_folder_of_pictures(pictures):
-    dataset = data.open_dataset(options(train_data_dir=str(pictures)))
+    dataset = open_dataset(options(train_data_dir=str(pictures)))
     assert dataset["text"][:] == [f"picture {i}" for i in range(tiny.PICTURES)]
-    assert data.picture_file(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
-    assert data.picture_source(dataset[2] | {data.ROW: 2}, options()) == str(pictures / "2.png")
-    assert data.picture_source(dataset[2] | {data.ROW: 2}, options(cache_encodings=True)) == 2  # not opened at all
+    assert picture_file(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
+    assert picture_source(dataset[2] | {ROW: 2}, options()) == str(pictures / "2.png")
+    assert picture_source(dataset[2] | {ROW: 2}, options(cache_encodings=True)) == 2  # not opened at all
 
 
 def test_local_folder_as_dataset_name(pictures):
-    dataset = data.open_dataset(options(dataset_name=str(pictures)))
+    dataset = open_dataset(options(dataset_name=str(pictures)))
     assert len(dataset) == tiny.PICTURES
 
 
@@ -73,41 +75,41 @@ def test_pictures_within_a_parquet_file(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
-    dataset = data.open_dataset(options(dataset_name=str(tmp_path / "set")))
-    source = data.picture_source(dataset[0] | {data.ROW: 0}, options())
-    assert source == data.picture_file(dataset[0]["image"])
+    dataset = open_dataset(options(dataset_name=str(tmp_path / "set")))
+    source = picture_source(dataset[0] | {ROW: 0}, options())
+    assert source == picture_file(dataset[0]["image"])
     with Image.open(io.BytesIO(source)) as image:
         assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
-    assert data.describe(dataset, "image", 1) == "row 1"
+    assert describe(dataset, "image", 1) == "row 1"
 
 
 def test_subfolders_are_no_splits_unless_named_like_one(tmp_path):
     for name in ("steam_train", "latest", "night"):
         tiny.make_pictures(tmp_path / "set" / name, count=2)
-    assert len(data.open_dataset(options(train_data_dir=str(tmp_path / "set")))) == 6
+    assert len(open_dataset(options(train_data_dir=str(tmp_path / "set")))) == 6
 
 
 def test_folder_without_pictures(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
-    message = refusal(data.open_dataset, options(train_data_dir=str(tmp_path)))
+    message = refusal(open_dataset, options(train_data_dir=str(tmp_path)))
     assert f"--train_data_dir {tmp_path}" in message
 
 
 def test_missing_split(tmp_path):
     (tmp_path / "set").mkdir()
-    captions(text=["a"]).to_parquet(tmp_path / "set" / "test.parquet")
-    message = refusal(data.open_dataset, options(dataset_name=str(tmp_path / "set")))
+    table_of(text=["a"]).to_parquet(tmp_path / "set" / "test.parquet")
+    message = refusal(open_dataset, options(dataset_name=str(tmp_path / "set")))
     assert "no split named train, only: test" in message
 
 
 def test_unknown_image_column_lists_the_columns(pictures):
-    message = refusal(data.open_dataset, options(train_data_dir=str(pictures), image_column="photo"))
+    message = refusal(open_dataset, options(train_data_dir=str(pictures), image_column="photo"))
     expected = "--image_column 'photo' is not a column; there are: image, text; did you mean --image_column=image?"
     assert message == f"error: {expected}"
 
 
 def test_image_column_without_pictures(pictures):
-    message = refusal(data.open_dataset, options(train_data_dir=str(pictures), image_column="text"))
+    message = refusal(open_dataset, options(train_data_dir=str(pictures), image_column="text"))
     assert message == "error: --image_column 'text' holds string, not pictures; columns with pictures: image"
 
 
@@ -117,8 +119,8 @@ def test_image_column_without_pictures(pictures):
 def test_max_train_samples_are_chosen_by_the_seed(pictures):
     chosen = {}
     for seed in range(5):
-        dataset = data.open_dataset(options(train_data_dir=str(pictures), max_train_samples=3, seed=seed))
-        again = data.open_dataset(options(train_data_dir=str(pictures), max_train_samples=3, seed=seed))
+        dataset = open_dataset(options(train_data_dir=str(pictures), max_train_samples=3, seed=seed))
+        again = open_dataset(options(train_data_dir=str(pictures), max_train_samples=3, seed=seed))
         chosen[seed] = tuple(dataset["text"])
         assert chosen[seed] == tuple(again["text"])
         assert len(set(chosen[seed])) == 3
@@ -127,8 +129,8 @@ def test_max_train_samples_are_chosen_by_the_seed(pictures):
 
 def test_max_train_samples_may_be_all_but_no_more(pictures):
     everything = options(train_data_dir=str(pictures), max_train_samples=tiny.PICTURES)
-    assert len(data.open_dataset(everything)) == tiny.PICTURES
-    message = refusal(data.open_dataset, options(train_data_dir=str(pictures), max_train_samples=tiny.PICTURES + 1))
+    assert len(open_dataset(everything)) == tiny.PICTURES
+    message = refusal(open_dataset, options(train_data_dir=str(pictures), max_train_samples=tiny.PICTURES + 1))
     assert message == "error: --max_train_samples 7 is more than the 6 samples there are"
 
 
@@ -141,35 +143,35 @@ def visits(count: int):
 
 
 def test_each_of_several_captions_is_picked_equally_often():
-    picked = Counter(data.pick_caption(["a", "b", "c"], draw, 0.0) for draw in visits(3000))
+    picked = Counter(captions.pick_caption(["a", "b", "c"], draw, 0.0) for draw in visits(3000))
     assert set(picked) == {"a", "b", "c"}
     assert all(abs(count - 1000) < 104 for count in picked.values())  # 4 standard deviations
 
 
 def test_captions_are_dropped_at_the_rate_asked_for():
-    dropped = sum(data.pick_caption("a", draw, 0.1) == "" for draw in visits(10_000))
+    dropped = sum(captions.pick_caption("a", draw, 0.1) == "" for draw in visits(10_000))
     assert abs(dropped - 1000) < 120  # 4 standard deviations
-    assert all(data.pick_caption("a", draw, 0.0) == "a" for draw in visits(100))
+    assert all(captions.pick_caption("a", draw, 0.0) == "a" for draw in visits(100))
 
 
 def test_dropout_does_not_shift_the_choice():
     texts = ["a", "b", "c"]
     for draw in visits(200):
-        assert data.pick_caption(texts, draw, 0.5) in ("", data.pick_caption(texts, draw, 0.0))
+        assert captions.pick_caption(texts, draw, 0.5) in ("", captions.pick_caption(texts, draw, 0.0))
 
 
 @pytest.mark.parametrize("texts", [["a", "b", "a", ""], [["a", "b"], ["a"], ["", "b"]]])
 def test_all_captions_are_those_that_may_be_picked(texts):
-    table = captions(text=texts)
-    assert data.all_captions(table, options()) == ["", "a", "b"], "in an order that does not depend on the process"
-    picked = {data.pick_caption(caption, draw, 0.3) for caption in texts for draw in visits(50)}
-    assert picked == set(data.all_captions(table, options(caption_dropout=0.3))) == {"", "a", "b"}
+    table = table_of(text=texts)
+    assert captions.all_captions(table, options()) == ["", "a", "b"], "in an order that does not depend on the process"
+    picked = {captions.pick_caption(caption, draw, 0.3) for caption in texts for draw in visits(50)}
+    assert picked == set(captions.all_captions(table, options(caption_dropout=0.3))) == {"", "a", "b"}
 
 
 def test_the_empty_caption_is_among_them_if_captions_are_dropped():
-    table = captions(words=["a", "b"])
-    assert data.all_captions(table, options(caption_column="words")) == ["a", "b"]
-    assert data.all_captions(table, options(caption_column="words", caption_dropout=0.1)) == ["", "a", "b"]
+    table = table_of(words=["a", "b"])
+    assert captions.all_captions(table, options(caption_column="words")) == ["a", "b"]
+    assert captions.all_captions(table, options(caption_column="words", caption_dropout=0.1)) == ["", "a", "b"]
 
 
 def test_tokens_are_padded_and_cut(model):
@@ -177,7 +179,7 @@ def test_tokens_are_padded_and_cut(model):
 
     tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
     start, end = 512, 513
-    empty, short, long = (data.tokenize(tokenizer, caption) for caption in ("", "ab", "x" * 500))
+    empty, short, long = (captions.tokenize(tokenizer, caption) for caption in ("", "ab", "x" * 500))
     assert empty.tolist() == [start] + 15 * [end]
     assert short.shape == long.shape == (16,)
     assert short.dtype == torch.int64
@@ -241,7 +243,7 @@ def test_batch_larger_than_the_data_set():
     ],
 )
 def test_number_of_updates(changes, world_size, plan):
-    assert loading.plan_updates(options(**changes), 10, world_size) == plan
+    assert plan_updates(options(**changes), 10, world_size) == plan
 
 
 # --- the loader
@@ -252,7 +254,7 @@ CPU = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu
 def visit_record(row, draw):
     """What a sample is made of here: the row and one number drawn for the visit."""
     number = int(row["text"].split()[1])
-    assert row[data.ROW] == number
+    assert row[ROW] == number
     return {"row": torch.tensor(number), "drawn": torch.tensor(draw("noise").random(), dtype=torch.float64)}
 
 
@@ -262,7 +264,7 @@ def record(dataset, count: int, **changes) -> list:
 
 
 def test_loader_draws_for_every_visit(pictures):
-    dataset = data.open_dataset(options(train_data_dir=str(pictures)))
+    dataset = open_dataset(options(train_data_dir=str(pictures)))
     visits = flat(stream(12, size=6, batch_size=1))[3:]
     batches = record(dataset, 4)
     assert [index for batch in batches for index in batch["index"]] == [index for _, index in visits[:8]]
@@ -272,7 +274,7 @@ def test_loader_draws_for_every_visit(pictures):
 
 
 def test_workers_change_nothing_and_touch_no_global_generator(pictures):
-    dataset = data.open_dataset(options(train_data_dir=str(pictures)))
+    dataset = open_dataset(options(train_data_dir=str(pictures)))
     before = torch.get_rng_state()
     assert record(dataset, 5, dataloader_num_workers=2) == record(dataset, 5)
     assert torch.equal(torch.get_rng_state(), before)
@@ -281,16 +283,16 @@ def test_workers_change_nothing_and_touch_no_global_generator(pictures):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_picture_is_named_in_one_line(tmp_path, workers):
     """Row, file and reason, from a worker as from the main process."""
-    from t2i_training import images
+    from t2i_training.data import images
 
     folder = tiny.make_pictures(tmp_path / "set")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / rows[4]["file_name"]).write_bytes(b"not a picture")
     args = options(train_data_dir=str(folder), dataloader_num_workers=workers)
-    dataset = data.open_dataset(args)
+    dataset = open_dataset(args)
 
     def make_sample(row, draw):
-        return {"pixels": images.square(images.decode(data.picture_file(row["image"])), 8, "nearest")}
+        return {"pixels": images.square(images.decode(picture_file(row["image"])), 8, "nearest")}
 
     loader = loading.make_loader(dataset, make_sample, args, CPU, start=0)
     message = refusal(list, loading.batches(loader, accumulating(100)))
@@ -306,7 +308,7 @@ class Source:
     def __iter__(self):
         for number in range(self.count):
             if number == self.bad:
-                raise data.BadSample("row 7 (7.png): gone")
+                raise BadSample("row 7 (7.png): gone")
             self.taken += 1
             yield {"number": torch.tensor(number)}
 
@@ -332,7 +334,7 @@ def test_no_more_is_held_back_than_an_update_and_not_without_limit():
 def test_updates_before_a_bad_sample_are_finished(bad, updates, monkeypatch):
     """Of three batches each. The bad sample is known before the last of them begins to be given out."""
     told, stream = [], loading.batches(Source(bad), accumulating(3))
-    monkeypatch.setattr(loading.runtime, "fail_after_step", told.append)
+    monkeypatch.setattr(loading.stopping, "fail_after_step", told.append)
     given = []
     if updates == 0:
         assert refusal(next, stream) == "error: row 7 (7.png): gone"
@@ -343,7 +345,7 @@ def test_updates_before_a_bad_sample_are_finished(bad, updates, monkeypatch):
 
 
 def test_loader_ends_with_the_last_update(pictures):
-    dataset = data.open_dataset(options(train_data_dir=str(pictures)))
+    dataset = open_dataset(options(train_data_dir=str(pictures)))
     args = options(gradient_accumulation_steps=2)
     loader = loading.make_loader(dataset, visit_record, args, accumulating(2), start=3, updates=4)
     assert len(list(loading.batches(loader, accumulating(2)))) == 8
@@ -351,13 +353,13 @@ def test_loader_ends_with_the_last_update(pictures):
 
 def test_loader_workers_are_counted_for_the_batch_of_all_devices(monkeypatch):
     sizes = []
-    monkeypatch.setattr(loading.machine, "loader_workers", lambda _args, size: sizes.append(size) or 0)
+    monkeypatch.setattr(loading, "loader_workers", lambda _args, size: sizes.append(size) or 0)
     loading.make_loader([{"image": None}], visit_record, options(train_batch_size=2), CPU, start=0, devices=4)
     assert sizes == [8]
 
 
 def test_sample_carries_its_index(pictures):
-    samples = loading.Samples(data.open_dataset(options(train_data_dir=str(pictures))), visit_record, "image", seed=3)
+    samples = loading.Samples(open_dataset(options(train_data_dir=str(pictures))), visit_record, "image", seed=3)
     sample = samples[(2, 5)]
     assert (sample["index"].item(), sample["row"].item()) == (5, 5)
     assert sample["drawn"].item() == draws.generator(3, 2, 5, "noise").random()
@@ -367,7 +369,7 @@ def test_sample_carries_its_index(pictures):
 CRASH = """
 from types import SimpleNamespace
 import torch
-from t2i_training import data, loading
+from t2i_training.data import loading
 
 def make_sample(row, draw):
     return {}

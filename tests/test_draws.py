@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_training import draws
+from t2i_training.data import draws
 
 
 def test_numbers_are_pinned():

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from t2i_training import ema
+from t2i_training.model import ema
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import load_script
 
-from t2i_training import data, images
-from t2i_training import fingerprint as package_file
-from t2i_training.fingerprint import fingerprint
+from t2i_training.data import captions, images
+from t2i_training.encodings import fingerprint as package_file
+from t2i_training.encodings.fingerprint import fingerprint
 
 HELPERS = '''
 """Helpers."""
@@ -43,7 +43,7 @@ import math
 
 import helpers
 from helpers import Blur
-from t2i_training import images
+from t2i_training.data import images
 
 SCALE = 2
 NAMES = {"a", "b", "c"}
@@ -125,7 +125,7 @@ def test_whatever_is_called_changes_it(mark, file, old, new):
         (images, "(width - resolution) // 2", "0", 0),
         (images, "LONGEST = 32", "LONGEST = 16", 0),
         (images, '"white"', '"black"', 0),
-        (data, '"truncation": True', '"truncation": False', 1),
+        (captions, '"truncation": True', '"truncation": False', 1),
     ],
 )
 def test_the_packages_own_work_counts(monkeypatch, module, old, new, reader):
@@ -147,9 +147,9 @@ def test_a_function_that_is_bound_is_known_by_its_code():
     def read(source, transform):
         return transform(source)
 
-    assert fingerprint(partial(read, transform=data.pick_caption)) == fingerprint(
-        partial(read, transform=data.pick_caption)
+    assert fingerprint(partial(read, transform=captions.pick_caption)) == fingerprint(
+        partial(read, transform=captions.pick_caption)
     )
-    assert fingerprint(partial(read, transform=data.pick_caption)) != fingerprint(
-        partial(read, transform=data.text_mask)
+    assert fingerprint(partial(read, transform=captions.pick_caption)) != fingerprint(
+        partial(read, transform=captions.text_mask)
     )

@@ -7,9 +7,12 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 pytest.importorskip("optax")
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-from t2i_training import flax_flops, flax_training, flops, readouts, runtime  # noqa: E402
+from t2i_training import stopping
+from t2i_training.report import flops, throughput
+from t2i_training.sd_flax import flops as flax_flops
+from t2i_training.sd_flax import train_state
 
 
 def test_products_that_depend_on_the_state():
@@ -51,7 +54,7 @@ class Counted(BaseException):
 def count(command, small_model, monkeypatch, count_flops_once):
     """count(script, **changes): FLOPs of a sample, as a run of the script counts them."""
 
-    def in_torch(_, batch, count=readouts.Gauge.flops):
+    def in_torch(_, batch, count=throughput.Gauge.flops):
         raise Counted(count(_, batch))
 
     def in_jax(trained, *inputs):  # before anything is compiled
@@ -62,12 +65,12 @@ def count(command, small_model, monkeypatch, count_flops_once):
     def of_a_run(script, **changes):
         with pytest.raises(Counted) as counted:
             load_script(script).main(command(script, pretrained_model_name_or_path=small_model, **changes))
-        runtime.default_signals()
+        stopping.default_signals()
         return counted.value.args[0]
 
     monkeypatch.setattr(flops, "count", count_flops_once)
-    monkeypatch.setattr(readouts.Gauge, "flops", in_torch)
-    monkeypatch.setattr(flax_training.Trained, "step", in_jax)
+    monkeypatch.setattr(throughput.Gauge, "flops", in_torch)
+    monkeypatch.setattr(train_state.Trained, "step", in_jax)
     return of_a_run
 
 

@@ -16,10 +16,10 @@ jax = pytest.importorskip("jax")
 nnx = pytest.importorskip("flax.nnx")
 pytest.importorskip("optax")
 
-import flax.serialization  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import flax.serialization
+import jax.numpy as jnp
 
-from t2i_training import flax_models  # noqa: E402
+from t2i_training.sd_flax import networks
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 try:  # compiling is most of the time here, and these networks are too small to be worth optimising
@@ -52,7 +52,7 @@ TEXT = {
     "max_position_embeddings": 9, "hidden_act": "quick_gelu", "bos_token_id": 48, "eos_token_id": 49,
 }  # fmt: skip
 LOADERS = {
-    "unet": flax_models.load_unet, "vae": flax_models.load_vae, "text_encoder": flax_models.load_text_encoder,
+    "unet": networks.load_unet, "vae": networks.load_vae, "text_encoder": networks.load_text_encoder,
 }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def torch_names(twin) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(network, twin, dtype=torch.float32):
-    ours, theirs = flax_models.state_dict(network), torch_names(twin)
+    ours, theirs = networks.state_dict(network), torch_names(twin)
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         assert array.dtype == np.float32
@@ -98,7 +98,7 @@ def assert_same_gradient(ours, twin, rtol=1e-3):
 
     The bias of a key has none, for softmax does not see it: on either side there is rounding noise, or nothing.
     """
-    ours = flax_models.state_dict(ours)
+    ours = networks.state_dict(ours)
     theirs = dict(zip(torch_names(twin), twin.parameters(), strict=True))
     assert ours.keys() == theirs.keys()
     largest = {name: parameter.grad.abs().max().item() for name, parameter in theirs.items()}
@@ -143,7 +143,7 @@ def test_unet_and_its_gradient_are_the_torch_twins(config, gradient_checkpointin
     inputs = unet_inputs(twin.config.in_channels, twin.config.cross_attention_dim, size=(7, 6))
     expected = twin(*inputs).sample
     expected.square().mean().backward()
-    unet = flax_models.load_unet(tmp_path, gradient_checkpointing=gradient_checkpointing)
+    unet = networks.load_unet(tmp_path, gradient_checkpointing=gradient_checkpointing)
     output, gradient = squared(unet, *flax_inputs(*inputs))
     assert_close(output, channels_last(expected))
     assert_same_gradient(gradient, twin)
@@ -154,7 +154,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass(tmp_path):
     inputs = flax_inputs(*unet_inputs(4, 12))
 
     def bytes_kept(gradient_checkpointing):
-        unet = flax_models.load_unet(tmp_path, gradient_checkpointing=gradient_checkpointing)
+        unet = networks.load_unet(tmp_path, gradient_checkpointing=gradient_checkpointing)
         _, backward = jax.eval_shape(lambda unet: jax.vjp(lambda unet: unet(*inputs), unet), unet)
         return sum(np.prod(kept.shape) for kept in jax.tree.leaves(backward))
 
@@ -170,9 +170,7 @@ def test_text_encoder_is_the_torch_twin(activation, dtype, atol, tmp_path):
     twin = make_twin("text_encoder", hidden_act=activation)
     twin.save_pretrained(tmp_path)
     input_ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
-    text_states, gradient = squared(
-        flax_models.load_text_encoder(tmp_path, dtype=dtype), jnp.asarray(input_ids.numpy())
-    )
+    text_states, gradient = squared(networks.load_text_encoder(tmp_path, dtype=dtype), jnp.asarray(input_ids.numpy()))
     assert text_states.dtype == dtype
     expected = twin(input_ids)[0]
     assert_close(text_states, expected.detach(), atol=atol)
@@ -195,7 +193,7 @@ def test_autoencoder_is_the_torch_twin(config, tmp_path):
         outputs = [mean, std, vae.decode(mean)]
         return sum(jnp.square(output).mean() for output in outputs), outputs
 
-    (_, outputs), gradient = jit(loss)(flax_models.load_vae(tmp_path))
+    (_, outputs), gradient = jit(loss)(networks.load_vae(tmp_path))
     for output, theirs in zip(outputs, expected, strict=True):
         assert_close(output, channels_last(theirs))
     assert_same_gradient(gradient, twin)
@@ -206,16 +204,16 @@ def test_bundled_pipeline():
     """What ships with this repository, in fp16 files, computes the same in float32."""
     input_ids = torch.randint(0, 1025, (2, 16), generator=torch.Generator().manual_seed(1))
     noisy_latents, timesteps, _ = unet_inputs(4, 64, size=(8, 8))
-    text_encoder = flax_models.load_text_encoder(BUNDLED / "text_encoder")
+    text_encoder = networks.load_text_encoder(BUNDLED / "text_encoder")
     with torch.no_grad():
         text_states = CLIPTextModel.from_pretrained(BUNDLED / "text_encoder", dtype=torch.float32)(input_ids)[0]
         assert_close(call(text_encoder, jnp.asarray(input_ids.numpy())), text_states)
         twin = UNet2DConditionModel.from_pretrained(BUNDLED / "unet", torch_dtype=torch.float32)
-        unet = flax_models.load_unet(BUNDLED / "unet")
+        unet = networks.load_unet(BUNDLED / "unet")
         output = call(unet, *flax_inputs(noisy_latents, timesteps, text_states))
         assert_close(output, channels_last(twin(noisy_latents, timesteps, text_states).sample))
         twin = AutoencoderKL.from_pretrained(BUNDLED / "vae", torch_dtype=torch.float32)
-        vae = flax_models.load_vae(BUNDLED / "vae")
+        vae = networks.load_vae(BUNDLED / "vae")
         decoded = jit(type(vae).decode)(vae, channels_last(noisy_latents))
         assert_close(decoded, channels_last(twin.decode(noisy_latents).sample))
 
@@ -223,7 +221,7 @@ def test_bundled_pipeline():
 def test_half_precision_computes_in_half_and_keeps_parameters_in_float32(tmp_path):
     twin = make_twin("unet")
     twin.save_pretrained(tmp_path)
-    unet, inputs = flax_models.load_unet(tmp_path, dtype=jnp.bfloat16), unet_inputs(4, 12)
+    unet, inputs = networks.load_unet(tmp_path, dtype=jnp.bfloat16), unet_inputs(4, 12)
     assert {parameter.dtype for parameter in jax.tree.leaves(unet)} == {jnp.dtype("float32")}
     output = call(unet, *flax_inputs(*inputs))
     assert output.dtype == jnp.bfloat16
@@ -234,10 +232,10 @@ def test_half_precision_computes_in_half_and_keeps_parameters_in_float32(tmp_pat
 def test_split_gives_a_dict_by_names_and_the_way_back(tmp_path):
     twin = make_twin("unet")
     twin.save_pretrained(tmp_path)
-    parameters, merge = flax_models.split(flax_models.load_unet(tmp_path))
+    parameters, merge = networks.split(networks.load_unet(tmp_path))
     assert parameters.keys() == twin.state_dict().keys()
     assert_same_weights(merge(parameters), twin)
-    halved = flax_models.state_dict(merge({name: np.asarray(value) / 2 for name, value in parameters.items()}))
+    halved = networks.state_dict(merge({name: np.asarray(value) / 2 for name, value in parameters.items()}))
     np.testing.assert_array_equal(halved["conv_in.weight"], twin.conv_in.weight.detach().numpy() / 2)
 
 
@@ -246,7 +244,7 @@ def test_saved_network_loads_in_torch_bit_for_bit(kind, tmp_path):
     twin = make_twin(kind)
     twin.half().save_pretrained(tmp_path / "base")
     network = LOADERS[kind](tmp_path / "base")
-    flax_models.save(network, tmp_path / "saved")
+    networks.save(network, tmp_path / "saved")
     loaded, report = type(twin).from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -274,7 +272,7 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
     make_twin("unet").save_config(tmp_path)
     torch.save({"conv_in.weight": Path("/")}, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        flax_models.load_unet(tmp_path)
+        networks.load_unet(tmp_path)
 
 
 def old_flax_tree(twin) -> dict:
@@ -312,7 +310,7 @@ def test_old_flax_files(kind, tmp_path):
     (tmp_path / name).write_bytes(flax.serialization.msgpack_serialize(old_flax_tree(twin)))
     network = LOADERS[kind](tmp_path)
     assert_same_weights(network, twin)
-    flax_models.save(network, tmp_path / "saved")
+    networks.save(network, tmp_path / "saved")
     assert_same_weights(network, type(twin).from_pretrained(tmp_path / "saved"))
 
 
@@ -325,15 +323,15 @@ def test_sharded_and_variant_files(safe, variant, tmp_path):
     twin.save_pretrained(tmp_path / "whole", **options)
     assert len(list((tmp_path / "shards").glob("*-of-*"))) > 1
     for folder in (tmp_path / "shards", tmp_path / "whole"):
-        assert_same_weights(flax_models.load_unet(folder, variant=variant), twin)
+        assert_same_weights(networks.load_unet(folder, variant=variant), twin)
         with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model"):
-            flax_models.load_unet(folder, variant="ema")
+            networks.load_unet(folder, variant="ema")
 
 
 def test_bfloat16_files(tmp_path):
     twin = make_twin("unet")
     twin.bfloat16().save_pretrained(tmp_path)
-    assert_same_weights(flax_models.load_unet(tmp_path), twin, torch.bfloat16)
+    assert_same_weights(networks.load_unet(tmp_path), twin, torch.bfloat16)
 
 
 def test_old_names_of_the_autoencoders_attention(tmp_path):
@@ -345,7 +343,7 @@ def test_old_names_of_the_autoencoders_attention(tmp_path):
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
     save_file(tensors, file)
-    assert_same_weights(flax_models.load_vae(tmp_path), twin)
+    assert_same_weights(networks.load_vae(tmp_path), twin)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
@@ -355,7 +353,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
 
     def load_with(changed):
         save_file(changed, file)
-        flax_models.load_unet(tmp_path)
+        networks.load_unet(tmp_path)
 
     name = "down_blocks.0.resnets.0.conv1.weight"
     with pytest.raises(ValueError, match=f"{name} is missing"):
@@ -366,7 +364,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         load_with(tensors | {"class_embedding.weight": torch.zeros(8)})
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model.safetensors.*but: config.json"):
-        flax_models.load_unet(tmp_path)
+        networks.load_unet(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -428,21 +426,21 @@ SD21_TEXT = SD15_TEXT | {
 @pytest.mark.parametrize(
     ("network_class", "config", "parameters"),
     [
-        (flax_models.UNet2DConditionModel, SD15_UNET, 859_520_964),
-        (flax_models.UNet2DConditionModel, SD21_UNET, 865_910_724),
-        (flax_models.AutoencoderKL, SD_VAE, 83_653_863),
-        (flax_models.CLIPTextModel, SD15_TEXT, 123_060_480),
-        (flax_models.CLIPTextModel, SD21_TEXT, 340_387_840),
+        (networks.UNet2DConditionModel, SD15_UNET, 859_520_964),
+        (networks.UNet2DConditionModel, SD21_UNET, 865_910_724),
+        (networks.AutoencoderKL, SD_VAE, 83_653_863),
+        (networks.CLIPTextModel, SD15_TEXT, 123_060_480),
+        (networks.CLIPTextModel, SD21_TEXT, 340_387_840),
     ],
     ids=["sd15_unet", "sd21_unet", "vae", "sd15_text", "sd21_text"],
 )
 def test_full_size_networks_have_the_twins_tensors(network_class, config, parameters):
     network = nnx.eval_shape(lambda: network_class(config))
     with torch.device("meta"):
-        if network_class is flax_models.CLIPTextModel:
+        if network_class is networks.CLIPTextModel:
             twin = CLIPTextModel(CLIPTextConfig(**config))
         else:
             twin = {"UNet2DConditionModel": UNet2DConditionModel}.get(network_class.__name__, AutoencoderKL)(**config)
-    shapes = flax_models.shapes_on_disk(network)
+    shapes = networks.shapes_on_disk(network)
     assert shapes == {name: tuple(tensor.shape) for name, tensor in torch_names(twin).items()}
     assert sum(np.prod(shape) for shape in shapes.values()) == parameters

@@ -31,21 +31,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from t2i_training import (
-    checkpoint,
-    checks,
-    data,
-    encoding_store,
-    files,
-    folder,
-    hub,
-    images,
-    inspection,
-    lora,
-    manifest,
-    metrics,
-    texts,
-)
+from t2i_training import files, sanitize
+from t2i_training.cli import checks, config_file
+from t2i_training.data import image_folder, images, inspection
+from t2i_training.data.dataset import open_dataset
+from t2i_training.encodings.store import Store
+from t2i_training.model import lora
+from t2i_training.report import curves, hub
+from t2i_training.run import checkpoint, manifest
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
 OFTEN = settings(
@@ -145,10 +138,10 @@ def test_config(content, place, model, pictures, types):
     for name, value in vars(args).items():  # none of another type than its flag's
         default, kind = types.get(name, (list, list))
         assert value is None or isinstance(value, kind or (bool if default is bool else str | list)) or value == 0
-    file.write_text(yaml.safe_dump(checks.public_config(args)))  # and it comes back as it is
+    file.write_text(yaml.safe_dump(config_file.public_config(args)))  # and it comes back as it is
     with contextlib.redirect_stderr(printed):
         again = load_script("sd").parse_args([f"--config={file}"])
-    assert checks.public_config(again) == checks.public_config(args)
+    assert config_file.public_config(again) == config_file.public_config(args)
 
 
 # --- checkpoints
@@ -241,14 +234,14 @@ def root(place) -> Path:
 
 def inspected(root, metadata: bytes, out: Path) -> tuple:
     """(data set, pictures) of the folder's rows that can be used."""
-    (root / folder.METADATA).write_bytes(metadata)
+    (root / image_folder.METADATA).write_bytes(metadata)
     args = SimpleNamespace(
         dataset_name=None, train_data_dir=str(root), cache_dir=None, max_train_samples=None, image_column="image",
         caption_column="text", output_dir=str(out), skip_bad_samples=True,
     )  # fmt: skip
     out.mkdir(exist_ok=True)
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
-    return inspection.inspect(args, accelerator, data.open_dataset(args), "text")
+    return inspection.inspect(args, accelerator, open_dataset(args), "text")
 
 
 @fuzz(lines=st.lists(LINES, max_size=5), end=st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
@@ -262,7 +255,7 @@ def test_metadata(lines, end, root, place):
         assert Path(row["image"]["path"]).parent == root
         assert row["image"]["bytes"] is None
         assert inspection.caption_fault(row["text"]) is None
-        assert row[folder.LINE].startswith("metadata.jsonl line ")
+        assert row[image_folder.LINE].startswith("metadata.jsonl line ")
 
 
 # --- what is remembered of pictures
@@ -381,9 +374,9 @@ def test_adapters(damage, adapters):
 # --- encodings
 
 
-def kept(place) -> tuple[encoding_store.Store, Path, bytes]:
+def kept(place) -> tuple[Store, Path, bytes]:
     shutil.rmtree(place / "store", ignore_errors=True)
-    store = encoding_store.Store(place / "store")
+    store = Store(place / "store")
     store.add([b"k" * 16, b"l" * 16], {"x": torch.arange(6.0).view(2, 3)})
     (path,) = store.folder.glob("*.safetensors")
     return store, path, path.read_bytes()
@@ -426,15 +419,15 @@ METRICS = st.dictionaries(st.sampled_from(list(ROW)), JSON).map(lambda row: json
 
 @fuzz(lines=st.lists(METRICS | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=30), max_size=5))
 def test_metrics(lines, place):
-    file = place / metrics.METRICS
+    file = place / curves.METRICS
     file.write_bytes(b"\n".join([json.dumps(ROW).encode(), *lines]))
-    rows = metrics.read_metrics(place)
+    rows = curves.read_metrics(place)
     assert rows[0] == ROW
     for row in rows:
         assert type(row["step"]) is int
         assert row["loss"] - row["lr"] - (row["grad_norm"] or 0.0) < float("inf")
-    metrics._keep_metrics_until(file, 2)
-    assert all(row["step"] <= 2 for row in metrics.read_metrics(place))
+    curves.keep_metrics_until(file, 2)
+    assert all(row["step"] <= 2 for row in curves.read_metrics(place))
 
 
 # --- texts
@@ -443,7 +436,7 @@ def test_metrics(lines, place):
 @fuzz(text=ANY_TEXT | st.text(st.sampled_from("<>[]()`*_~$|\\#!@:{}&;0123 \n\x1b")))
 def test_literal(text):
     """One code span from end to end, that shows the text: by CommonMark 0.31, 6.1."""
-    shown, markdown = texts.printable(" ".join(text.split())), hub.literal(text)
+    shown, markdown = sanitize.printable(" ".join(text.split())), hub.literal(text)
     assert markdown.isprintable()
     if not shown:
         assert markdown == "(empty)"
@@ -458,7 +451,7 @@ def test_literal(text):
 
 @fuzz(text=ANY_TEXT)
 def test_printable(text):
-    shown = texts.printable(text)
+    shown = sanitize.printable(text)
     assert shown.isprintable()
-    assert texts.printable(shown) == shown
+    assert sanitize.printable(shown) == shown
     assert shown == text or not text.isprintable()

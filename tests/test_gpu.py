@@ -12,7 +12,9 @@ from conftest import load_script
 from runs import TRAINED, interrupt, rows
 from safetensors.torch import load_file
 
-from t2i_training import checkpoint, machine, networks
+from t2i_training import errors
+from t2i_training.model import networks
+from t2i_training.run import checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -144,7 +146,7 @@ def test_memory_runs_out_in_the_middle_of_a_step(command, tmp_path, monkeypatch)
         patch.setattr(module, "compute_loss", too_much)
         with pytest.raises(torch.OutOfMemoryError) as error:
             run(command, "sd", tmp_path / "out", **options)
-    line = machine.out_of_memory(error.type, error.value, error.tb)
+    line = errors.out_of_memory(error.type, error.value, error.tb)
     assert line.startswith("out of memory, step 4: lower --train_batch_size (and raise --gradient_accumulation_steps ")
     assert "; --resume_from_checkpoint=latest continues from the last checkpoint (OutOfMemoryError: CUDA" in line
     assert checkpoint.verify(tmp_path / "out" / "checkpoint-2") is None

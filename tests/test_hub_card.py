@@ -12,7 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from t2i_training import hub
+from t2i_training.report import hub
+from t2i_training.run.export import keep_vocabulary_files
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -172,7 +173,7 @@ def test_names_in_the_table_stay_in_their_cell(card):
 def test_a_data_set_of_the_scripts_own(card, monkeypatch):
     """A script without --dataset_name and --train_data_dir, since it opens a data set itself."""
     script = load_script("sd")
-    monkeypatch.setattr(script.cli, "add_data_source_args", lambda parser: None)
+    monkeypatch.setattr(script.flags, "add_data_source_args", lambda parser: None)
     head, body = card({"train_data_dir": None})
     assert "| data | opened by the script itself |" in body
     assert "datasets" not in head
@@ -252,7 +253,7 @@ TEXT = "a cat, a bird and abirdcat"
 
 def test_tokenizer_loads_from_the_old_files_alone(tokenizer, tmp_path):
     folder = tmp_path / "tokenizer"
-    hub.keep_vocabulary_files(folder)
+    keep_vocabulary_files(folder)
     expected = tokenizer(TEXT).input_ids
     assert AutoTokenizer.from_pretrained(folder)(TEXT).input_ids == expected
     (folder / "tokenizer.json").unlink()
@@ -264,12 +265,12 @@ def test_tokenizer_loads_from_the_old_files_alone(tokenizer, tmp_path):
 
 
 def test_old_files_are_those_the_tokenizer_came_from(tokenizer, tmp_path):
-    hub.keep_vocabulary_files(tmp_path / "tokenizer")
+    keep_vocabulary_files(tmp_path / "tokenizer")
     folder = tmp_path / "tokenizer"
     assert json.loads((folder / "vocab.json").read_text()) == json.loads((tmp_path / "vocab.json").read_text())
     assert (folder / "merges.txt").read_text() == (tmp_path / "merges.txt").read_text()
 
 
 def test_folder_without_tokenizer_json_is_left_alone(tmp_path):
-    hub.keep_vocabulary_files(tmp_path)
+    keep_vocabulary_files(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, functional
 
-from t2i_training import draws, images
+from t2i_training.data import draws, images
 
 VECTORIZED = {"bilinear", "bicubic", "lanczos"}  # where torch has them
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from test_kandinsky_prior import draw
 from test_train_text_to_image import LEFT, column, differ, drawn_at, make_loader, optimizer, picture, tree
 
-from t2i_training import draws, lora
+from t2i_training.data import draws
+from t2i_training.model import lora
 
 SCRIPTS = ("decoder", "decoder_lora")
 EXPORTED = {

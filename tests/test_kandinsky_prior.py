@@ -21,7 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train_text_to_image import LEFT, column, differ, drawn_at, make_loader, optimizer, picture, tree
 
-from t2i_training import draws, lora, runtime, validation
+from t2i_training.data import draws
+from t2i_training.model import lora
+from t2i_training.report import validation
+from t2i_training.run import lifecycle
 
 SCRIPTS = ("prior", "prior_lora")
 EXPORTED = {
@@ -450,12 +453,12 @@ def test_statistics_are_not_rounded_in_bf16(script, command, base):
     """They normalise the target; the pipeline will undo that with the unrounded ones."""
     module = load_script(script)
     args = module.parse_args(command(script, mixed_precision="bf16"))
-    accelerator = runtime.start(args)
+    accelerator = lifecycle.start(args)
     try:
         pipeline, _, _ = module.load_models(args, accelerator)
         image_encoder, text_encoder, mean, std = module.freeze(pipeline, accelerator)
     finally:
-        runtime.finish(0)
+        lifecycle.finish(0)
     assert (image_encoder.dtype, text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
     assert torch.equal(mean, base.prior.clip_mean.detach())
     assert torch.equal(std, base.prior.clip_std.detach())

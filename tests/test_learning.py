@@ -26,7 +26,8 @@ from torch.nn.functional import cosine_similarity, mse_loss, normalize
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from t2i_training import images, lora, optim
+from t2i_training.data import images
+from t2i_training.model import lora, optim
 
 QUICKSTART = tiny.REPOSITORY / "examples" / "quickstart"
 BASE = QUICKSTART / "tiny-emoji-diffusion"

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
-from t2i_training import losses
+from t2i_training.model import losses
 
 
 def scheduler(*betas, prediction_type="epsilon"):

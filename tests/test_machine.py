@@ -1,12 +1,15 @@
 """How many loader workers a run takes when it is not told, and what it says when memory is used up."""
 
+import os
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from t2i_training import machine, runtime
+from t2i_training import errors
+from t2i_training.data.workers import loader_workers
 
 
 @pytest.mark.parametrize(
@@ -23,14 +26,14 @@ from t2i_training import machine, runtime
     ],
 )
 def test_automatic_number_of_workers(cores, processes, free, workers, monkeypatch, caplog):
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(machine.os.path, "isdir", lambda _: True)
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(os.path, "isdir", lambda _: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     args = SimpleNamespace(resolution=512, train_batch_size=16, dataloader_num_workers=None)
-    assert machine.loader_workers(args, args.train_batch_size) == workers
+    assert loader_workers(args, args.train_batch_size) == workers
     assert ("--shm-size" in caplog.text) == (free < 10**12)
-    assert machine.loader_workers(SimpleNamespace(dataloader_num_workers=5), 1) == 5
+    assert loader_workers(SimpleNamespace(dataloader_num_workers=5), 1) == 5
 
 
 def too_much() -> RuntimeError:
@@ -50,7 +53,7 @@ def too_much() -> RuntimeError:
 )
 def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    machine.explain_out_of_memory()
+    errors.explain_out_of_memory()
     sys.excepthook(type(error), error, None)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory, starting: lower --train_batch_size (and raise ")
@@ -77,7 +80,7 @@ def raised(function: str, error: Exception):
 )
 def test_what_the_run_was_doing_is_named(function, said):
     error = raised(function, torch.OutOfMemoryError("CUDA out of memory."))
-    line = machine.out_of_memory(type(error), error, error.__traceback__)
+    line = errors.out_of_memory(type(error), error, error.__traceback__)
     assert line.startswith(said)
     assert line.endswith("(OutOfMemoryError: CUDA out of memory.)")
 
@@ -93,27 +96,27 @@ def test_what_the_run_was_doing_is_named(function, said):
     ids=repr,
 )
 def test_host_memory(error):
-    line = machine.out_of_memory(type(error), error, None)
+    line = errors.out_of_memory(type(error), error, None)
     assert line.startswith("out of memory, host memory, starting: lower --dataloader_num_workers, or give the")
 
 
 def test_step_and_process_are_named(monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory.")
-    monkeypatch.setattr(runtime, "steps", (3, 3))
-    line = machine.out_of_memory(type(error), error, None)
+    monkeypatch.setattr(errors, "steps", (3, 3))
+    line = errors.out_of_memory(type(error), error, None)
     assert line.startswith("out of memory, step 4: lower --train_batch_size")
     assert "--resume" not in line, "nothing has been trained yet"
-    monkeypatch.setattr(runtime, "steps", (3, 5))
+    monkeypatch.setattr(errors, "steps", (3, 5))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    line = machine.out_of_memory(type(error), error, None)
+    line = errors.out_of_memory(type(error), error, None)
     assert line.startswith("out of memory (process 1), step 6: lower --train_batch_size")
     assert "; --resume_from_checkpoint=latest continues from the last checkpoint (OutOfMemoryError: " in line
 
 
 def test_other_errors_keep_their_trace(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    machine.explain_out_of_memory()
+    errors.explain_out_of_memory()
     try:
         1 / 0  # noqa: B018
     except ZeroDivisionError as error:

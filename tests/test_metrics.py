@@ -15,12 +15,17 @@ from PIL import Image
 from runs import TIMED
 from runs import rows as untimed
 
-from t2i_training import data, flops, inspection, log, metrics, readouts, runtime
+from t2i_training import errors, log, stopping
+from t2i_training.data import inspection, loading
+from t2i_training.data.dataset import open_dataset
+from t2i_training.report import curves, flops, throughput
+from t2i_training.report.progress import Progress
+from t2i_training.run import lifecycle
 
 
 @pytest.fixture
 def drawn_each_time(draw_curves_once, monkeypatch):
-    monkeypatch.setattr(metrics, "_figure", draw_curves_once)
+    monkeypatch.setattr(curves, "_figure", draw_curves_once)
 
 
 @pytest.fixture
@@ -28,13 +33,13 @@ def started(sd_flags, tmp_path):
     """started(**flags): a Progress over the six test pictures, ready to count; its files are below tmp_path / "out"."""
     opened = []
 
-    def start(position=None, **changes) -> metrics.Progress:
+    def start(position=None, **changes) -> Progress:
         if position:
             changes = {"resume_from_checkpoint": "latest"} | changes
         args = load_script("sd").parse_args(sd_flags(**changes))
-        accelerator = runtime.start(args)
-        samples = inspection.inspect(args, accelerator, data.open_dataset(args))
-        progress = metrics.Progress(args, accelerator, *samples, position or {})
+        accelerator = lifecycle.start(args)
+        samples = inspection.inspect(args, accelerator, open_dataset(args))
+        progress = Progress(args, accelerator, *samples, position or {})
         progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean())
         opened.append(progress)
         return progress
@@ -42,7 +47,7 @@ def started(sd_flags, tmp_path):
     yield start
     for progress in opened:
         progress.close()
-    runtime.default_signals()
+    stopping.default_signals()
 
 
 def batch(indices) -> dict:
@@ -85,8 +90,8 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(readouts, "time", Clock())
-    return readouts.time
+    monkeypatch.setattr(throughput, "time", Clock())
+    return throughput.time
 
 
 def timed_rows(tmp_path) -> list[dict]:
@@ -129,7 +134,7 @@ def test_wait_for_data(started, tmp_path, clock):
             clock.now += 1.0
             yield name
 
-    progress, stream = started(logging_steps=2), readouts.timed(loader())
+    progress, stream = started(logging_steps=2), loading.timed(loader())
     names = ""
     for _ in range(4):
         names += next(stream)
@@ -161,8 +166,8 @@ def test_counting_is_left_out_and_may_fail(started, tmp_path, clock, monkeypatch
 
 def test_readouts_in_the_progress_bar():
     row = {"images_per_second": 12.34, "data_wait": 0.034, "peak_memory_gib": 23.45, "mfu": 0.412}
-    assert readouts.shown(row) == "images/s=12.3, data=3%, GiB=23.4, mfu=41%"
-    assert readouts.shown({"images_per_second": 0.5, "data_wait": 1.0}) == "images/s=0.5, data=100%"
+    assert throughput.shown(row) == "images/s=12.3, data=3%, GiB=23.4, mfu=41%"
+    assert throughput.shown({"images_per_second": 0.5, "data_wait": 1.0}) == "images/s=0.5, data=100%"
 
 
 def lines(text: str) -> list[str]:
@@ -193,7 +198,7 @@ def test_a_narrow_terminal_cuts_off_what_matters_least(started, clock, monkeypat
     for _ in range(4):
         clock.now += 2.0
         update(progress, 1.0)
-    runtime.progress_bar.refresh()
+    errors.progress_bar.refresh()
     bar = terminal.getvalue().split("\r")[-1]
     assert "| 4/15000 [" in bar
     assert "left=8:19:52, loss=1.0000, lr=" in bar
@@ -241,7 +246,7 @@ def test_log_file_ends_with_what_ended_the_run(started, tmp_path):
 
     for program in (main, broken):
         with pytest.raises((SystemExit, ValueError)):
-            runtime.run(program)
+            lifecycle.run(program)
     text = (tmp_path / "run.log").read_text()
     assert " ERROR error: no luck\n" in text
     assert text.endswith("ValueError: out of luck\n\n")
@@ -354,14 +359,14 @@ def test_rows_are_read_without_a_run(tmp_path, monkeypatch):
     whole = [{"step": step, "loss": 1.0, "lr": 0.5, "grad_norm": None} for step in (1, 2)]
     lines = [json.dumps(whole[0]), "\0\0", "5", '{"step": 2}', json.dumps(whole[1]), '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert metrics.read_metrics(tmp_path) == whole
+    assert curves.read_metrics(tmp_path) == whole
 
 
 @pytest.mark.usefixtures("drawn_each_time")
 def test_curves_are_drawn(tmp_path):
     values = [{"step": i, "loss": math.exp(-i / 9), "lr": 1e-4, "grad_norm": 1 / i} for i in range(1, 40)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
-    path = metrics.draw_curves(tmp_path)
+    path = curves.draw_curves(tmp_path)
     assert path == tmp_path / "training_curves.png"
     with Image.open(path) as picture:
         assert picture.format == "PNG"
@@ -371,7 +376,7 @@ def test_curves_are_drawn(tmp_path):
 
 def test_no_rows_no_curves(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    assert metrics.draw_curves(tmp_path) is None
+    assert curves.draw_curves(tmp_path) is None
     assert not (tmp_path / "training_curves.png").exists()
 
 

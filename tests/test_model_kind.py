@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import load_script
 
-from t2i_training import checks, model_kind
+from t2i_training.cli import checks
+from t2i_training.sources import model_kind
 
 FLAG = "--pretrained_model_name_or_path"
 BASES = {"sd": "model", "prior": "prior_model", "decoder": "decoder_model"}

@@ -9,7 +9,7 @@ from conftest import load_script
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from t2i_training import ema, networks, optim
+from t2i_training.model import ema, networks, optim
 
 CUDA = torch.device("cuda")  # its name alone: nothing below runs on it
 

@@ -14,7 +14,7 @@ from conftest import load_script
 from PIL import Image
 from runs import rows
 
-from t2i_training import data
+from t2i_training.data.dataset import check_dataset, picture_file
 
 SECTION = (tiny.REPOSITORY / "README.md").read_text().split("## Your own data set, your own changes")[1]
 SNIPPET = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]
@@ -23,10 +23,9 @@ SNIPPET = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]
 def edited(script: str, folder, *changes):
     """A module: the README's changes, and these (old, new), made in a copy of a script."""
     text = tiny.ALL_SCRIPTS[script].read_text()
-    line = re.search(r"    cli\.add_data_source_args\(parser\).*\n", text)[0]
+    line = re.search(r"    flags\.add_data_source_args\(parser\).*\n", text)[0]
     replacements = [
         (line, ""),
-        ("data.open_dataset(args)", "open_dataset(args)"),
         ("def main(", SNIPPET + "\n\ndef main("),
         *changes,
     ]
@@ -148,10 +147,10 @@ GOOD = {
 
 @pytest.mark.parametrize("form", GOOD)
 def test_forms_that_are_taken(form):
-    dataset = data.check_dataset(GOOD[form](), args())
+    dataset = check_dataset(GOOD[form](), args())
     assert len(dataset) == 2
-    assert {type(data.picture_file(dataset[i]["image"])) for i in range(2)} == {bytes}
-    assert data.check_dataset(dataset, args()).features == dataset.features, "what is right stays as it is"
+    assert {type(picture_file(dataset[i]["image"])) for i in range(2)} == {bytes}
+    assert check_dataset(dataset, args()).features == dataset.features, "what is right stays as it is"
 
 
 REFUSED = {
@@ -187,6 +186,6 @@ REFUSED = {
 def test_forms_that_are_refused(form):
     make, message = REFUSED[form]
     with pytest.raises(SystemExit) as stop:
-        data.check_dataset(make(), args())
+        check_dataset(make(), args())
     assert str(stop.value).startswith(message)
     assert "\n" not in str(stop.value)

@@ -9,7 +9,7 @@ import torch
 from conftest import launch, load_script
 from runs import ADAPTERS, interrupt, outcome
 
-from t2i_training import packages
+from t2i_training.cli import packages
 
 BROKEN = "import sys\nprint('IMPORTED', __name__, file=sys.stderr)\nraise ImportError('undefined symbol: _ZN3c10')\n"
 CPU = torch.device("cpu")

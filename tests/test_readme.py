@@ -23,9 +23,18 @@ def test_relative_links_resolve(page):
 
 
 def test_annotated_tree_is_the_tree():
-    """Every module of the package has its line in the README, and every line its module."""
+    """Every room and module of the package has its line in the README, and every line its room or module."""
     text = (tiny.REPOSITORY / "README.md").read_text()
     tree = text[text.index("src/t2i_training/  ") : text.index("text_to_image/           the")]
-    named = set(re.findall(r"^  (\w+\.py)", tree, re.MULTILINE))
-    modules = {path.name for path in (tiny.REPOSITORY / "src" / "t2i_training").glob("*.py")}
-    assert named == modules - {"__init__.py"}
+    named, room = set(), ""
+    for indent, name in re.findall(r"^( +)(\w+(?:\.py|/)) ", tree, re.MULTILINE):
+        room = room if len(indent) == 4 else ""
+        named.add(room + name)
+        room = name if len(indent) == 2 and name.endswith("/") else room
+    package = tiny.REPOSITORY / "src" / "t2i_training"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    modules = {path for path in modules if not path.startswith("sd_flax/networks/")}
+    rooms = {
+        path.relative_to(package).as_posix() + "/" for path in package.rglob("*/") if (path / "__init__.py").exists()
+    }
+    assert named == modules | rooms - {"./"}

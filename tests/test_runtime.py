@@ -9,7 +9,9 @@ import torch
 import yaml
 from conftest import held, load_script
 
-from t2i_training import networks, optim, runtime
+from t2i_training import errors, stopping
+from t2i_training.model import networks, optim
+from t2i_training.run import lifecycle, output_folder
 
 
 @pytest.fixture
@@ -23,10 +25,10 @@ def start(parse):
 
     def run(**changes):
         args = parse(**changes)
-        return args, runtime.start(args)
+        return args, lifecycle.start(args)
 
     yield run
-    runtime.default_signals()
+    stopping.default_signals()
 
 
 # --- schedules
@@ -185,13 +187,13 @@ def test_second_run_in_one_process_may_differ(start, tmp_path):
 
 def test_seed_is_the_one_given(start):
     args, _ = start(seed=5)
-    runtime.settle_seed(args, {})
+    lifecycle.settle_seed(args, {})
     assert args.seed == 5
 
 
 def test_seed_0_is_a_seed(start):
     args, _ = start(seed=0)
-    runtime.settle_seed(args, {"seed": 0})
+    lifecycle.settle_seed(args, {"seed": 0})
     assert args.seed == 0
 
 
@@ -199,11 +201,11 @@ def test_seed_is_drawn_if_none_is_given_and_kept_by_the_checkpoint(start):
     seeds = set()
     for _ in range(4):
         args, _ = start(seed=None)
-        runtime.settle_seed(args, {})
+        lifecycle.settle_seed(args, {})
         assert 0 <= args.seed < 2**31
         seeds.add(args.seed)
         resumed, _ = start(seed=None)
-        runtime.settle_seed(resumed, {"seed": args.seed})
+        lifecycle.settle_seed(resumed, {"seed": args.seed})
         assert resumed.seed == args.seed
     assert len(seeds) > 1
 
@@ -211,7 +213,7 @@ def test_seed_is_drawn_if_none_is_given_and_kept_by_the_checkpoint(start):
 def test_seed_other_than_the_checkpoints_is_refused(start):
     args, _ = start(seed=5)
     with pytest.raises(SystemExit, match="error: --seed 5 differs from the checkpoint's, 6: leave it out to continue"):
-        runtime.settle_seed(args, {"seed": 6})
+        lifecycle.settle_seed(args, {"seed": 6})
 
 
 def test_run_config_can_be_passed_back(start, tmp_path):
@@ -219,8 +221,8 @@ def test_run_config_can_be_passed_back(start, tmp_path):
         validation_prompts=["- a\nb", "null"], use_ema=True, snr_gamma=5, push_to_hub=True, hub_token="hf_secret",
         mixed_precision="no", seed=None,
     )  # fmt: skip
-    runtime.settle_seed(args, {})
-    runtime.write_config(args, resumed=False)
+    lifecycle.settle_seed(args, {})
+    output_folder.write_config(args, resumed=False)
     path = tmp_path / "out" / "run_config.yaml"
     assert "hf_secret" not in path.read_text()
     assert yaml.safe_load(path.read_text())["validation_prompts"] == ["- a\nb", "null"]
@@ -229,7 +231,7 @@ def test_run_config_can_be_passed_back(start, tmp_path):
 
 
 def test_failure_while_loading_names_the_flag(capsys):
-    with pytest.raises(SystemExit) as stop, runtime.readable_errors("--revision", "v9"):
+    with pytest.raises(SystemExit) as stop, errors.readable_errors("--revision", "v9"):
         raise OSError("no\nsuch   revision " + "x" * 1000)
     message = str(stop.value)
     assert message.startswith("error: --revision v9: OSError: no such revision xxx")
@@ -319,14 +321,14 @@ def test_folder_that_cannot_be_written(start, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_asks_to_stop_the_second_is_pythons(start, number):
     _, accelerator = start()
-    runtime.begin_loop()
-    assert runtime.stop_requested(accelerator) == 0
+    stopping.begin_loop()
+    assert stopping.stop_requested(accelerator) == 0
     os.kill(os.getpid(), number)
-    assert runtime.stop_requested(accelerator) == number
+    assert stopping.stop_requested(accelerator) == number
     os.kill(os.getpid(), number)  # within a second: a launcher that was stopped as well passes its own on
     assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     with pytest.raises(SystemExit) as stop:
-        runtime.finish(number)
+        lifecycle.finish(number)
     assert stop.value.code == 128 + number
 
 
@@ -334,13 +336,13 @@ def test_first_signal_asks_to_stop_the_second_is_pythons(start, number):
 def test_an_announcement_may_come_many_times(start, monkeypatch, number):
     """At a soft limit of CPU time SIGXCPU comes once a second; Slurm's SIGUSR1 is followed by a SIGTERM."""
     _, accelerator = start()
-    runtime.begin_loop()
+    stopping.begin_loop()
     for now in (100.0, 105.0, 110.0):
-        monkeypatch.setattr(runtime.time, "monotonic", lambda now=now: now)
+        monkeypatch.setattr(stopping.time, "monotonic", lambda now=now: now)
         os.kill(os.getpid(), number)
-        assert runtime.stop_requested(accelerator) == number
+        assert stopping.stop_requested(accelerator) == number
     os.kill(os.getpid(), signal.SIGTERM)
-    assert runtime.stop_requested(accelerator) == signal.SIGTERM
+    assert stopping.stop_requested(accelerator) == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "which would abort"
 
 
@@ -350,12 +352,12 @@ def test_a_signal_that_other_code_handles_is_left_to_it(start, caplog):
     signal.signal(signal.SIGUSR1, lambda number, _: got.append(number))
     try:
         _, accelerator = start()
-        runtime.begin_loop()
+        stopping.begin_loop()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert got == [signal.SIGUSR1]
-        assert runtime.stop_requested(accelerator) == 0
+        assert stopping.stop_requested(accelerator) == 0
         assert "SIGUSR1 does not stop this run: other code handles it" in caplog.text
-        runtime.finish(0)
+        lifecycle.finish(0)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert got == [signal.SIGUSR1] * 2
     finally:
@@ -375,7 +377,7 @@ def test_platform_without_some_of_the_signals(monkeypatch):
     """Windows has neither SIGHUP nor those of clusters."""
     for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         monkeypatch.delattr(signal, name)
-    spec = importlib.util.spec_from_file_location("t2i_training.runtime_there", runtime.__file__)
+    spec = importlib.util.spec_from_file_location("t2i_training.stopping_there", stopping.__file__)
     spec.loader.exec_module(there := importlib.util.module_from_spec(spec))
     assert [number.name for number in there.STOP_SIGNALS] == ["SIGTERM", "SIGINT"]
 
@@ -395,7 +397,7 @@ def test_signal_that_a_library_takes_for_an_error(start, number):
     """torch's C++, asked for the shape of a list, turns whatever is raised meanwhile into a ValueError."""
 
     def load():
-        with runtime.readable_errors("checkpoint", "x"):
+        with errors.readable_errors("checkpoint", "x"):
             try:
                 os.kill(os.getpid(), number)
             except SystemExit:
@@ -409,8 +411,8 @@ def test_signal_that_a_library_takes_for_an_error(start, number):
 
 def test_signal_of_an_earlier_run_is_forgotten(start):
     start()
-    runtime.begin_loop()
+    stopping.begin_loop()
     os.kill(os.getpid(), signal.SIGTERM)
     _, accelerator = start()
-    assert runtime.stop_requested(accelerator) == 0
-    assert runtime.finish(0) is None
+    assert stopping.stop_requested(accelerator) == 0
+    assert lifecycle.finish(0) is None

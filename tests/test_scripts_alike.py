@@ -31,7 +31,7 @@ LEFT_OUT = {  # script -> what its story goes without: no "no picture" with capt
 }  # fmt: skip
 
 KANDINSKY = [
-    ("imports", " spare_parts,", "", "training uses all that it loads"),
+    ("imports", ", spare_parts", "", "training uses all that it loads"),
     ("main", "partial(export, pipeline, network, args)", "partial(export, pipeline, network)",
      "it exports what it loads"),
     ("draw_picture", "num_inference_steps=validation.STEPS,",
@@ -42,8 +42,7 @@ KANDINSKY = [
      "validation loads the half that is not trained"),
 ]  # fmt: skip
 LORA = [
-    ("imports", " ema,", "", "no --use_ema"),
-    ("imports", " loading,", " loading, lora,", "the method"),
+    ("imports", "import ema,", "import lora,", "the method; no --use_ema"),
     ("parse_args", "add_validation_args(parser)", "add_validation_args(parser, single=True)", "its flags"),
     ("parse_args", "add_reporting_args(parser)", "add_reporting_args(parser, project=False)", "its flags"),
     ("main", "partial(ema.save_networks, 'unet', network, average)", "partial(lora.save_networks, network)",
@@ -55,7 +54,7 @@ LORA = [
     ("main", "        with ema.averaged(average, network):\n    ", "", "no --use_ema"),
 ]  # fmt: skip
 KANDINSKY_LORA = [
-    ("parse_args", "cli.add_ema_args(parser, placement=False)", "cli.add_lora_args(parser)", "its flags"),
+    ("parse_args", "flags.add_ema_args(parser, placement=False)", "flags.add_lora_args(parser)", "its flags"),
     ("parse_args", "model-finetuned'", "model-finetuned-lora'", "its default"),
     ("main", "partial(export, pipeline, network)", "partial(lora.save_networks, network)", "exported as it is saved"),
 ]  # fmt: skip
@@ -63,7 +62,6 @@ NOT_EXPORTED = ("networks.frozen(module, accelerator)", "networks.frozen(module,
                 "adapters are exported alone")  # fmt: skip
 PREPARED = "    unet = unet.to(accelerator.device)\n    average = ema.make_ema(args, unet, accelerator.device{}) if args.use_ema else None\n"  # fmt: skip  # noqa: E501
 EXPORT = "def export(pipeline, unet, folder):\n    pipeline.register_modules(unet=unet)\n    pipeline.save_pretrained(folder)"  # fmt: skip  # noqa: E501
-VOCABULARY = "\n    hub.keep_vocabulary_files(folder / 'tokenizer')"
 
 DIFFERENCES = {
     "prior": [
@@ -74,6 +72,7 @@ DIFFERENCES = {
     ],
     "decoder": [
         *KANDINSKY,
+        ("imports", "import captions, draws", "import draws", "it reads no captions"),
         ("main", "pipeline, unet, noise_scheduler = load", "pipeline, image_encoder, unet, noise_scheduler = load",
          "the image encoder is no part of the decoder's pipeline"),
         ("main", "[networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]",
@@ -82,7 +81,7 @@ DIFFERENCES = {
     ],
     "sd_lora": [
         *LORA,
-        ("parse_args", "cli.add_ema_args(parser)", "cli.add_lora_args(parser, kohya=True)", "its flags"),
+        ("parse_args", "flags.add_ema_args(parser)", "flags.add_lora_args(parser, kohya=True)", "its flags"),
         ("parse_args", "project=False)",
          "project=False)\n    parser.set_defaults(output_dir='sd-model-finetuned-lora')", "its default"),
         ("load_models", "        unet = pipeline.unet\n        if args.non_ema_revision is not None:\n            "
@@ -96,7 +95,7 @@ DIFFERENCES = {
         ("main", "partial(lora.save_networks, network)", "lambda folder: export(args, network, folder, "
          "progress.step)", "a checkpoint holds what is exported"),
         ("export", "def export(pipeline, unet, args, folder):\n    pipeline.register_modules(unet=unet)\n    "
-         "spare_parts.save(pipeline, args, folder)" + VOCABULARY, "def export(args, unet, folder, step=None):\n    "
+         "spare_parts.save(pipeline, args, folder)", "def export(args, unet, folder, step=None):\n    "
          "lora.save_stable_diffusion(StableDiffusionPipeline, unet, folder)\n    if args.save_kohya:\n        "
          "lora.save_kohya(unet, folder, step)", "the adapters are exported, not the pipeline"),
     ],
@@ -107,7 +106,7 @@ DIFFERENCES = {
          "    for statistic in (unet.clip_mean, unet.clip_std):\n        statistic.requires_grad_(False)\n", "",
          "add_adapters freezes all of the base"),
         ("main", PREPARED.format(""), "    unet = lora.add_adapters(unet, args, accelerator)\n", "the method"),
-        ("export", EXPORT + VOCABULARY, "", "exported as it is saved"),
+        ("export", EXPORT, "", "exported as it is saved"),
     ],
     "decoder_lora": [
         *LORA, *KANDINSKY_LORA,

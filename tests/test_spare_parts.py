@@ -13,7 +13,7 @@ from PIL import Image
 from runs import after_update
 from safetensors.torch import load_file
 
-from t2i_training import spare_parts
+from t2i_training.model import spare_parts
 
 CHECKER, EXTRACTOR = "safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json"
 

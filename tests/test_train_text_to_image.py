@@ -24,7 +24,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from t2i_training import clip_names, data, draws, ema, inspection, metrics, runtime, validation
+from t2i_training import stopping
+from t2i_training.data import captions, draws, inspection
+from t2i_training.data.dataset import open_dataset
+from t2i_training.model import ema
+from t2i_training.report import validation
+from t2i_training.report.progress import Progress
+from t2i_training.run import clip_names, lifecycle
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PROMPTS = ["a cat", "a dog"]
@@ -181,8 +187,8 @@ def make_loader(script, args, pipeline, frozen) -> torch.utils.data.DataLoader:
     """A run's own loader, of which `dataset[epoch, index]` is what its workers make of a visit to a row."""
     accelerator = Accelerator()
     Path(args.output_dir).mkdir(exist_ok=True)
-    opened, looked_at = inspection.inspect(args, accelerator, data.open_dataset(args))
-    progress = metrics.Progress(args, accelerator, opened, looked_at, {})
+    opened, looked_at = inspection.inspect(args, accelerator, open_dataset(args))
+    progress = Progress(args, accelerator, opened, looked_at, {})
     return script.make_dataloader(args, opened, looked_at, pipeline, frozen, pipeline.scheduler, accelerator, progress)
 
 
@@ -412,17 +418,17 @@ def test_variant(script, parse, base, model, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def captions(args) -> list:
-    return data.open_dataset(args)[args.caption_column]
+def read_captions(args) -> list:
+    return open_dataset(args)[args.caption_column]
 
 
 def test_folder_of_pictures_and_data_dir(parse, run, tmp_path):
     whole = tmp_path / "whole"
     for name, count in (("day", 2), ("night", 3)):
         tiny.make_pictures(whole / name, count)
-    assert len(captions(parse(train_data_dir=whole))) == 5
-    assert len(captions(parse(train_data_dir=whole / "night"))) == 3
-    assert len(captions(parse(dataset_name=whole, train_data_dir="day"))) == 2
+    assert len(read_captions(parse(train_data_dir=whole))) == 5
+    assert len(read_captions(parse(train_data_dir=whole / "night"))) == 3
+    assert len(read_captions(parse(dataset_name=whole, train_data_dir="day"))) == 2
     assert column(run(train_data_dir=whole / "day"), "epoch") == [1.0, 2.0, 3.0, 4.0]
 
 
@@ -434,7 +440,7 @@ def test_data_set_with_two_configurations(parse, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configurations})}---\n")
     for name, count in (("day", 2), ("night", 3)):
         args = parse(train_data_dir=None, dataset_name=tmp_path, dataset_config_name=name)
-        assert captions(args) == [f"picture {i}" for i in range(count)]
+        assert read_captions(args) == [f"picture {i}" for i in range(count)]
 
 
 def test_data_set_by_hub_name_from_the_cache(parse, pictures, run, tmp_path):
@@ -466,10 +472,10 @@ def test_columns_of_other_names_and_lists_of_captions(run, sampler, base, pictur
 
 def test_max_train_samples(run, parse):
     assert column(run(max_train_samples=2), "epoch") == [1.0, 2.0, 3.0, 4.0]
-    chosen = {tuple(captions(parse(max_train_samples=2, seed=seed))) for seed in range(8)}
+    chosen = {tuple(read_captions(parse(max_train_samples=2, seed=seed))) for seed in range(8)}
     assert {len(set(texts)) for texts in chosen} == {2}
     assert len(chosen) > 3
-    assert captions(parse(max_train_samples=2, seed=1)) == captions(parse(max_train_samples=2, seed=1))
+    assert read_captions(parse(max_train_samples=2, seed=1)) == read_captions(parse(max_train_samples=2, seed=1))
 
 
 def test_workers_load_and_change_nothing(script, base, run, parse):
@@ -526,14 +532,14 @@ def test_encodings_of_pictures_and_captions(script, sampler, base):
         posterior = base.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
         states = base.text_encoder(batch["input_ids"]).last_hidden_state
         pictures = script.encode_pictures({"pixels": batch["pixels"]}, base.vae)
-        captions = script.encode_captions({"input_ids": batch["input_ids"]}, base.text_encoder)
+        text = script.encode_captions({"input_ids": batch["input_ids"]}, base.text_encoder)
     assert base.vae.config.scaling_factor == 0.18215
     torch.testing.assert_close(pictures["latents_mean"], posterior.mean * 0.18215)
     torch.testing.assert_close(pictures["latents_std"], posterior.std * 0.18215)
-    torch.testing.assert_close(captions["text_states"], states)
+    torch.testing.assert_close(text["text_states"], states)
     both = script.encode(batch, base.vae, base.text_encoder)
     assert set(both) == {"latents_mean", "latents_std", "text_states"}
-    assert all(torch.equal(both[name], (pictures | captions)[name]) for name in both)
+    assert all(torch.equal(both[name], (pictures | text)[name]) for name in both)
     assert not any(tensor.requires_grad for tensor in both.values())
 
 
@@ -605,7 +611,7 @@ def test_mirror_and_crop_do_not_shift_other_draws(sampler):
 
 
 def test_caption_dropout(sampler, base):
-    empty = data.tokenize(base.tokenizer, "")
+    empty = captions.tokenize(base.tokenizer, "")
     dropped = [torch.equal(sampler(caption_dropout=0.5)(epoch, 0)["input_ids"], empty) for epoch in range(40)]
     assert 8 < sum(dropped) < 32
     assert not any(torch.equal(sampler()(epoch, 0)["input_ids"], empty) for epoch in range(40))
@@ -763,14 +769,14 @@ def test_local_rank(parse, monkeypatch, sd_flags, server, tmp_path):
     """What legacy launchers pass as a flag, today's libraries read from the environment, which has the last word."""
     PartialState()  # this process is a single one, whatever the environment says from here on
     monkeypatch.setenv("LOCAL_RANK", "5")
-    runtime.start(parse(local_rank=1))
+    lifecycle.start(parse(local_rank=1))
     assert os.environ["LOCAL_RANK"] == "5"
     monkeypatch.delenv("LOCAL_RANK")
-    runtime.start(parse())
+    lifecycle.start(parse())
     assert "LOCAL_RANK" not in os.environ
-    runtime.start(parse(local_rank=0))
+    lifecycle.start(parse(local_rank=0))
     assert "LOCAL_RANK" not in os.environ  # one process, and no launcher
-    runtime.default_signals()
+    stopping.default_signals()
     launcher = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     run = server.start(sd_flags(local_rank=0, max_train_steps=1), tmp_path, environment=launcher)
     assert run.wait() == 0, run.output()  # which without LOCAL_RANK ends in an error of torch.distributed
@@ -780,13 +786,13 @@ def test_allow_tf32(parse):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        runtime.start(parse())
+        lifecycle.start(parse())
         assert torch.get_float32_matmul_precision() == "highest"
-        runtime.start(parse(allow_tf32=True))
+        lifecycle.start(parse(allow_tf32=True))
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
-        runtime.default_signals()
+        stopping.default_signals()
 
 
 # ----------------------------------------------------------------------------------------------------------- precision

@@ -29,19 +29,14 @@ jax = pytest.importorskip("jax")
 flax = pytest.importorskip("flax")
 pytest.importorskip("optax")
 
-import jax.numpy as jnp  # noqa: E402
-from test_flax_models import old_flax_tree  # noqa: E402
+import jax.numpy as jnp
+from test_flax_models import old_flax_tree
 
-from t2i_training import (  # noqa: E402
-    flax_devices,
-    flax_flops,
-    flax_models,
-    flax_pipeline,
-    flax_training,
-    metrics,
-    runtime,
-    validation,
-)
+from t2i_training import stopping
+from t2i_training.report import curves, validation
+from t2i_training.run import lifecycle
+from t2i_training.sd_flax import devices, flops, networks, train_state
+from t2i_training.sd_flax import pipeline as flax_pipeline
 
 RUN = {  # six pictures, four an update
     "resolution": 16, "max_train_steps": 6, "gradient_accumulation_steps": 2, "use_ema": True, "snr_gamma": 5,
@@ -65,7 +60,7 @@ def environment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, (value, _) in settings.items():
             jax.config.update(name, value)
-        patch.setattr(flax_flops, "count", lambda *_: 10**6)  # a second in each run: test_flax_flops.py counts
+        patch.setattr(flops, "count", lambda *_: 10**6)  # a second in each run: test_flax_flops.py counts
         yield {name.upper(): str(value) for name, (value, _) in settings.items()}
     for name, (_, default) in settings.items():
         jax.config.update(name, default)
@@ -85,14 +80,14 @@ def train(tokens):
     steps = {}
 
     def run(output_dir, script="sd_flax", *, anew=False, **changes):
-        def begin(trained, train_step, begin=flax_training.Trained.begin):
+        def begin(trained, train_step, begin=train_state.Trained.begin):
             begin(trained, train_step)
             trained.train_step = steps.setdefault(program, trained.train_step)
 
         program = repr(sorted(item for item in changes.items() if item[0] not in OUTSIDE))
         with pytest.MonkeyPatch.context() as patch:
             if script == "sd_flax" and not anew:
-                patch.setattr(flax_training.Trained, "begin", begin)
+                patch.setattr(train_state.Trained, "begin", begin)
             load_script(script).main(tokens(output_dir, **changes))
         return output_dir
 
@@ -112,14 +107,14 @@ def whole(train, tmp_path_factory):
 
 def after_steps(patch, look):
     """Let `look(trained)` be called after each update."""
-    step = flax_training.Trained.step
+    step = train_state.Trained.step
 
     def stepped(self, *inputs):
         result = step(self, *inputs)
         look(self)
         return result
 
-    patch.setattr(flax_training.Trained, "step", stepped)
+    patch.setattr(train_state.Trained, "step", stepped)
 
 
 def outcome(folder: Path, step: int = 6) -> dict:
@@ -203,7 +198,7 @@ def test_no_program_is_compiled_after_the_first_step(whole):
 
 
 def test_rows_say_how_fast_it_was(whole):
-    for row in metrics.read_metrics(whole):
+    for row in curves.read_metrics(whole):
         assert row["tflops_per_second"] == pytest.approx(1e-6 * row["images_per_second"] / 4, rel=1e-3)
 
 
@@ -298,13 +293,13 @@ def test_resumed_after_being_killed(train, whole, server, environment, tokens, t
 def test_resumed_with_nothing_left_to_do(train, whole, tmp_path, monkeypatch):
     """The default seed gives way to the checkpoint's. What is trained goes to the devices once, when all is read."""
     folder, before = shutil.copytree(whole, tmp_path / "out"), sum(array.nbytes for array in jax.live_arrays())
-    begin, held = flax_training.Trained.begin, []
+    begin, held = train_state.Trained.begin, []
 
     def begun(self, *args):
         held.append(sum(array.nbytes for array in jax.live_arrays()) - before)
         begin(self, *args)
 
-    monkeypatch.setattr(flax_training.Trained, "begin", begun)
+    monkeypatch.setattr(train_state.Trained, "begin", begun)
     train(folder, seed=None, resume_from_checkpoint="latest")
     assert outcome(folder) == outcome(whole)
     assert "seed: 3\n" in (folder / "run_config.yaml").read_text()
@@ -317,7 +312,7 @@ def test_resumed_with_nothing_left_to_do(train, whole, tmp_path, monkeypatch):
 def test_default_seed(tokens, tmp_path):
     args = load_script("sd_flax").parse_args(tokens(tmp_path / "out", seed=None))
     assert args.seed == 0
-    runtime.settle_seed(args, {})
+    lifecycle.settle_seed(args, {})
     assert args.seed == 0
     assert type(args.seed) is int
 
@@ -326,12 +321,12 @@ def test_default_seed(tokens, tmp_path):
 def trained(tokens, tmp_path):
     """trained(network, precision): what a run in that precision would train."""
     args = load_script("sd_flax").parse_args(tokens(tmp_path / "out"))
-    _, mesh = flax_devices.start(args)
-    runtime.default_signals()
+    _, mesh = devices.start(args)
+    stopping.default_signals()
 
     def make(network, precision="no"):
         args.mixed_precision = precision
-        return flax_training.Trained(args, network, mesh)
+        return train_state.Trained(args, network, mesh)
 
     return make
 
@@ -339,7 +334,7 @@ def trained(tokens, tmp_path):
 def test_loss_scaling_begins_where_a_checkpoint_has_none(trained, whole, tmp_path):
     """So a run in bf16 may go on in fp16, and one in fp16 in bf16."""
     folder = shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
-    network = flax_models.load_unet(folder / "unet")
+    network = networks.load_unet(folder / "unet")
     run = trained(network, "fp16")
     run.load(folder)
     assert run.state["scaling"] == {"scale": 2.0**16, "good": 0}
@@ -354,7 +349,7 @@ def test_loss_scaling_begins_where_a_checkpoint_has_none(trained, whole, tmp_pat
 
 def test_checkpoints_that_do_not_fit_are_refused(trained, whole, tmp_path):
     folder = shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
-    trained = trained(flax_models.load_unet(folder / "unet"))
+    trained = trained(networks.load_unet(folder / "unet"))
     trained.load(folder)
     assert trained.updates == 6
     file = folder / "optimizer.safetensors"
@@ -379,7 +374,7 @@ import json, sys
 from functools import partial
 import jax, numpy as np, pytest, torch
 from conftest import load_quick_flax_script, load_script
-from t2i_training import flax_devices
+from t2i_training.sd_flax import devices
 
 quick, *runs = map(json.loads, sys.argv[1:])
 with pytest.MonkeyPatch.context() as patch:
@@ -391,8 +386,8 @@ assert jax.device_count() == 4
 def times(batch, number):
     return {"product": number * batch["x"]}
 
-encode = partial(times, number=flax_devices.on_host(np.float32(2)))
-product = flax_devices.encode_on_host({"x": torch.arange(7)}, encode, dtype=float)["product"]
+encode = partial(times, number=devices.on_host(np.float32(2)))
+product = devices.encode_on_host({"x": torch.arange(7)}, encode, dtype=float)["product"]
 assert product.tolist() == list(range(0, 14, 2)), "seven by four devices"
 """
 
@@ -443,8 +438,8 @@ def test_four_devices_sharded_or_not_and_one_give_the_same_losses(on_four_device
 def test_precision_of_products(changes, precision, tokens, tmp_path):
     """In full where the run is; in half precision anything above JAX's default would be slower for nothing."""
     before = dict(os.environ)
-    flax_devices.start(load_script("sd_flax").parse_args(tokens(tmp_path / "out", **changes)))
-    runtime.default_signals()
+    devices.start(load_script("sd_flax").parse_args(tokens(tmp_path / "out", **changes)))
+    stopping.default_signals()
     assert jax.config.jax_default_matmul_precision == precision
     assert os.environ.get("ACCELERATE_USE_CPU") == before.get("ACCELERATE_USE_CPU")
 
@@ -454,8 +449,8 @@ def test_precision_of_the_launcher(tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for typed, expected in ((None, "bf16"), ("no", "no")):
         args = load_script("sd_flax").parse_args(tokens(tmp_path / "out", mixed_precision=typed))
-        flax_devices.start(args)
-        runtime.default_signals()
+        devices.start(args)
+        stopping.default_signals()
         assert args.mixed_precision == expected
 
 
@@ -468,15 +463,16 @@ TWO_PROCESSES = """
 import os, signal, sys
 import jax
 from conftest import load_script
-from t2i_training import flax_training, hub
+from t2i_training.report import hub
+from t2i_training.sd_flax import train_state
 
-def step(self, *inputs, step=flax_training.Trained.step):
+def step(self, *inputs, step=train_state.Trained.step):
     result = step(self, *inputs)
     if self.updates == 6 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return result
 
-flax_training.Trained.step = step
+train_state.Trained.step = step
 finish = hub.finish
 hub.finish = lambda *args: (finish(*args), print("others may leave:", not jax.distributed.is_initialized()))
 load_script("sd_flax").main(sys.argv[1:])
@@ -606,7 +602,7 @@ def test_variants_of_weights(tokens, small_model, tmp_path, capsys):
     pipeline = flax_pipeline.load(parse(tokens(tmp_path / "out", variant="fp16", **options)), jnp.float32)
     theirs = StableDiffusionPipeline.from_pretrained(base, variant="fp16")
     for part in ("unet", "vae"):
-        ours = flax_models.state_dict(getattr(pipeline, part))
+        ours = networks.state_dict(getattr(pipeline, part))
         assert all(np.array_equal(ours[name], value) for name, value in getattr(theirs, part).state_dict().items())
     with pytest.raises(SystemExit):
         parse(tokens(tmp_path / "out", variant="ema", **options))
@@ -638,7 +634,7 @@ def test_update_is_torchs_and_skips_what_overflows():
         ["--pretrained_model_name_or_path=x", "--train_data_dir=.", "--output_dir=/nowhere/x", "--adam_beta1=0.8",
          "--adam_beta2=0.95", "--adam_epsilon=1e-3", "--adam_weight_decay=0.2"]
     )  # fmt: skip
-    optimizer = flax_training.make_optimizer(args)
+    optimizer = train_state.make_optimizer(args)
     parameters = {"w": jnp.asarray(start)}
     state = {"parameters": parameters, "optimizer": optimizer.init(parameters)}
     state["scaling"] = {"scale": jnp.float32(2.0**16), "good": jnp.int32(1997)}
@@ -650,12 +646,12 @@ def test_update_is_torchs_and_skips_what_overflows():
     for number, gradient in enumerate(gradients):
         if number == 1:
             overflow = {"g": jnp.full((2, 1, 3, 2), 1e35)}
-            _, found, norm = flax_training.gradient_of(loss, state, overflow, 1.0)
+            _, found, norm = train_state.gradient_of(loss, state, overflow, 1.0)
             assert not jnp.isfinite(norm)
-            state = flax_training.update(state, found, norm, optimizer, 0.1, 0.0)
+            state = train_state.update(state, found, norm, optimizer, 0.1, 0.0)
         batch = {"g": jnp.asarray(np.stack([2 * gradient, 0 * gradient])[:, None])}
-        _, found, norm = flax_training.gradient_of(loss, state, batch, 1.0)
-        state = flax_training.update(state, found, norm, optimizer, 0.1, 0.0)
+        _, found, norm = train_state.gradient_of(loss, state, batch, 1.0)
+        state = train_state.update(state, found, norm, optimizer, 0.1, 0.0)
         twin.grad = torch.tensor(gradient)
         assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_([twin], 1.0)), rel=1e-5)
         reference.step()
@@ -666,8 +662,8 @@ def test_update_is_torchs_and_skips_what_overflows():
 
 def test_bfloat16_passes_to_torch_and_back():
     tensor = torch.randn(3, 2).bfloat16()
-    assert torch.equal(flax_devices.to_torch(jnp.asarray(flax_devices.to_numpy(tensor))), tensor)
-    assert flax_devices.to_numpy(torch.tensor([7])).dtype == np.int32
+    assert torch.equal(devices.to_torch(jnp.asarray(devices.to_numpy(tensor))), tensor)
+    assert devices.to_numpy(torch.tensor([7])).dtype == np.int32
 
 
 # Sizes

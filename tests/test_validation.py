@@ -5,7 +5,9 @@ import pytest
 from conftest import load_script
 from PIL import Image
 
-from t2i_training import runtime, validation
+from t2i_training import stopping
+from t2i_training.report import validation
+from t2i_training.run import lifecycle
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
 PROMPTS = ["a red bird", "a green bird on a very long branch of a very old oak tree beside a river", ""]
@@ -91,8 +93,8 @@ def test_small_pictures_are_enlarged_without_smoothing():
 
 @pytest.fixture
 def accelerator(sd_flags):
-    yield runtime.start(load_script("sd").parse_args(sd_flags()))
-    runtime.default_signals()
+    yield lifecycle.start(load_script("sd").parse_args(sd_flags()))
+    stopping.default_signals()
 
 
 def test_first_row_is_the_untouched_model(accelerator, tmp_path):

@@ -14,60 +14,49 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 
 from functools import partial
 
-from t2i_training import checks, cli
+from t2i_training.cli import checks, flags
 
 
 def parse_args(argv=None):
-    parser = cli.make_parser(__doc__)
-    cli.add_stable_diffusion_args(parser)
-    cli.add_data_source_args(parser)  # what data.open_dataset reads
-    cli.add_data_args(parser)
-    cli.add_caption_args(parser)
-    cli.add_image_args(parser)
-    cli.add_training_args(parser)
-    cli.add_network_args(parser)
-    cli.add_optimizer_args(parser, scale_lr=True)
-    cli.add_loss_args(parser, noise=True)
-    cli.add_ema_args(parser)
-    cli.add_encoding_args(parser, crops=True)
-    cli.add_checkpoint_args(parser)
-    cli.add_validation_args(parser)
-    cli.add_reporting_args(parser)
+    parser = flags.make_parser(__doc__)
+    flags.add_stable_diffusion_args(parser)
+    flags.add_data_source_args(parser)  # what open_dataset reads
+    flags.add_data_args(parser)
+    flags.add_caption_args(parser)
+    flags.add_image_args(parser)
+    flags.add_training_args(parser)
+    flags.add_network_args(parser)
+    flags.add_optimizer_args(parser, scale_lr=True)
+    flags.add_loss_args(parser, noise=True)
+    flags.add_ema_args(parser)
+    flags.add_encoding_args(parser, crops=True)
+    flags.add_checkpoint_args(parser)
+    flags.add_validation_args(parser)
+    flags.add_reporting_args(parser)
     return checks.parse(parser, argv)
 
 
 if __name__ == "__main__":
     parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
 
-import torch  # noqa: E402
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from t2i_training import (  # noqa: E402
-    checkpoint,
-    data,
-    draws,
-    ema,
-    encodings,
-    files,
-    hub,
-    images,
-    inspection,
-    loading,
-    losses,
-    metrics,
-    networks,
-    optim,
-    processes,
-    runtime,
-    spare_parts,
-    validation,
-)
+from t2i_training import distributed, errors, stopping
+from t2i_training.data import captions, draws, images, inspection, loading
+from t2i_training.data.dataset import open_dataset, picture_source
+from t2i_training.encodings import cache
+from t2i_training.model import ema, losses, networks, optim, spare_parts
+from t2i_training.report import hub, validation
+from t2i_training.report.progress import Progress
+from t2i_training.run import checkpoint, lifecycle
+from t2i_training.run.export import publish
 
 
 def load_models(args, accelerator):
     """The base pipeline, unrounded on the CPU; the UNet to train, in fp32; the training scheduler."""
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
-    with runtime.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+    with errors.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = StableDiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.not_loaded(args)
         )
@@ -97,7 +86,7 @@ def read_picture(source, crop_draw, mirror, resolution, interpolation):
 
 def read_caption(caption, tokenizer):
     """What the text encoder reads of a caption."""
-    return {"input_ids": data.tokenize(tokenizer, caption)}  # (tokens,)
+    return {"input_ids": captions.tokenize(tokenizer, caption)}  # (tokens,)
 
 
 def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_timesteps):
@@ -105,8 +94,8 @@ def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_t
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
     sample = {
-        **read_picture(data.picture_source(row, args), crop_draw, mirror),
-        **read_caption(data.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **read_picture(picture_source(row, args), crop_draw, mirror),
+        **read_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
         "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
@@ -161,12 +150,12 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     """The run's batches of samples, from where it stands to its end."""
     readers = [
         partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
-        partial(read_caption, tokenizer=data.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
+        partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         vae, text_encoder = frozen
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
-        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders)
+        readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders)
     side = args.resolution // pipeline.vae_scale_factor
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
@@ -199,7 +188,6 @@ def export(pipeline, unet, args, folder):
     """Write the loadable pipeline, its frozen parts as they were loaded, into `folder`."""
     pipeline.register_modules(unet=unet)
     spare_parts.save(pipeline, args, folder)
-    hub.keep_vocabulary_files(folder / "tokenizer")
 
 
 CARD = {
@@ -217,24 +205,24 @@ pipe("a caption like those it was trained on").images[0].save("picture.png")
 
 def main(argv=None):
     args = parse_args(argv)
-    accelerator = runtime.start(args)
+    accelerator = lifecycle.start(args)
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    runtime.settle_seed(args, position)
+    lifecycle.settle_seed(args, position)
 
-    with processes.main_first(accelerator):
-        dataset = data.open_dataset(args)
+    with distributed.main_first(accelerator):
+        dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
-    progress = metrics.Progress(args, accelerator, dataset, pictures, position)
+    progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
     average = ema.make_ema(args, unet, accelerator.device, initial=pipeline.unet) if args.use_ema else None
 
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
-    unet, optimizer = processes.prepare(accelerator, unet, optimizer)
+    unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
@@ -276,24 +264,24 @@ def main(argv=None):
                 ema.update(average, network)
             progress.update(grad_norm, schedule.get_last_lr()[0])
             schedule.step()
-            stopped_by = runtime.stop_requested(accelerator)
+            stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
                 progress.save(checkpoints)
             if progress.validation_due() and not stopped_by:
                 validate()
-                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
+                if stopped_by := stopping.stop_requested(accelerator):  # perhaps in the middle of the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):
-            exported = files.publish(args.output_dir, partial(export, pipeline, network, args), accelerator)
+            exported = publish(args.output_dir, partial(export, pipeline, network, args), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by, complete=progress.step >= progress.total)
+    lifecycle.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    lifecycle.run(main)

@@ -13,74 +13,67 @@ Each device of the machine takes --train_batch_size samples at a time. --resume_
 
 from functools import partial
 
-from t2i_training import checks, cli, flax_cli
+from t2i_training.cli import checks, flags
+from t2i_training.sd_flax import flags as flax_flags
 
 
 def parse_args(argv=None):
-    parser = cli.make_parser(__doc__)
-    cli.add_stable_diffusion_args(parser)
-    cli.add_data_source_args(parser)  # what data.open_dataset reads
-    cli.add_data_args(parser)
-    cli.add_caption_args(parser)
-    cli.add_image_args(parser)
-    cli.add_training_args(parser)
-    cli.add_optimizer_args(parser, eight_bit=False, scale_lr=True)
-    cli.add_loss_args(parser, noise=True)
-    cli.add_ema_args(parser, placement=False)
-    cli.add_encoding_args(parser, crops=True)
-    cli.add_checkpoint_args(parser)
-    cli.add_validation_args(parser)
-    cli.add_reporting_args(parser)
-    flax_cli.add_flax_args(parser)
+    parser = flags.make_parser(__doc__)
+    flags.add_stable_diffusion_args(parser)
+    flags.add_data_source_args(parser)  # what open_dataset reads
+    flags.add_data_args(parser)
+    flags.add_caption_args(parser)
+    flags.add_image_args(parser)
+    flags.add_training_args(parser)
+    flags.add_optimizer_args(parser, eight_bit=False, scale_lr=True)
+    flags.add_loss_args(parser, noise=True)
+    flags.add_ema_args(parser, placement=False)
+    flags.add_encoding_args(parser, crops=True)
+    flags.add_checkpoint_args(parser)
+    flags.add_validation_args(parser)
+    flags.add_reporting_args(parser)
+    flax_flags.add_flax_args(parser)
     args = checks.parse(parser, argv)
-    flax_cli.need_packages(parser)
+    flax_flags.need_packages(parser)
     return args
 
 
 if __name__ == "__main__":
     parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
 
-import copy  # noqa: E402
-import inspect  # noqa: E402
+import copy
+import inspect
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402  # for the loader, tokens and the sampler's formulas
-from diffusers import DDPMScheduler  # noqa: E402
-from PIL import Image  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch  # for the loader, tokens and the sampler's formulas
+from diffusers import DDPMScheduler
+from PIL import Image
 
-from t2i_training import (  # noqa: E402
-    checkpoint,
-    data,
-    draws,
-    encodings,
-    files,
-    flax_devices,
-    flax_models,
-    flax_pipeline,
-    flax_training,
-    hub,
-    images,
-    inspection,
-    loading,
-    losses,
-    metrics,
-    optim,
-    processes,
-    runtime,
-    validation,
-)
+from t2i_training import distributed, errors, stopping
+from t2i_training.data import captions, draws, images, inspection, loading
+from t2i_training.data.dataset import open_dataset, picture_source
+from t2i_training.encodings import cache
+from t2i_training.model import losses, optim
+from t2i_training.report import hub, validation
+from t2i_training.report.progress import Progress
+from t2i_training.run import checkpoint, lifecycle
+from t2i_training.run.export import publish
+from t2i_training.sd_flax import devices as flax_devices
+from t2i_training.sd_flax import networks as flax_networks
+from t2i_training.sd_flax import pipeline as flax_pipeline
+from t2i_training.sd_flax import train_state
 
 
 def load_models(args):
     """The base pipeline, unrounded in host memory, with the UNet to train in it; the training scheduler."""
-    with runtime.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+    with errors.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = flax_pipeline.load(args, flax_devices.compute_dtype(args))
     if args.prediction_type is not None:
         # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
-    noise_scheduler = flax_training.NoiseScheduler(DDPMScheduler.from_config(pipeline.scheduler.config))
+    noise_scheduler = train_state.NoiseScheduler(DDPMScheduler.from_config(pipeline.scheduler.config))
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
         raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
     return pipeline, noise_scheduler
@@ -94,7 +87,7 @@ def read_picture(source, crop_draw, mirror, resolution, interpolation):
 
 def read_caption(caption, tokenizer):
     """What the text encoder reads of a caption."""
-    return {"input_ids": data.tokenize(tokenizer, caption)}  # (tokens,)
+    return {"input_ids": captions.tokenize(tokenizer, caption)}  # (tokens,)
 
 
 def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_timesteps):
@@ -102,8 +95,8 @@ def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_t
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
     sample = {
-        **read_picture(data.picture_source(row, args), crop_draw, mirror),
-        **read_caption(data.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **read_picture(picture_source(row, args), crop_draw, mirror),
+        **read_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
         "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
@@ -159,13 +152,13 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
     """The run's batches of samples, from where it stands to its end."""
     readers = [
         partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
-        partial(read_caption, tokenizer=data.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
+        partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline))
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         encoders = [partial(flax_devices.encode_on_host, encode=each, dtype=pipeline.dtype) for each in encoders]
-        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders, mesh.shape["devices"])
+        readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders, mesh.shape["devices"])
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
         latent_shape=pipeline.latent_shape(args.resolution), num_timesteps=noise_scheduler.config.num_train_timesteps,
@@ -176,10 +169,10 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
 
 def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
     """(train_step, frozen): a weight update as a pure function, and the weights it reads besides those it trains."""
-    optimizer, frozen, merge = flax_training.make_optimizer(args), {}, {}
+    optimizer, frozen, merge = train_state.make_optimizer(args), {}, {}
     if not args.cache_encodings:
         for name, network in zip(("vae", "text_encoder"), flax_pipeline.frozen(pipeline), strict=True):
-            weights, merge[name] = flax_models.split(network)
+            weights, merge[name] = flax_networks.split(network)
             frozen[name] = flax_devices.place(weights, mesh)
 
     def train_step(state, batch, frozen, rate, ema_share):
@@ -188,8 +181,8 @@ def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
                 batch = batch | encode(batch, **{name: merge[name](weights) for name, weights in frozen.items()})
             return compute_loss(trained.merge(parameters), batch, noise_scheduler, args)
 
-        loss, gradient, grad_norm = flax_training.gradient_of(loss_of, state, batch, args.max_grad_norm)
-        return flax_training.update(state, gradient, grad_norm, optimizer, rate, ema_share), loss, grad_norm
+        loss, gradient, grad_norm = train_state.gradient_of(loss_of, state, batch, args.max_grad_norm)
+        return train_state.update(state, gradient, grad_norm, optimizer, rate, ema_share), loss, grad_norm
 
     return train_step, frozen
 
@@ -200,8 +193,9 @@ def draw_picture(index, pipeline, unet, vae, text_encoder, args):
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(validation.STEPS)
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    captions = torch.stack([data.tokenize(pipeline.tokenizer, text) for text in ("", args.validation_prompts[index])])
-    text_states = flax_pipeline.read(text_encoder, captions.numpy())
+    prompts = ("", args.validation_prompts[index])
+    input_ids = torch.stack([captions.tokenize(pipeline.tokenizer, prompt) for prompt in prompts])
+    text_states = flax_pipeline.read(text_encoder, input_ids.numpy())
     noise = torch.randn((1, *pipeline.latent_shape(args.resolution)), generator=generator)
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
@@ -234,18 +228,18 @@ def main(argv=None):
     args = parse_args(argv)
     accelerator, mesh = flax_devices.start(args)
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    runtime.settle_seed(args, position)
+    lifecycle.settle_seed(args, position)
 
-    with processes.main_first(accelerator):
-        dataset = data.open_dataset(args)
+    with distributed.main_first(accelerator):
+        dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, noise_scheduler = load_models(args)
-    progress = metrics.Progress(args, accelerator, dataset, pictures, position, *flax_devices.describe(mesh))
+    progress = Progress(args, accelerator, dataset, pictures, position, *flax_devices.describe(mesh))
     loader = make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh)
 
-    schedule = flax_training.make_schedule(args, mesh, progress.total)
-    trained = flax_training.Trained(args, pipeline.unet, mesh)
+    schedule = train_state.make_schedule(args, mesh, progress.total)
+    trained = train_state.Trained(args, pipeline.unet, mesh)
     pipeline.unet = None  # it lives on in `trained`
     checkpoints = checkpoint.CheckpointManager(
         accelerator, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
@@ -275,24 +269,24 @@ def main(argv=None):
             progress.add(loss, {"index": torch.cat([batch["index"] for batch in micro_batches])})
             progress.update(grad_norm, rate)
             schedule.step()
-            stopped_by = runtime.stop_requested(accelerator)
+            stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
-                progress.save(checkpoints, versions=flax_training.VERSIONS)
+                progress.save(checkpoints, versions=train_state.VERSIONS)
             if progress.validation_due() and not stopped_by:
                 validate()
-                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
-                    progress.save(checkpoints, versions=flax_training.VERSIONS)
+                if stopped_by := stopping.stop_requested(accelerator):  # perhaps in the middle of the validation
+                    progress.save(checkpoints, versions=train_state.VERSIONS)
 
     if progress.step >= progress.total:
-        exported = files.publish(args.output_dir, partial(export, pipeline, trained, args), accelerator)
+        exported = publish(args.output_dir, partial(export, pipeline, trained, args), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     flax_devices.leave_hosts()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by, complete=progress.step >= progress.total)
+    lifecycle.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    lifecycle.run(main)

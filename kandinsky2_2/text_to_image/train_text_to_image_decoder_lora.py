@@ -14,25 +14,25 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 
 from functools import partial
 
-from t2i_training import checks, cli
+from t2i_training.cli import checks, flags
 
 
 def parse_args(argv=None):
-    parser = cli.make_parser(__doc__)
-    cli.add_kandinsky_args(parser)
-    cli.add_data_source_args(parser)  # what data.open_dataset reads
-    cli.add_data_args(parser)
-    cli.add_decoder_condition_args(parser)
-    cli.add_resolution_arg(parser, "Side of the square training images, in pixels.")
-    cli.add_training_args(parser)
-    cli.add_network_args(parser, xformers=False)
-    cli.add_optimizer_args(parser)
-    cli.add_loss_args(parser)
-    cli.add_lora_args(parser)
-    cli.add_encoding_args(parser)
-    cli.add_checkpoint_args(parser)
-    cli.add_validation_args(parser, single=True)
-    cli.add_reporting_args(parser, project=False)
+    parser = flags.make_parser(__doc__)
+    flags.add_kandinsky_args(parser)
+    flags.add_data_source_args(parser)  # what open_dataset reads
+    flags.add_data_args(parser)
+    flags.add_decoder_condition_args(parser)
+    flags.add_resolution_arg(parser, "Side of the square training images, in pixels.")
+    flags.add_training_args(parser)
+    flags.add_network_args(parser, xformers=False)
+    flags.add_optimizer_args(parser)
+    flags.add_loss_args(parser)
+    flags.add_lora_args(parser)
+    flags.add_encoding_args(parser)
+    flags.add_checkpoint_args(parser)
+    flags.add_validation_args(parser, single=True)
+    flags.add_reporting_args(parser, project=False)
     parser.set_defaults(output_dir="kandi_2_2-model-finetuned-lora", train_batch_size=1, adam_weight_decay=0.0)
     return checks.parse(parser, argv)
 
@@ -40,44 +40,34 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
 
-import torch  # noqa: E402
-from diffusers import (  # noqa: E402
+import torch
+from diffusers import (
     DDPMScheduler,
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
 )
-from transformers import CLIPVisionModelWithProjection  # noqa: E402
+from transformers import CLIPVisionModelWithProjection
 
-from t2i_training import (  # noqa: E402
-    checkpoint,
-    data,
-    draws,
-    encodings,
-    files,
-    hub,
-    images,
-    inspection,
-    loading,
-    lora,
-    losses,
-    metrics,
-    networks,
-    optim,
-    processes,
-    runtime,
-    validation,
-)
+from t2i_training import distributed, errors, stopping
+from t2i_training.data import draws, images, inspection, loading
+from t2i_training.data.dataset import open_dataset, picture_source
+from t2i_training.encodings import cache
+from t2i_training.model import lora, losses, networks, optim
+from t2i_training.report import hub, validation
+from t2i_training.report.progress import Progress
+from t2i_training.run import checkpoint, lifecycle
+from t2i_training.run.export import publish
 
 
 def load_models(args, accelerator):
     """The base decoder's pipeline and the CLIP image encoder, unrounded; its UNet, to get adapters; the scheduler."""
-    with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
+    with errors.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         pipeline = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path, **networks.source(args, "pretrained_decoder_model_name_or_path")
         )
         networks.standardize(pipeline)
-    with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+    with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         image_encoder = CLIPVisionModelWithProjection.from_pretrained(
             args.pretrained_prior_model_name_or_path, subfolder="image_encoder",
             **networks.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
@@ -103,7 +93,7 @@ def read_picture(source, crop_draw, mirror, resolution, clip_size):
 def make_sample(row, draw, args, read_picture, empty_embeds, latent_shape, num_timesteps):
     """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
     sample = {
-        **read_picture(data.picture_source(row, args), crop_draw=None, mirror=False),
+        **read_picture(picture_source(row, args), crop_draw=None, mirror=False),
         "noise": draws.normal(draw("noise"), latent_shape),  # (C, R/f, R/f)
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
@@ -156,7 +146,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     readers = [partial(read_picture, resolution=args.resolution, clip_size=image_encoder.config.image_size)]
     if args.cache_encodings:
         encoders = [partial(encode_pictures, movq=movq, image_encoder=image_encoder)]
-        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders)
+        readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders)
     side = args.resolution // pipeline.movq_scale_factor
     sample = partial(
         make_sample, args=args, read_picture=readers[0], empty_embeds=empty_embeds,
@@ -169,7 +159,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
 
 def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
     """The pipeline that validates: what is in memory, and the rest of the base prior, loaded for this alone."""
-    with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+    with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         prior = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, image_encoder=image_encoder,
             **networks.source(args, "pretrained_prior_model_name_or_path"),
@@ -210,23 +200,23 @@ pipe("a caption").images[0].save("picture.png")
 
 def main(argv=None):
     args = parse_args(argv)
-    accelerator = runtime.start(args)
+    accelerator = lifecycle.start(args)
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    runtime.settle_seed(args, position)
+    lifecycle.settle_seed(args, position)
 
-    with processes.main_first(accelerator):
-        dataset = data.open_dataset(args)
+    with distributed.main_first(accelerator):
+        dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
     frozen = [networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]
-    progress = metrics.Progress(args, accelerator, dataset, pictures, position)
+    progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = lora.add_adapters(unet, args, accelerator, lora.ADDED_KV_ATTENTION)
 
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
-    unet, optimizer = processes.prepare(accelerator, unet, optimizer)
+    unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
@@ -266,23 +256,23 @@ def main(argv=None):
                     optimizer.zero_grad()
             progress.update(grad_norm, schedule.get_last_lr()[0])
             schedule.step()
-            stopped_by = runtime.stop_requested(accelerator)
+            stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
                 progress.save(checkpoints)
             if progress.validation_due() and not stopped_by:
                 validate()
-                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
+                if stopped_by := stopping.stop_requested(accelerator):  # perhaps in the middle of the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
-        exported = files.publish(args.output_dir, partial(lora.save_networks, network), accelerator)
+        exported = publish(args.output_dir, partial(lora.save_networks, network), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by, complete=progress.step >= progress.total)
+    lifecycle.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    lifecycle.run(main)

@@ -12,25 +12,25 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 
 from functools import partial
 
-from t2i_training import checks, cli
+from t2i_training.cli import checks, flags
 
 
 def parse_args(argv=None):
-    parser = cli.make_parser(__doc__)
-    cli.add_kandinsky_args(parser)
-    cli.add_data_source_args(parser)  # what data.open_dataset reads
-    cli.add_data_args(parser)
-    cli.add_caption_args(parser)
-    cli.add_resolution_arg(parser, "Side of the validation images, in pixels; the prior does not depend on it.")
-    cli.add_training_args(parser)
-    cli.add_network_args(parser, xformers=False)
-    cli.add_optimizer_args(parser)
-    cli.add_loss_args(parser)
-    cli.add_ema_args(parser, placement=False)
-    cli.add_encoding_args(parser)
-    cli.add_checkpoint_args(parser)
-    cli.add_validation_args(parser)
-    cli.add_reporting_args(parser)
+    parser = flags.make_parser(__doc__)
+    flags.add_kandinsky_args(parser)
+    flags.add_data_source_args(parser)  # what open_dataset reads
+    flags.add_data_args(parser)
+    flags.add_caption_args(parser)
+    flags.add_resolution_arg(parser, "Side of the validation images, in pixels; the prior does not depend on it.")
+    flags.add_training_args(parser)
+    flags.add_network_args(parser, xformers=False)
+    flags.add_optimizer_args(parser)
+    flags.add_loss_args(parser)
+    flags.add_ema_args(parser, placement=False)
+    flags.add_encoding_args(parser)
+    flags.add_checkpoint_args(parser)
+    flags.add_validation_args(parser)
+    flags.add_reporting_args(parser)
     parser.set_defaults(output_dir="kandi_2_2-model-finetuned", train_batch_size=1, adam_weight_decay=0.0)
     return checks.parse(parser, argv)
 
@@ -38,38 +38,28 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
 
-import torch  # noqa: E402
-from diffusers import (  # noqa: E402
+import torch
+from diffusers import (
     DDPMScheduler,
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
 )
 
-from t2i_training import (  # noqa: E402
-    checkpoint,
-    data,
-    draws,
-    ema,
-    encodings,
-    files,
-    hub,
-    images,
-    inspection,
-    loading,
-    losses,
-    metrics,
-    networks,
-    optim,
-    processes,
-    runtime,
-    validation,
-)
+from t2i_training import distributed, errors, stopping
+from t2i_training.data import captions, draws, images, inspection, loading
+from t2i_training.data.dataset import open_dataset, picture_source
+from t2i_training.encodings import cache
+from t2i_training.model import ema, losses, networks, optim
+from t2i_training.report import hub, validation
+from t2i_training.report.progress import Progress
+from t2i_training.run import checkpoint, lifecycle
+from t2i_training.run.export import publish
 
 
 def load_models(args, accelerator):
     """The base prior's pipeline, unrounded on the CPU; the prior to train, in fp32; the training scheduler."""
-    with runtime.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+    with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         pipeline = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, **networks.source(args, "pretrained_prior_model_name_or_path")
         )
@@ -92,15 +82,15 @@ def read_picture(source, crop_draw, mirror, clip_size):
 
 def read_caption(caption, tokenizer):
     """What the text encoder reads of a caption, and the mask that the prior reads with its states."""
-    input_ids = data.tokenize(tokenizer, caption)  # (tokens,)
-    return {"input_ids": input_ids, "text_mask": data.text_mask(tokenizer, input_ids)}  # (tokens,) bool
+    input_ids = captions.tokenize(tokenizer, caption)  # (tokens,)
+    return {"input_ids": input_ids, "text_mask": captions.text_mask(tokenizer, input_ids)}  # (tokens,) bool
 
 
 def make_sample(row, draw, args, read_picture, read_caption, embedding_size, num_timesteps):
     """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
     return {
-        **read_picture(data.picture_source(row, args), crop_draw=None, mirror=False),
-        **read_caption(data.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **read_picture(picture_source(row, args), crop_draw=None, mirror=False),
+        **read_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
         "noise": draws.normal(draw("noise"), (embedding_size,)),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
@@ -151,14 +141,14 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     image_encoder, text_encoder, clip_mean, clip_std = frozen
     readers = [
         partial(read_picture, clip_size=image_encoder.config.image_size),
-        partial(read_caption, tokenizer=data.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
+        partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         encoders = [
             partial(encode_pictures, image_encoder=image_encoder, clip_mean=clip_mean, clip_std=clip_std),
             partial(encode_captions, text_encoder=text_encoder),
         ]
-        readers = encodings.cached(args, accelerator, dataset, pictures, readers, encoders)
+        readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders)
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
         embedding_size=pipeline.prior.config.embedding_dim, num_timesteps=noise_scheduler.config.num_train_timesteps,
@@ -169,7 +159,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
 
 def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
     """The pipeline that validates: what is in memory, and the base decoder, which is loaded for this alone."""
-    with runtime.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
+    with errors.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         decoder = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path, **networks.source(args, "pretrained_decoder_model_name_or_path")
         )
@@ -197,7 +187,6 @@ def export(pipeline, prior, folder):
     """Write the loadable prior pipeline, its frozen parts as they were loaded, into `folder`."""
     pipeline.register_modules(prior=prior)
     pipeline.save_pretrained(folder)
-    hub.keep_vocabulary_files(folder / "tokenizer")
 
 
 CARD = {
@@ -219,24 +208,24 @@ pipe("a caption like those it was trained on").images[0].save("picture.png")
 
 def main(argv=None):
     args = parse_args(argv)
-    accelerator = runtime.start(args)
+    accelerator = lifecycle.start(args)
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    runtime.settle_seed(args, position)
+    lifecycle.settle_seed(args, position)
 
-    with processes.main_first(accelerator):
-        dataset = data.open_dataset(args)
+    with distributed.main_first(accelerator):
+        dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(pipeline, accelerator)
-    progress = metrics.Progress(args, accelerator, dataset, pictures, position)
+    progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     prior = prior.to(accelerator.device)
     average = ema.make_ema(args, prior, accelerator.device) if args.use_ema else None
 
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
-    prior, optimizer = processes.prepare(accelerator, prior, optimizer)
+    prior, optimizer = distributed.prepare(accelerator, prior, optimizer)
     network = networks.unwrap(prior, accelerator)
     parameters = optim.trainable(network)
 
@@ -278,24 +267,24 @@ def main(argv=None):
                 ema.update(average, network)
             progress.update(grad_norm, schedule.get_last_lr()[0])
             schedule.step()
-            stopped_by = runtime.stop_requested(accelerator)
+            stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
                 progress.save(checkpoints)
             if progress.validation_due() and not stopped_by:
                 validate()
-                if stopped_by := runtime.stop_requested(accelerator):  # perhaps in the middle of the validation
+                if stopped_by := stopping.stop_requested(accelerator):  # perhaps in the middle of the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):
-            exported = files.publish(args.output_dir, partial(export, pipeline, network), accelerator)
+            exported = publish(args.output_dir, partial(export, pipeline, network), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    runtime.finish(stopped_by, complete=progress.step >= progress.total)
+    lifecycle.finish(stopped_by, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    lifecycle.run(main)

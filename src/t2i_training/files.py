@@ -4,18 +4,13 @@ import contextlib
 import ctypes
 import hashlib
 import itertools
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .clip_names import keep_old_names
-from .hub import is_hub_name
-from .processes import wait
-from .runtime import fail
+from .errors import fail
 
 
 def sync(path: Path) -> None:
@@ -83,15 +78,6 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def forget_local_paths(folder: Path) -> None:
-    """Take out of each config.json where a network was loaded from, when that is a folder: it is nobody's business."""
-    for file in [*folder.rglob("config.json"), *folder.rglob("*_config.json"), *folder.glob("model_index.json")]:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not is_hub_name(config.get("_name_or_path", "x")):
-            del config["_name_or_path"]
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def make_readable(folder: Path) -> None:
     """Give files (one, or all in a folder) the modes that the umask asks for: safetensors' are for the owner alone."""
     umask = os.umask(0)
@@ -99,41 +85,6 @@ def make_readable(folder: Path) -> None:
     for path in [folder, *folder.rglob("*")]:
         if path.is_file():
             path.chmod(0o666 & ~umask)
-
-
-def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]:
-    """On the main process let `write(folder)` fill a hidden folder, then move its entries into `output_dir`.
-
-    Earlier ones of the same name are replaced. Returns the names. A crash while the files are being written leaves an
-    earlier export as it was.
-    """
-    if not accelerator.is_main_process:
-        wait(accelerator)
-        return []
-    partial = Path(output_dir) / ".export.partial"
-    with saving("the trained model", partial):
-        remove_folder(partial)
-        partial.mkdir()
-        write(partial)
-        forget_local_paths(partial)
-        keep_old_names(partial)
-        make_readable(partial)
-        for path in partial.rglob("*"):
-            sync(path)
-    # Folders before files, so that model_index.json never points at what is not there yet.
-    names = [entry.name for entry in sorted(partial.iterdir(), key=lambda entry: (entry.is_file(), entry.name))]
-    for name in names:
-        new, target = partial / name, Path(output_dir) / name
-        if _files(target) - _files(new) or (target.is_file() and new.is_dir()):
-            set_aside(target)  # it is, or holds, what is the user's
-        replace_folder(new, target)
-    partial.rmdir()
-    wait(accelerator)
-    return names
-
-
-def _files(folder: Path) -> set[Path]:
-    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from . import texts
+from . import sanitize
 
-logger = logging.getLogger("t2i_training")  # of the main process; `runtime.start` has the others say errors alone
+logger = logging.getLogger("t2i_training")  # `run.lifecycle.start` has all processes but the main one say errors alone
 logger.addFilter(lambda record: _make_printable(record))
 _steps = logging.getLogger("t2i_training.steps")  # the lines of logging intervals, for which a terminal has a bar
 _log_file = None  # the handler that writes --log_file
@@ -16,7 +16,7 @@ _LINES = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%Y-%m-%
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    record.msg, record.args = texts.printable(record.getMessage()), ()
+    record.msg, record.args = sanitize.printable(record.getMessage()), ()
     return True
 
 
@@ -41,7 +41,7 @@ class _LogFile(logging.FileHandler):
         self._token = token
 
     def format(self, record):
-        return texts.redact(super().format(record), self._token)
+        return sanitize.redact(super().format(record), self._token)
 
     def handleError(self, record):
         _close_log_file()

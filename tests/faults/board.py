@@ -52,14 +52,18 @@ class Board:
         setattr(owner, name, marked)
 
     def wrap_all(self) -> None:
-        from t2i_training import checkpoint, encodings, files, inspection, metrics, validation
+        from t2i_training.data import inspection
+        from t2i_training.encodings import cache
+        from t2i_training.report import validation
+        from t2i_training.report.progress import Progress
+        from t2i_training.run import checkpoint, export
 
         self.wrap(inspection, "inspect", "inspection", "loading")
-        self.wrap(encodings, "cached", "caching")
+        self.wrap(cache, "cached", "caching")
         self.wrap(checkpoint.CheckpointManager, "restore", "restoring")
-        self.wrap(metrics.Progress, "begin", "loading", "step")
+        self.wrap(Progress, "begin", "loading", "step")
         self.wrap(checkpoint.CheckpointManager, "save", "checkpoint")
         self.wrap(checkpoint.CheckpointManager, "_put_in_place", "checkpoint")  # in a thread, while steps are taken
         self.wrap(checkpoint.CheckpointManager, "_rotate", "rotation")
         self.wrap(validation, "validate", "validation")
-        self.wrap(files, "publish", "export", "end")
+        self.wrap(export, "publish", "export", "end")

@@ -9,8 +9,8 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from t2i_training import checkpoint
 from t2i_training.files import sha256
+from t2i_training.run import checkpoint
 
 HIDDEN = {".lock", ".inspected_pictures.json"}  # that a finished run leaves
 

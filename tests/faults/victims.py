@@ -26,7 +26,7 @@ import tiny_kandinsky
 import tqdm
 from board import PHASES, Board
 
-from t2i_training import flax_cli
+from t2i_training.sd_flax import flags
 
 STEPS, KEPT = 4, 2
 EVERY = {  # script -> its flags besides those of conftest.short_run
@@ -55,7 +55,7 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 def scripts() -> list[str]:
     """Those that can be run here: JAX is optional."""
-    jax = all(importlib.util.find_spec(package) for package in flax_cli.PACKAGES)
+    jax = all(importlib.util.find_spec(package) for package in flags.PACKAGES)
     return [name for name in SCRIPTS if jax or name != "sd_flax"]
 
 
@@ -188,7 +188,7 @@ def _run(script, tokens, output_dir, log, board, kill) -> None:
         faulthandler.register(signal.SIGQUIT)
         board.wrap_all()
         _watch_changes(board, str(output_dir), kill)
-        from t2i_training import flops, validation
+        from t2i_training.report import flops, validation
 
         flops.count = lambda *_: 1.0  # half a second in every run, for a readout
         validation.STEPS = conftest.SAMPLING_STEPS

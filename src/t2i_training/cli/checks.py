@@ -1,0 +1,283 @@
+"""From a command line to checked arguments, without importing torch: a usage error answers in a blink.
+
+Everything that can be known before models and data are opened is checked here, and said in one line that names the
+flag and the way out. A flag is never parsed and ignored: a combination that a script cannot honour is refused.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from ..sources import data_files, model_kind, names
+from . import config_file, packages
+from .flags import LR_SCHEDULERS, TRACKERS
+
+_POSITIVE = (
+    "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "rank",
+    "max_train_samples", "checkpointing_steps", "checkpoints_total_limit", "validation_epochs", "logging_steps",
+    "snr_gamma", "adam_epsilon", "max_grad_norm", "cache_crops",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "input_perturbation", "seed",
+    "adam_weight_decay", "dream_detail_preservation", "num_validation_images",
+)  # fmt: skip
+_BELOW_ONE = ["adam_beta1", "adam_beta2", "caption_dropout", "image_embeds_dropout"]
+_NEEDS = {  # flag -> the flag without which it would do nothing
+    "offload_ema": "use_ema", "foreach_ema": "use_ema",
+    "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
+    "dream_detail_preservation": "dream_training", "encodings_dir": "cache_encodings", "cache_crops": "cache_encodings",
+}  # fmt: skip
+_NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+
+
+class DefaultSeed(int):
+    """A seed that nobody has typed: that of a checkpoint comes before it."""
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check; exits with status 2 and one line on stderr when something is wrong.
+
+    With `--config FILE` the file's values stand in front of the command line's, so the command line wins; what the file
+    turns on, `--switch=false` turns off.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(config_file.switch_off(parser, config_file.tokens(parser, argv) + argv))
+    if importlib.util.find_spec("fcntl") is None:
+        parser.error("file locks (fcntl) and forked loader workers need Linux or macOS: on Windows, run it in WSL")
+    names.expand_home(args)
+    packages.hide_unused(args)
+    check(parser, args)
+    if hasattr(args, "validation_prompt"):  # several pictures of one prompt are validated like several prompts
+        args.validation_prompts = (
+            [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+        )
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot work, through `parser.error`. Opens no model and no data set."""
+    _check_texts(parser, args)
+    _check_numbers(parser, args)
+    _check_combinations(parser, args)
+    _check_compiler(parser, args)
+    _check_objective(parser, args)
+    _check_reporting(parser, args)
+    names.check(parser, args)
+    if hasattr(args, "dataset_name"):  # without flags.add_data_source_args a script opens a data set of its own
+        _check_data_source(parser, args)
+    _check_paths(parser, args)
+    _check_resume(parser, args)
+    model_kind.check_folders(parser, args)
+
+
+def _check_texts(parser, args):
+    """Characters that no path can hold, no tokenizer reads, and no request to the hub may carry."""
+    for name, value in vars(args).items():
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, str) and "\0" in item for item in items):
+            parser.error(f"--{name} holds a null character")
+        if name.startswith("validation_prompt") and re.search("[\ud800-\udfff]", " ".join(items if value else [])):
+            parser.error(f"--{name} holds bytes that are not UTF-8")
+        if value == "" and name != "validation_prompt":
+            parser.error(f"--{name} is empty")
+    if args.hub_token is not None:
+        args.hub_token = args.hub_token.strip()
+        if not re.fullmatch("[!-~]+", args.hub_token):
+            parser.error("--hub_token holds characters that no token has")
+
+
+def _check_numbers(parser, args):
+    flags = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
+    for name in _POSITIVE:
+        if name in flags and not flags[name] > 0:
+            parser.error(f"--{name} must be positive, not {flags[name]}")
+    for name in _NOT_NEGATIVE:
+        if name in flags and not 0 <= flags[name] < math.inf:
+            parser.error(f"--{name} must be finite and not negative, not {flags[name]}")
+    for name in _BELOW_ONE:
+        if name in flags and not 0 <= flags[name] < 1:
+            parser.error(f"--{name} must be at least 0 and below 1, not {flags[name]}")
+    if flags.get("resolution", 8) % 8:
+        nearest = max(8, round(args.resolution / 8) * 8)
+        parser.error(f"--resolution must be a multiple of 8, not {args.resolution}; the nearest is {nearest}")
+    if flags.get("seed", 0) >= 2**63:
+        parser.error("--seed must be below 2**63")
+
+
+def _check_combinations(parser, args):
+    for name, needed in _NEEDS.items():
+        value = getattr(args, name, None)
+        is_set = value is not None and value is not False and value != parser.get_default(name)
+        if is_set and not getattr(args, needed):
+            parser.error(f"--{name} does nothing without --{needed}: add --{needed}, or leave --{name} out")
+    if getattr(args, "center_crop", False) and getattr(args, "cache_crops", None) != parser.get_default("cache_crops"):
+        parser.error("--cache_crops does nothing with --center_crop: leave one of them out")
+    for package, name in packages.FLAGS.items():
+        if getattr(args, name, False) and importlib.util.find_spec(package) is None:
+            parser.error(f"--{name} needs the package {package}: pip install {package}, or leave the flag out")
+    _check_schedule(parser, args)
+
+
+def _check_schedule(parser, args):
+    name = args.lr_scheduler.partition(":")[0]
+    if name in ("constant", "piecewise_constant") and args.lr_warmup_steps not in (
+        0, parser.get_default("lr_warmup_steps"),
+    ):  # fmt: skip
+        parser.error(
+            f"--lr_warmup_steps does nothing with --lr_scheduler {name}: take constant_with_warmup, or leave it out"
+        )
+    if name == "piecewise_constant":
+        if not re.fullmatch(rf"piecewise_constant:({_NUMBER}:\d+,)+{_NUMBER}", args.lr_scheduler):
+            parser.error(
+                "--lr_scheduler piecewise_constant takes its rules behind a colon, e.g. "
+                "piecewise_constant:1:1000,0.1:2000,0.01 (factor:until_step, ..., last factor)"
+            )
+    elif args.lr_scheduler not in LR_SCHEDULERS:
+        parser.error(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler!r}")
+
+
+def _check_compiler(parser, args):
+    """What torch.compile needs besides torch: it would find out in the first step, and say so in hundreds of lines."""
+    if not getattr(args, "torch_compile", None):
+        return
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()[0]
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    if shutil.which(compiler) is None:
+        lacks = f"a C++ compiler, and there is no {compiler}: install it, name another in CXX"
+    elif not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        lacks = "Python.h, which comes with Python's development files: install those (python3-dev)"
+    elif (torch / "lib" / "libtorch_cuda.so").exists() and importlib.util.find_spec("triton") is None:
+        lacks = "the package triton: pip install triton"
+    else:
+        return
+    parser.error(f"--torch_compile needs {lacks}, or leave the flag out")
+
+
+def _check_objective(parser, args):
+    if not hasattr(args, "prediction_type"):
+        return
+    if args.prediction_type not in (None, "epsilon", "v_prediction"):
+        parser.error(f"--prediction_type must be epsilon or v_prediction, not {args.prediction_type!r}")
+    prediction_type = args.prediction_type or _local_prediction_type(args.pretrained_model_name_or_path)
+    if getattr(args, "dream_training", False) and prediction_type == "v_prediction":
+        parser.error("--dream_training is defined for epsilon prediction only, and this is a v_prediction run")
+
+
+def _local_prediction_type(model: str) -> str | None:
+    try:
+        return json.loads((Path(model) / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type")
+    except (OSError, ValueError):  # a hub model: the script checks again once it is loaded
+        return None
+
+
+def _check_reporting(parser, args):
+    trackers = [name.strip() for name in args.report_to.split(",")]
+    for tracker in trackers:  # which bear the names of their packages
+        if tracker not in TRACKERS:
+            parser.error(f"--report_to must be one of {', '.join(TRACKERS)}, not {tracker!r}")
+        if tracker in ("all", "none") and len(trackers) > 1:
+            parser.error(f"--report_to {tracker} stands alone, not in {args.report_to!r}")
+        if tracker not in ("all", "none") and importlib.util.find_spec(tracker) is None:
+            parser.error(f"--report_to {tracker} needs the package {tracker}: pip install {tracker}")
+    args.report_to = ",".join(dict.fromkeys(trackers))
+    if not {"tensorboard", "none"}.issuperset(trackers) and args.hub_token is not None:
+        parser.error(
+            f"--report_to {args.report_to} together with --hub_token could publish the token; "
+            "log in with `hf auth login` and leave --hub_token out"
+        )
+
+
+def _check_folder(parser, args):
+    """Whether a folder with data holds images, and captions where the script needs them: a look at names alone."""
+    if args.dataset_name is None and not Path(args.train_data_dir).is_dir():
+        fault = " is a file" if Path(args.train_data_dir).exists() else ": there is no such folder"
+        parser.error(f"--train_data_dir {args.train_data_dir}{fault}")
+    place = data_files.local_folder(args)
+    if place is not None and (fault := data_files.refusal(place, captions=args.caption_column is not None)):
+        flag = "train_data_dir" if args.dataset_name is None else "dataset_name"
+        parser.error(f"--{flag} {place} {fault}")
+
+
+def _check_data_source(parser, args):
+    """The flags that `open_dataset` reads."""
+    if args.dataset_name is None and args.train_data_dir is None:
+        parser.error(
+            "no data: give --dataset_name, or --train_data_dir with a folder of captioned pictures "
+            "(a script that opens a data set of its own leaves out flags.add_data_source_args)"
+        )
+    _check_folder(parser, args)
+    kinds = {"metadata.jsonl": "folder of captioned pictures", "state.json": "data set of save_to_disk"}
+    for kind in [kinds[name] for name in kinds if args.dataset_name and Path(args.dataset_name, name).is_file()]:
+        for name in ("train_data_dir", "dataset_config_name"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} does nothing here: {args.dataset_name} is read as a {kind}")
+    source = "train_data_dir" if args.dataset_name is None else "dataset_name"
+    data = Path(getattr(args, source)).resolve()
+    if data.is_dir() and Path(args.output_dir).resolve().is_relative_to(data):
+        parser.error(f"--output_dir {args.output_dir} is inside --{source}: its pictures would become training data")
+
+
+def _check_paths(parser, args):
+    if args.log_file is not None and Path(args.log_file).is_dir():
+        parser.error(f"--log_file {args.log_file} is a folder: name a file in it")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        parser.error(f"--output_dir {output_dir} is a file")
+    for name, value in vars(args).items():
+        is_model = name.startswith("pretrained_") and value and Path(value).is_dir()
+        if is_model and output_dir.resolve() == Path(value).resolve():
+            parser.error(f"--output_dir {output_dir} is the model of --{name}, which would be overwritten")
+
+
+def _check_resume(parser, args):
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted not in (None, "latest") and not (output_dir / wanted).is_dir() and not Path(wanted).is_dir():
+        parser.error(f"--resume_from_checkpoint {wanted}: no such checkpoint, in {output_dir} or as a path")
+    if wanted is None and list(output_dir.glob("checkpoint-*/manifest.json")):
+        parser.error(
+            f"--output_dir {output_dir} holds checkpoints of an earlier run: "
+            "continue it with --resume_from_checkpoint latest, or choose another folder"
+        )
+    if wanted == "latest":  # if it is another's, or older than one of another's
+        found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        ours = [path for path in found if (path / "manifest.json").is_file()]
+        other = max(filter(_is_of_another_script, found), key=_number, default=None)
+        newest = max(map(_number, ours), default=-1)
+        if other and _number(other) > newest:
+            instead = "to continue from that of these scripts before it" if ours else "to start from the beginning"
+            parser.error(f"--resume_from_checkpoint latest: {_not_ours(other)}, {instead}{_its_weights(other)}")
+    elif wanted is not None:
+        folder = output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)
+        if _is_of_another_script(folder):
+            parser.error(f"--resume_from_checkpoint {wanted}: {_not_ours(folder)}{_its_weights(folder)}")
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def _is_of_another_script(folder: Path) -> bool:
+    """Whether it holds what accelerate's `save_state` writes. Of ours, one without a manifest is damaged."""
+    written = ("random_states_*.pkl", "scheduler.bin", "model*.safetensors", "pytorch_model*")
+    return not (folder / "manifest.json").is_file() and any(any(folder.glob(name)) for name in written)
+
+
+def _not_ours(folder: Path) -> str:
+    return (
+        f"{folder} has no manifest.json: another script wrote it, whose optimizer and position "
+        "cannot be continued here; move it away"
+    )
+
+
+def _its_weights(folder: Path) -> str:
+    for part in ("unet", "prior"):
+        if (folder / part / "config.json").is_file():
+            return f"; to start from its weights, copy its {part}/ over that in a copy of the base model's folder"
+    return ""

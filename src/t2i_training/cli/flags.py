@@ -1,0 +1,275 @@
+"""The flags, in groups that a script picks from. Nothing heavier than argparse is imported.
+
+Names, types and defaults are those of the published training scripts; what differs is listed in the README. What the
+flags may hold, and how they go together, is checked in `checks.py`.
+"""
+
+import argparse
+import difflib
+import re
+
+from .. import sanitize
+
+INTERPOLATION_MODES = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
+LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+TRACKERS = [
+    "tensorboard", "wandb", "comet_ml", "all", "none", "aim", "clearml", "dvclive", "mlflow", "swanlab", "trackio",
+]  # fmt: skip
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help.lower()
+        return action.help if silent else f"{action.help.rstrip('.')}. Default: %(default)s."
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = args or []
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):  # argparse would print a usage of some forty lines in front of it
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if message.startswith("the following arguments are required"):  # perhaps an abbreviation of one of them
+            names = [token.partition("=")[0] for token in self.given if token.startswith("--")]
+            unknown = next((re.match("(.*)", name) for name in names if name not in self._option_string_actions), None)
+            message += f"; there is no {unknown[1]}" if unknown else ""
+        near = self._near(unknown[1]) if unknown else []
+        message += f" (did you mean {near[0]}?)" if near else ""
+        message = re.sub(r"hf_\w{9,}", "hf_***", sanitize.printable(" ".join(message.split())))
+        if re.search("^unrecognized|has no flag", message):  # perhaps a mistyped --hub_token
+            message = re.sub(r"(\S*tok\S*?[= ])\S+", r"\1***", message)
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _near(self, name: str) -> list[str]:
+        """The flag that `name` abbreviates or misspells."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        name = name.replace("-", "_").replace("__", "--", 1)
+        begun = [flag for flag in flags if flag.startswith(name) and len(name) > 3]
+        return begun or difflib.get_close_matches(name, flags, 1)
+
+
+def make_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser whose description is the script's own docstring, with the `--config` flag already on it."""
+    # No abbreviations: a flag that is added later would change what they mean.
+    parser = _Parser(usage="%(prog)s FLAGS", description=docstring, formatter_class=_Formatter, allow_abbrev=False)
+    parser.add_argument("--config", metavar="YAML", help="File with defaults for any flag; the command line wins.")
+    return parser
+
+
+def add_stable_diffusion_args(parser):
+    group = parser.add_argument_group("model")
+    text = "Folder or hub name of the pipeline to fine-tune."
+    group.add_argument("--pretrained_model_name_or_path", required=True, help=text)
+    group.add_argument("--revision", help="Branch, tag or commit of the hub repository.")
+    group.add_argument("--variant", help="Variant of the weight files to load, e.g. fp16.")
+
+
+def add_kandinsky_args(parser):
+    group = parser.add_argument_group("model")
+    for part in ("decoder", "prior"):
+        default = f"kandinsky-community/kandinsky-2-2-{part}"
+        flag = f"--pretrained_{part}_model_name_or_path"
+        group.add_argument(flag, default=default, help=f"Folder or hub name of the {part}.")
+
+
+def add_data_source_args(parser):
+    """What `open_dataset` reads. A script that opens a data set of its own goes without them, and their checks."""
+    group = parser.add_argument_group("data source")
+    group.add_argument("--dataset_name", help="Name on the hub, or local folder, of a data set.")
+    group.add_argument("--dataset_config_name", help="Configuration of that data set, if it has several.")
+    group.add_argument(
+        "--train_data_dir",
+        help="Folder of images with a metadata.jsonl (file_name, text); with --dataset_name, its data_dir.",
+    )
+    group.add_argument("--max_train_samples", type=int, help="Train on this many samples only, chosen by the seed.")
+
+
+def add_data_args(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument("--image_column", default="image", help="Column that holds the image.")
+    group.add_argument(
+        "--skip_bad_samples", action="store_true", help="Leave out samples that cannot be used, and list them."
+    )
+    group.add_argument("--cache_dir", help="Folder where downloaded models and data sets are kept.")
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        help="Number of loader processes; results do not depend on it. Default: all cores but one, at most 8.",
+    )
+
+
+def add_caption_args(parser):
+    group = parser.add_argument_group("captions")
+    text = "Column that holds a caption, or a list of captions of which one is drawn each time."
+    group.add_argument("--caption_column", default="text", help=text)
+    text = "Share of samples trained with the empty caption; about 0.1 keeps classifier-free guidance working."
+    group.add_argument("--caption_dropout", type=float, default=0.0, help=text)
+
+
+def add_decoder_condition_args(parser):
+    group = parser.add_argument_group("conditioning")
+    text = "Column of captions, checked if given; the decoder is conditioned on the image itself."
+    group.add_argument("--caption_column", help=text)
+    text = "Share of samples trained with the empty embedding; about 0.1 keeps classifier-free guidance working."
+    group.add_argument("--image_embeds_dropout", type=float, default=0.0, help=text)
+
+
+def add_resolution_arg(parser, text: str):
+    group = parser.add_argument_group("images")
+    group.add_argument("--resolution", type=int, default=512, help=text)
+
+
+def add_image_args(parser):
+    group = parser.add_argument_group("images")
+    text = "Side of the square training images, in pixels."
+    group.add_argument("--resolution", type=int, default=512, help=text)
+    group.add_argument("--center_crop", action="store_true", help="Crop the centre square instead of a random one.")
+    group.add_argument("--random_flip", action="store_true", help="Mirror each image left to right half of the time.")
+    group.add_argument(
+        "--image_interpolation_mode", default="lanczos", choices=INTERPOLATION_MODES, help="Filter for resizing."
+    )
+
+
+def add_training_args(parser):
+    group = parser.add_argument_group("training")
+    group.add_argument("--output_dir", default="sd-model-finetuned", help="Folder for everything that the run writes.")
+    text = "Random seed; if unset a random one is chosen, logged and stored in the checkpoints."
+    group.add_argument("--seed", type=int, help=text)
+    group.add_argument("--train_batch_size", type=int, default=16, help="Samples per micro-batch and process.")
+    group.add_argument("--num_train_epochs", type=int, default=100, help="Number of passes over the data.")
+    group.add_argument("--max_train_steps", type=int, help="Number of weight updates; overrides --num_train_epochs.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-batches per weight update.")
+    text = "Precision of the arithmetic; trained weights are fp32. Default: what accelerate is set to."
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help=text)
+    text = "Use TF32 for matrix products on Ampere and later GPUs: faster, less exact."
+    group.add_argument("--allow_tf32", action="store_true", help=text)
+    group.add_argument("--local_rank", type=int, default=-1, help="Set by old launchers; use accelerate launch.")
+
+
+def add_network_args(parser, *, xformers=True):
+    group = parser.add_argument_group("speed and memory")
+    text = "Compile the trained network: block by block (the default), or as one, which takes minutes longer."
+    group.add_argument("--torch_compile", nargs="?", const="regional", choices=["regional", "whole"], help=text)
+    add_gradient_checkpointing_arg(group)
+    if xformers:
+        group.add_argument(
+            "--enable_xformers_memory_efficient_attention",
+            action="store_true",
+            help="Use xFormers' attention instead of PyTorch's.",
+        )
+
+
+def add_gradient_checkpointing_arg(group):
+    text = "Compute activations again in the backward pass: less memory, slower."
+    group.add_argument("--gradient_checkpointing", action="store_true", help=text)
+
+
+def add_optimizer_args(parser, *, eight_bit=True, scale_lr=False):
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate after the warm-up.")
+    if scale_lr:
+        text = "Multiply the learning rate by processes x batch size x accumulation."
+        group.add_argument("--scale_lr", action="store_true", help=text)
+    group.add_argument(
+        "--lr_scheduler", default="constant", help=", ".join([*LR_SCHEDULERS, "piecewise_constant:RULES"])
+    )
+    text = "Length of the warm-up, in updates; constant has none."
+    group.add_argument("--lr_warmup_steps", type=int, default=500, help=text)
+    if eight_bit:
+        text = "AdamW with 8-bit state, from the package bitsandbytes: less memory."
+        group.add_argument("--use_8bit_adam", action="store_true", help=text)
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay rate of the first moment.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay rate of the second moment.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Added to AdamW's denominator.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+
+
+def add_loss_args(parser, *, noise=False):
+    group = parser.add_argument_group("training objective")
+    text = "Min-SNR weights of the loss with this gamma (arXiv:2303.09556); 5.0 is usual."
+    group.add_argument("--snr_gamma", type=float, help=text)
+    if not noise:
+        return
+    text = "What the network predicts: epsilon or v_prediction. Default: as the model was trained."
+    group.add_argument("--prediction_type", help=text)
+    text = "Random offset of the noise per channel, for very dark and very bright images; 0.1 is usual."
+    group.add_argument("--noise_offset", type=float, default=0, help=text)
+    text = "More noise on the input than in the target (arXiv:2301.11706); 0.1 is usual."
+    group.add_argument("--input_perturbation", type=float, default=0, help=text)
+    text = "Train with DREAM (arXiv:2312.00210), at the cost of one more forward pass."
+    group.add_argument("--dream_training", action="store_true", help=text)
+    group.add_argument("--dream_detail_preservation", type=float, default=1.0, help="The exponent p of DREAM.")
+
+
+def add_ema_args(parser, *, placement=True):
+    group = parser.add_argument_group("weight averaging (EMA)")
+    text = "Keep an average of the weights, validate with it and export it."
+    group.add_argument("--use_ema", action="store_true", help=text)
+    if placement:
+        group.add_argument("--offload_ema", action="store_true", help="Keep the average in host memory.")
+        group.add_argument(
+            "--foreach_ema", action="store_true", help="Update the average in one fused operation (always so on CUDA)."
+        )
+        group.add_argument(
+            "--non_ema_revision", help="Revision of the UNet to train; --revision is then the average's."
+        )
+
+
+def add_encoding_args(parser, *, crops=False):
+    group = parser.add_argument_group("cached encodings")
+    text = "Run the frozen networks once, before training, and keep their outputs on disk."
+    group.add_argument("--cache_encodings", action="store_true", help=text)
+    text = "Folder of the cache; runs may share it. Default: encodings, in the output folder."
+    group.add_argument("--encodings_dir", help=text)
+    if crops:
+        text = "Number of random crops to cache of each image that is not square."
+        group.add_argument("--cache_crops", type=int, default=4, help=text)
+
+
+def add_checkpoint_args(parser):
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Save one every this many updates.")
+    group.add_argument(
+        "--checkpoints_total_limit", type=int, help="Keep this many, and remove older ones. Default: all are kept."
+    )
+    group.add_argument(
+        "--resume_from_checkpoint", help="latest, the name of a checkpoint in the output folder, or a path."
+    )
+
+
+def add_validation_args(parser, *, single=False):
+    group = parser.add_argument_group("validation")
+    if single:
+        group.add_argument("--validation_prompt", help="Prompt to make images of before, during and after training.")
+        group.add_argument("--num_validation_images", type=int, default=4, help="Number of images of it.")
+        group.add_argument("--validation_epochs", type=int, default=1, help="Make them every this many epochs.")
+    else:
+        names = ("--validation_prompts", "--validation_prompt")  # by either name in the guides
+        text = "Prompts to make images of before, during and after training."
+        group.add_argument(*names, nargs="+", help=text)
+        group.add_argument("--validation_epochs", type=int, default=5, help="Make them every this many epochs.")
+
+
+def add_lora_args(parser, *, kohya=False):
+    group = parser.add_argument_group("LoRA adapters")
+    group.add_argument("--rank", type=int, default=4, help="Rank of the low-rank matrices.")
+    if kohya:
+        text = "Also write a file for A1111, ComfyUI and kohya, at the end and with each checkpoint."
+        group.add_argument("--save_kohya", action="store_true", help=text)
+
+
+def add_reporting_args(parser, *, project=True):
+    group = parser.add_argument_group("logging and hub")
+    group.add_argument("--logging_dir", default="logs", help="Folder of tracker logs, in the output folder.")
+    group.add_argument("--log_file", help="File that all messages, and a line each --logging_steps, are appended to.")
+    group.add_argument("--logging_steps", type=int, default=10, help="Read and log the loss every this many updates.")
+    group.add_argument("--report_to", default="tensorboard", help=f"{', '.join(TRACKERS)}; or several: a,b.")
+    if project:
+        group.add_argument(
+            "--tracker_project_name", default="text2image-fine-tune", help="Project name in the trackers."
+        )
+    group.add_argument("--push_to_hub", action="store_true", help="Upload weights, model card and images at the end.")
+    group.add_argument("--hub_token", help="Token for the hub; better: `hf auth login`. Others see command lines.")
+    group.add_argument("--hub_model_id", help="Repository to push to; default: the output folder's name.")

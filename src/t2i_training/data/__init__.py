@@ -1,0 +1,1 @@
+"""From a data set to batches: images and captions opened, inspected, drawn from and loaded."""

@@ -1,0 +1,259 @@
+"""Captioned pictures: opening and checking a data set, and what a sample is made of."""
+
+import contextlib
+import json
+import os
+import warnings
+
+from .. import errors, sanitize
+from ..log import logger
+from ..sources import data_files, model_kind
+from . import image_folder, images
+
+ROW = 0  # a row's number in itself, under a key that no column has
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the message names row, file and reason."""
+
+
+def open_dataset(args):
+    """The training split as a `datasets.Dataset` whose pictures are left encoded. Exits with one line on an error.
+
+    Both flags read a local folder alike; one line says which files, and which splits were left out.
+    """
+    model_kind.check_hub(args)
+    where = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
+    place = data_files.local_folder(args)
+    try:
+        dataset, said = _read_folder(place, args) if place else _read_splits(where, args.dataset_name, args)
+    except Exception as error:  # datasets raises some twenty kinds here, for files, hub, formats and metadata
+        hint = errors.cache_hint(error, getattr(args, "cache_dir", None))
+        if place and not isinstance(error, data_files.BadData):
+            hint = hint or data_files.archives(data_files.list_files(place))
+        raise SystemExit(f"error: {where}: {_one_line(error)}{hint}") from error
+    if len(dataset) == 0:
+        raise SystemExit(f"error: {where} holds no samples")
+    logger.info(f"{where}: {len(dataset)} samples {said}")
+    return _select(_check_images(dataset, args, place), args)
+
+
+def _read_folder(place: str, args) -> tuple:
+    """(samples, what was read)."""
+    import datasets
+
+    where = f"--{'train_data_dir' if args.dataset_name is None else 'dataset_name'} {place}"
+    captions = getattr(args, "caption_column", None)
+    if fault := data_files.refusal(place, captions=False):
+        raise SystemExit(f"error: {where} {fault}")
+    if any(os.path.exists(os.path.join(place, name)) for name in data_files.STORED):
+        stored = datasets.load_from_disk(place)
+        splits = stored if isinstance(stored, dict) else {"train": stored}
+        return _training_split(where, splits, "save_to_disk")
+    found = None if data_files.declares_configs(place) else image_folder.read(place, captions)
+    return found or _read_splits(where, place, args)
+
+
+def _read_splits(where: str, name: str, args) -> tuple:
+    """(samples, what was read) of what `datasets` makes of a folder or a name on the hub."""
+    import datasets
+
+    options = {"data_dir": args.train_data_dir} if args.dataset_name == name else {}
+    configuration = getattr(args, "dataset_config_name", None)
+    splits = datasets.load_dataset(name, configuration, cache_dir=args.cache_dir, **options)
+    return _training_split(where, splits, next(iter(splits.values())).builder_name)
+
+
+def _training_split(where: str, splits: dict, form: str | None) -> tuple:
+    if "train" not in splits:
+        raise SystemExit(f"error: {where} has no split named train, only: {', '.join(splits)}")
+    left_out = [f"{name} ({len(split)})" for name, split in splits.items() if name != "train"]
+    said = "of the split train" + (f", read as {form}" if form else "")
+    return splits["train"], said + (f"; left out as other splits: {', '.join(left_out)}" if left_out else "")
+
+
+def check_dataset(dataset, args):
+    """What `open_dataset` returns, of a data set that a script has opened in its own way.
+
+    It is a `datasets.Dataset` with an image column, or a list of dictionaries with PIL images. Exits with one line on
+    anything else. Images are left encoded.
+    """
+    import datasets
+
+    if isinstance(dataset, list) and dataset and isinstance(dataset[0], dict):
+        dataset = datasets.Dataset.from_list(dataset)
+    if not isinstance(dataset, datasets.Dataset):
+        way = "datasets.Dataset.from_generator makes one of dictionaries with a PIL image and a caption"
+        if isinstance(dataset, dict):  # of splits
+            way = f"choose one of its splits: {sanitize.printable(', '.join(map(str, dataset)))[:300]}"
+        elif isinstance(dataset, datasets.IterableDataset):
+            way = f"samples are read in random order: open it without streaming=True; or {way}"
+        raise SystemExit(f"error: the data set is of the type {type(dataset).__name__}, not datasets.Dataset: {way}")
+    if len(dataset) == 0:
+        raise SystemExit("error: the data set holds no samples")
+    if dataset.format["type"] == "custom":
+        raise SystemExit("error: the data set's with_transform would not be used: change read_picture, or use map")
+    return _check_images(dataset.with_format(None), args, None)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, data_files.BadData):
+        return sanitize.reason(error)
+    reason = error.__cause__ or error
+    return f"{type(reason).__name__}: {sanitize.reason(reason)}"
+
+
+def _select(dataset, args):
+    if args.max_train_samples is None:
+        return dataset
+    if args.max_train_samples > len(dataset):
+        raise SystemExit(
+            f"error: --max_train_samples {args.max_train_samples} is more than the {len(dataset)} samples there are"
+        )
+    return dataset.shuffle(seed=args.seed).select(range(args.max_train_samples))
+
+
+def _check_images(dataset, args, place: str | None):
+    import datasets
+
+    column = args.image_column
+    found = _columns_of(dataset, datasets.Image)
+    likely = (
+        found
+        or [name for name in dataset.column_names if place and _holds_names(dataset, name)]
+        or [name for name in dataset.column_names if _kind(dataset, name) in ("binary", "large_binary")]
+    )
+    _check_column(dataset, "image_column", column, likely[0] if len(likely) == 1 else None)
+    dataset = _as_images(dataset, column, place)
+    if not isinstance(dataset.features[column], datasets.Image):
+        raise SystemExit(
+            f"error: --image_column {column!r} holds {_kind(dataset, column)}, not pictures; "
+            f"columns with pictures: {sanitize.printable(', '.join(found)) or 'none'}"
+        )
+    # Left encoded: datasets would decode every picture in full, and in the main process.
+    return dataset.cast_column(column, datasets.Image(decode=False))
+
+
+def _as_images(dataset, column: str, place: str | None):
+    """The data set with images in place of what stands for them: files' bytes, pixels, names of files below `place`."""
+    import datasets
+
+    feature = dataset.features[column]
+    if isinstance(feature, datasets.Image):
+        return dataset
+    if getattr(feature, "dtype", None) in ("string", "large_string"):
+        return _named_images(dataset, column, place) if place else dataset
+    try:
+        dataset.select(range(1)).cast_column(column, datasets.Image())[0]
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    except Exception:  # pyarrow, datasets and Pillow raise all kinds at what is no image
+        return dataset
+
+
+def _holds_names(dataset, column: str) -> bool:
+    return image_folder.names_files(dataset.select_columns([column])[:100][column])
+
+
+def _named_images(dataset, column: str, place: str):
+    import datasets
+
+    if not _holds_names(dataset, column):
+        return dataset
+    entries, faults = image_folder.find(place, dataset[column][:])
+    kinds = datasets.Features({column: datasets.Image(decode=False), image_folder.FAULTS: datasets.Value("string")})
+    faults = [json.dumps({column: fault}) if fault else None for fault in faults]
+    found = datasets.Dataset.from_dict({column: entries, image_folder.FAULTS: faults}, kinds)
+    return datasets.concatenate_datasets([dataset.remove_columns(column), found], axis=1)
+
+
+def check_caption_column(dataset, column: str) -> None:
+    """Exit with one line unless `column` is one of strings, or of lists of strings."""
+    own = [name for name in dataset.column_names if name not in (image_folder.LINE, image_folder.FAULTS)]
+    likely = image_folder.likely_captions([name for name in own if _is_text(dataset.features[name])])
+    _check_column(dataset, "caption_column", column, likely)
+    kind = _kind(dataset, column).replace("large_string", "string")
+    if kind not in ("string", "list of string"):
+        raise SystemExit(f"error: --caption_column {column!r} holds {kind}; it must hold strings or lists of strings")
+
+
+def _is_text(kind) -> bool:
+    return getattr(getattr(kind, "feature", kind), "dtype", None) in ("string", "large_string")
+
+
+def _check_column(dataset, flag: str, column: str, likely: str | None) -> None:
+    if column not in dataset.column_names:
+        names = ", ".join(name for name in dataset.column_names if name not in (image_folder.LINE, image_folder.FAULTS))
+        advice = f"; did you mean --{flag}={sanitize.printable(likely)[:100]}?" if likely else ""
+        names = sanitize.printable(names)[:1000]
+        raise SystemExit(f"error: --{flag} {column!r} is not a column; there are: {names}{advice}")
+
+
+def _columns_of(dataset, feature) -> list[str]:
+    return [name for name, kind in dataset.features.items() if isinstance(kind, feature)]
+
+
+def _kind(dataset, column: str) -> str:
+    feature = dataset.features[column]
+    if hasattr(feature, "feature"):
+        return f"list of {getattr(feature.feature, 'dtype', feature.feature)}"
+    return sanitize.printable(str(getattr(feature, "dtype", feature)))[:100]
+
+
+@contextlib.contextmanager
+def naming_the_sample(dataset, image_column: str, index: int):
+    """An image that cannot be read is a BadSample that says which one.
+
+    So is a fault of the disk or the memory, which says that it is none of the image's. Any other error is the code's:
+    it goes its way, with a note on what was at hand.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL on harmless metadata; real faults raise
+            yield
+    except images.UnreadableImage as error:
+        raise BadSample(f"{describe(dataset, image_column, index)}: {error}") from None
+    except Exception as error:
+        try:
+            sample = describe(dataset, image_column, index)
+        except Exception:  # the data set itself cannot be read
+            sample = f"row {int(index)}"
+        if images.is_system_fault(error):
+            raise BadSample(not_the_images_fault(sample, error)) from None
+        error.add_note(f"raised while {sample} was prepared; it may have nothing to do with it")
+        raise
+
+
+def not_the_images_fault(what: str, error: Exception) -> str:
+    """One line on an image that could not be read for another reason."""
+    reason = f"{type(error).__name__}: {sanitize.reason(error)}" if str(error) else type(error).__name__
+    return (
+        f"{what} could not be read: {reason}; the fault is the machine's (disk, network or memory), not the image's: "
+        "start again once it is mended"
+    )
+
+
+def picture_file(picture: dict) -> bytes | str:
+    """What `images.decode` reads, of an image column's entry: a path, or bytes. Raises images.UnreadableImage."""
+    path = picture["path"]
+    return picture_bytes(picture) if path and path.startswith("zip://") else picture["bytes"] or path
+
+
+def picture_bytes(picture: dict) -> bytes:
+    """The image file of an image column's entry. Raises images.UnreadableImage."""
+    if picture["bytes"]:
+        return picture["bytes"]
+    with images.naming_the_fault(picture["path"]):
+        return data_files.read_bytes(picture["path"])
+
+
+def picture_source(row: dict, args) -> bytes | str | int:
+    """What a script's `read_picture` reads of a row: its file, or, with cached encodings, the row's number."""
+    return row[ROW] if args.cache_encodings else picture_file(row[args.image_column])
+
+
+def describe(dataset, image_column: str, index: int) -> str:
+    """Row number, counted from 0, and where the data set knows them, file name and line of a sample."""
+    row = dataset[int(index)]
+    known = [(row[image_column] or {}).get("path"), row.get(image_folder.LINE)]
+    known = ", ".join(filter(None, known))
+    return f"row {int(index)} ({sanitize.printable(known)})" if known else f"row {int(index)}"

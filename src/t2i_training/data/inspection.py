@@ -1,0 +1,254 @@
+"""Every picture and caption is looked at once before training, so that hours later none of them ends the run.
+
+A picture's file is read, hashed and decoded. That is done in threads: Pillow, the hash and reading let go of Python's
+lock, and threads share the memo, need no copy of the data set, and end at once when the run is stopped. A memo in the
+output folder remembers what was found good, so that the next start looks at names, sizes and times alone.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+from accelerate.utils import gather_object
+
+from .. import distributed, files, sanitize
+from ..bar import Bar
+from ..log import logger
+from ..sources import data_files
+from . import image_folder, images, workers
+from .dataset import check_caption_column, check_dataset, describe, not_the_images_fault
+
+MEMO = ".inspected_pictures.json"
+BAD, SKIPPED = "bad_samples.jsonl", "skipped_samples.jsonl"
+SHOWN = 20  # bad samples on the terminal
+_CHUNK = 128  # rows in memory at a time: they may hold whole pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known of a row's picture: hash of its file, upright size in pixels, and why it cannot be used."""
+
+    digest: str  # BLAKE2b of the file's bytes, 128 bits in hexadecimal
+    width: int
+    height: int
+    error: str | None
+
+
+def inspect(args, accelerator, dataset, caption_column: str | None = None, smallest_side: int = 0):
+    """(data set, list of `Picture`), both of the usable rows alone, in order, and the same on every process.
+
+    Exits unless all rows are usable, or some are and --skip_bad_samples is given. All processes call it, each looks at
+    its share. Captions are looked at where a column is named. Rows count from 0, in `dataset` as given.
+    Pictures with a side shorter than `smallest_side` pixels, which will be enlarged, are counted in a warning.
+    """
+    dataset = check_dataset(dataset, args)
+    if caption_column is not None:
+        check_caption_column(dataset, caption_column)
+    began, memo = time.perf_counter(), Path(args.output_dir) / MEMO
+    share = _inspect_share(args, accelerator, dataset, caption_column, _read_memo(memo))
+    distributed.wait(accelerator)
+    found = gather_object(share)
+    pictures = [picture for _, picture, _ in found]
+    bad = {row: reason for row, (_, _, reason) in enumerate(found) if reason}
+    if accelerator.is_main_process:
+        _write_memo(memo, found)
+        logger.info(f"inspected {len(found)} samples in {time.perf_counter() - began:.1f} s")
+        _report(args, dataset, bad)
+    if bad and (not args.skip_bad_samples or len(bad) == len(found)):
+        raise SystemExit(_last_line(args, dataset, bad) if accelerator.is_main_process else 1)
+    if bad:
+        good = [row for row in range(len(dataset)) if row not in bad]
+        dataset, pictures = dataset.select(good), [pictures[row] for row in good]
+    if accelerator.is_main_process:
+        _warn_of_small_ones(pictures, smallest_side)
+        _warn_of_repeats(args, dataset, pictures, caption_column)
+    return dataset.remove_columns(
+        [image_folder.FAULTS] if image_folder.FAULTS in dataset.column_names else []
+    ), pictures
+
+
+def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tuple[str | None, Picture, str | None]]:
+    """(key in the memo, picture, why the row cannot be used) of each row of this process's share."""
+    rank, world_size, size = accelerator.process_index, accelerator.num_processes, len(dataset)
+    first, end = size * rank // world_size, size * (rank + 1) // world_size
+    columns = [
+        name for name in (args.image_column, caption_column, image_folder.FAULTS) if name in dataset.column_names
+    ]
+    rows, stored, found = dataset.select_columns(columns).with_format("arrow"), _stored(dataset), []
+    texts_alone = dataset.select_columns(columns[1:]).with_format("arrow") if columns[1:] else None
+    PIL.Image.init()  # or it loads its rarer kinds when first met, and another thread's picture goes unrecognised
+    pool = ThreadPoolExecutor(workers.cores())
+    bar = Bar(accelerator, total=end - first, desc="inspecting", unit="picture", delay=1.0, leave=False)
+    try:
+        with bar, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL on harmless metadata; real faults raise
+            for start in range(first, end, _CHUNK):
+                chunk = range(start, min(start + _CHUNK, end))
+                keys = [f"{stored}:{row}" if stored else None for row in chunk]
+                if stored and known.keys() >= {*keys}:  # pictures that the data set itself holds are not read again
+                    looked_at = [(key, Picture(*known[key], None)) for key in keys]
+                    chunk = _rows(texts_alone, chunk)
+                else:
+                    chunk = _rows(rows, chunk)
+                    entries = [row[args.image_column] for row in chunk]
+                    looked_at = pool.map(functools.partial(_look, known=known), entries, keys)
+                for row, (key, picture) in zip(chunk, looked_at, strict=True):
+                    fault = _metadata_fault(row.get(image_folder.FAULTS), args.image_column, caption_column)
+                    reason = fault or picture.error or (caption_column and caption_fault(row[caption_column]))
+                    found.append((key, picture, reason or None))
+                    bar.update()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a stop signal does not wait for the rest of the chunk
+    return found
+
+
+def _stored(dataset) -> str | None:
+    """What tells the files of a data set, and the selection of their rows, from any others; None without files."""
+    stored = [(file["filename"], os.stat(file["filename"])) for file in dataset.cache_files]
+    seen = [(name, status.st_size, status.st_mtime_ns) for name, status in stored]
+    return hashlib.blake2b(repr((dataset._fingerprint, seen)).encode(), digest_size=16).hexdigest() if seen else None
+
+
+def _rows(dataset, numbers: range) -> list[dict]:
+    """Rows of a data set in Arrow's format; of none, rows without entries."""
+    return [{} for _ in numbers] if dataset is None else dataset[numbers.start : numbers.stop].to_pylist()
+
+
+def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None, Picture]:
+    """(key in the memo, picture) of an image column's entry; `key` is that of a picture without a file of its own.
+
+    Runs in a thread.
+    """
+    if not entry or (entry["bytes"] is None and not entry["path"]):
+        return None, Picture("", 0, 0, "it has no picture")
+    content, path, digest = entry["bytes"], entry["path"], ""
+    try:
+        with images.naming_the_fault(path):
+            if content is None:
+                key = data_files.stamped(path)
+                if key not in known:
+                    content = data_files.read_bytes(path)
+        if key not in known:
+            digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+            key = key or digest
+        if key in known:
+            return key, Picture(*known[key], None)
+        _, (width, height) = images.decode_with_size(content, min_side=1)
+        return key, Picture(digest, width, height, None)
+    except images.UnreadableImage as error:
+        return key, Picture(digest, 0, 0, str(error))
+    except (OSError, MemoryError) as error:
+        line = not_the_images_fault(sanitize.printable(path or "an image within the data"), error)
+        raise SystemExit(f"error: {line}") from error
+
+
+def caption_fault(caption) -> str | None:
+    """Why a caption cannot be used, if so. The empty string can: it is the unconditional prompt."""
+    if isinstance(caption, str):
+        return None
+    if caption is None:
+        return "it has no caption"
+    if not caption:
+        return "its list of captions is empty"
+    return None if all(isinstance(text, str) for text in caption) else "its list of captions has an empty (null) entry"
+
+
+def _metadata_fault(faults: str | None, image_column: str, caption_column: str | None) -> str | None:
+    faults = json.loads(faults) if faults else {}
+    return next((faults[column] for column in ("", image_column, caption_column) if column in faults), None)
+
+
+def _read_memo(memo: Path) -> dict:
+    """What an earlier run with the same Pillow found good: (digest, width, height) by key."""
+    try:
+        stored = json.loads(memo.read_text(encoding="utf-8"))
+        pictures = stored["pictures"].items() if stored["pillow"] == PIL.__version__ else ()
+        return {key: entry for key, entry in pictures if _is_entry(entry)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _is_entry(entry) -> bool:
+    """Whether `_write_memo` may have written it. A damaged memo must not make a good picture bad."""
+    kinds = [type(value) for value in entry] if isinstance(entry, list) else []
+    return kinds == [str, int, int] and bool(re.fullmatch("[0-9a-f]{32}", entry[0])) and min(entry[1:]) > 0
+
+
+def _write_memo(memo: Path, found) -> None:
+    # What was found bad is looked at again: the fault may have been the disk's or the network's.
+    pictures = {key: (p.digest, p.width, p.height) for key, p, _ in found if key and p.error is None}
+    files.write_text(memo, json.dumps({"pillow": PIL.__version__, "pictures": pictures}))
+
+
+def _report(args, dataset, bad: dict[int, str]) -> None:
+    """Log the first of the bad samples and list all of them in the output folder, where an earlier list goes."""
+    output_dir = Path(args.output_dir)
+    for name in (BAD, SKIPPED):
+        (output_dir / name).unlink(missing_ok=True)
+    if not bad:
+        return
+    lines = []
+    for row, reason in bad.items():
+        sample = dataset[row]
+        place = {
+            "row": row,
+            "file": (sample[args.image_column] or {}).get("path"),
+            "line": sample.get(image_folder.LINE),
+        }
+        lines.append(json.dumps(place | {"reason": reason}, ensure_ascii=False) + "\n")
+        if len(lines) <= SHOWN:
+            logger.warning(f"{describe(dataset, args.image_column, row)}: {reason}")
+    listed = output_dir / (SKIPPED if args.skip_bad_samples else BAD)
+    files.write_text(listed, "".join(lines))
+    if len(bad) > SHOWN:
+        logger.warning(f"and {len(bad) - SHOWN} more, all in {listed}")
+    if args.skip_bad_samples:
+        logger.warning(
+            f"{len(bad)} of {len(dataset)} samples are left out (--skip_bad_samples), listed in {listed}; "
+            "from here on rows count without them"
+        )
+
+
+def _last_line(args, dataset, bad: dict[int, str]) -> str:
+    first = next(iter(bad))
+    example = f"{describe(dataset, args.image_column, first)}: {bad[first]}"
+    if args.skip_bad_samples:
+        return f"error: none of the {len(bad)} samples can be used; {example}"
+    return (
+        f"error: {len(bad)} of {len(dataset)} samples cannot be used; {example}; all in "
+        f"{Path(args.output_dir) / BAD}: mend or remove them, or leave them out with --skip_bad_samples"
+    )
+
+
+def _warn_of_small_ones(pictures: list[Picture], side: int) -> None:
+    """Enlarged pictures are blurred, and so will be what is drawn."""
+    if small := sum(min(picture.width, picture.height) < side for picture in pictures):
+        logger.warning(f"{small} of {len(pictures)} pictures are smaller than --resolution {side}: enlarged")
+
+
+def _warn_of_repeats(args, dataset, pictures: list[Picture], caption_column: str | None) -> None:
+    """Equal pictures with equal captions weigh more in training than the user may think."""
+    counts = Counter(picture.digest for picture in pictures)
+    rows = [row for row, picture in enumerate(pictures) if counts[picture.digest] > 1]
+    if not rows:
+        return
+    captions = [None] * len(rows)
+    if caption_column is not None:
+        captions = list(dataset.select(rows)[caption_column])
+    seen, repeats = {}, []
+    for row, caption in zip(rows, captions):
+        first = seen.setdefault((pictures[row].digest, str(caption)), row)
+        repeats += [(row, first)] if first != row else []
+    if repeats:
+        row, first = (describe(dataset, args.image_column, index) for index in repeats[0])
+        what = f"{len(repeats)} samples repeat an earlier one, picture and caption"
+        logger.warning(f"{what}; the first: {row} as {first}")

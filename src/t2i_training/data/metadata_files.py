@@ -1,0 +1,140 @@
+"""The rows of a metadata file, of whatever form: (values by column, its place in the file, faults by column).
+
+What a row lacks or holds too much of is a fault of that row, under "" one of the whole row; a file that cannot be read
+at all is BadData, with one line that says where and how to mend it.
+"""
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterator
+
+from .. import sanitize
+from ..sources import data_files, stand_ins
+
+Rows = Iterator[tuple[dict, str, dict]]
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_DELIMITERS = ",;\t|"
+
+
+def rows(content: bytes, name: str) -> Rows:
+    """Of a file named metadata.jsonl, .csv or .parquet; places read like "metadata.jsonl line 3"."""
+    if name.endswith(".parquet"):
+        return _parquet_rows(content, name)
+    if instead := stand_ins.of_content(content[:1000]):
+        raise data_files.BadData(f"{name} is {instead}")
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if content.startswith(_UTF16) or b"\0" in content[:4]:
+        raise data_files.BadData(f"{name} is UTF-16: save it as UTF-8")
+    return _csv_rows(content, name) if name.endswith(".csv") else _json_rows(content, name)
+
+
+def is_name_column(column: str) -> bool:
+    """Whether its values are names of images."""
+    return column == "file_name" or column.endswith("_file_name")
+
+
+def _json_rows(content: bytes, name: str) -> Rows:
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            values, faults = _parse(line)
+            yield values, f"{name} line {number}", faults
+
+
+def _parse(line: bytes) -> tuple[dict, dict]:
+    try:
+        values = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return {}, {"": f"the line is no JSON: it is not UTF-8 ({error}): save the file as UTF-8"}
+    except (ValueError, RecursionError) as error:
+        whole = "; an object, {...}, must stand on one line" if line.strip() in (b"{", b"[", b"[{") else ""
+        return {}, {"": f"the line is no JSON: {' '.join(str(error).split())}{whole}"}
+    if isinstance(values, dict):
+        return values, {}
+    of_objects = isinstance(values, list) and any(isinstance(value, dict) for value in values)
+    advice = " but a list of them: write each on a line of its own" if of_objects else ""
+    return {}, {"": f"the line is no JSON object{advice}"}
+
+
+def _csv_rows(content: bytes, name: str) -> Rows:
+    """Values are texts as they stand (NA is a word); an empty field is no value."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = len(content[: error.start + 1].splitlines())
+        raise data_files.BadData(
+            f"{name} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}), most likely Windows-1252, as "
+            "spreadsheets write it: save it as 'CSV UTF-8', or make a new one with "
+            f"`iconv -f WINDOWS-1252 -t UTF-8 {posixpath.basename(name)} > new.csv`"
+        ) from None
+    first = 0
+    if text[:4].lower() == "sep=" and text[5:6] in "\r\n":  # how Excel is told the delimiter
+        first, text = 1, text.partition("\n")[2]
+    delimiter = _delimiter(text)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    header = None
+    while True:
+        place = f"{name} line {first + lines.line_num + 1}"
+        try:
+            fields = next(lines, None)
+        except csv.Error as error:
+            until = first + lines.line_num
+            backslash = '; a double quote within quotes is written twice, "", and not \\"' if '\\"' in text else ""
+            reason = f"{error} (read until line {until}; is a quote not closed?){backslash}"
+            yield {}, place, {"": f"the line is no CSV: {reason}"}
+            continue
+        if fields is None:
+            return
+        if not any(field.strip() for field in fields):
+            continue
+        if header is None:
+            header, top = _header(fields, place), place
+        elif len(header) == 1 < len(fields) and not is_name_column(header[0]):
+            raise data_files.BadData(f"{top} names no columns: the header must stand there, e.g. file_name,text")
+        else:
+            yield _record(header, fields, place, delimiter)
+
+
+def _delimiter(text: str) -> str:
+    """The one by which the first line names a file_name column, or else makes the most fields."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    headers = {mark: [name.strip().strip('"').strip() for name in line.split(mark)] for mark in _DELIMITERS}
+    named = [mark for mark, names in headers.items() if any(is_name_column(name) for name in names)]
+    return max(named or _DELIMITERS, key=lambda mark: len(headers[mark]))
+
+
+def _header(fields: list[str], place: str) -> list[str]:
+    header = [field.strip() for field in fields]
+    while header and not header[-1]:
+        header.pop()
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice:
+        raise data_files.BadData(f"{place} names the column {sanitize.printable(twice)!r:.100} twice")
+    if any(field.lower().endswith(data_files.IMAGES) for field in header):
+        raise data_files.BadData(f"{place} holds values: the first line must name the columns, e.g. file_name,text")
+    return header
+
+
+def _record(header: list[str], fields: list[str], place: str, delimiter: str) -> tuple[dict, str, dict]:
+    while len(fields) > len(header) and not fields[-1].strip():
+        fields = fields[:-1]
+    count = f"the line has {len(fields)} fields, the header {len(header)}".replace(" 1 fields", " 1 field")
+    if len(fields) > len(header):
+        return {}, place, {"": f"{count}: a caption that holds {delimiter!r} must stand in double quotes"}
+    values = {name: field or None for name, field in zip(header, fields) if name}
+    missing = header[len(fields) :]
+    faults = {("image" if is_name_column(name) else name): count for name in missing}
+    return dict.fromkeys(missing) | values, place, faults
+
+
+def _parquet_rows(content: bytes, name: str) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise data_files.BadData(f"{name} cannot be read as Parquet: {sanitize.reason(error)}") from None
+    for number, values in enumerate(rows, 1):
+        yield values, f"{name} row {number}", {}

@@ -1,0 +1,180 @@
+"""What frozen networks make of pictures and captions, computed once and kept on disk.
+
+Pictures and captions have a store each. Its name is a hash of all that its encodings depend on besides the picture or
+caption: how that is read (code, size, filter, tokenizer) and the network, with its weights and precision. A key in it
+is the hash of a picture file's bytes and the view of it, or of a caption's text. So whatever is edited is encoded
+again, and all else is found, by any run.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from .. import __version__, bar, distributed, errors, log
+from ..data import captions, draws, images, inspection, loading
+from ..data.dataset import describe, naming_the_sample, picture_bytes
+from .fingerprint import fingerprint
+from .store import Store
+
+BATCH = 8  # encoded at once, or as many as a micro-batch of training has, but 4 at least: without gradients those fit
+SHARD = 512  # encodings in a file; at most so many are computed again after a crash
+
+
+def cached(args, accelerator, dataset, pictures, readers: list, encoders: list, devices: int = 1) -> list[Callable]:
+    """Functions to call in place of `readers`: they give no longer what a network takes, but what it made of it.
+
+    The readers are the script's own with everything bound but their input: `read_picture(source, crop_draw, mirror)`
+    and, where captions are used, `read_caption(text)` give the tensors of one item. The encoders turn a batch of such
+    items into what is kept. `pictures` is what `inspection.inspect` says of the rows. What is not on disk yet is
+    encoded now, by all processes, on `devices` each; then the networks leave the device. From here on `source` is the
+    number of a row.
+    """
+    # However a square is cut out of a square picture, it is all of it.
+    crops = 0 if getattr(args, "center_crop", True) else args.cache_crops
+    views = [(picture.digest, crops if picture.width != picture.height else 0) for picture in pictures]
+    mirrors = (False, True) if getattr(args, "random_flip", False) else (False,)
+    wanted = {
+        _view_key(digest, crop, mirror): (row, crop, mirror)
+        for row, (digest, crops) in enumerate(views)
+        for crop in (range(crops) if crops else [None])
+        for mirror in mirrors
+    }
+    read_view = partial(_read_view, read=readers[0], dataset=dataset, views=views, column=args.image_column)
+    store = _fill(args, accelerator, "pictures", wanted, read_view, (readers[0], encoders[0]), devices)
+    cached_readers = [partial(_cached_picture, store=store, views=views)]
+    if len(readers) > 1:
+        texts = {_key(text): text for text in captions.all_captions(dataset, args)}
+        store = _fill(args, accelerator, "captions", texts, readers[1], (readers[1], encoders[1]), devices)
+        cached_readers.append(partial(_cached_caption, store=store))
+    for encoder in encoders:
+        for network in encoder.keywords.values():
+            if isinstance(network, torch.nn.Module):
+                network.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return cached_readers
+
+
+def _key(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def _view_key(digest: str, crop: int | None, mirror: bool) -> bytes:
+    return _key(f"{digest} crop {crop} mirror {mirror}")
+
+
+def _read_view(view: tuple, read: Callable, dataset, views: list[tuple[str, int]], column: str) -> dict:
+    row, crop, mirror = view
+    # Where crop k of a picture lies depends on the picture alone: every run finds the same ones.
+    crop_draw = None if crop is None else draws.generator(int(views[row][0][:15], 16), 0, crop, "crop")
+    with naming_the_sample(dataset, column, row):
+        content = picture_bytes(dataset[row][column])
+        if hashlib.blake2b(content, digest_size=16).hexdigest() != views[row][0]:
+            advice = f"start again, without {inspection.MEMO} if that recurs"
+            raise images.UnreadableImage(f"not the file that was inspected: {advice}")
+        return read(content, crop_draw, mirror)
+
+
+def _cached_picture(row: int, crop_draw, mirror: bool, store: Store, views: list[tuple[str, int]]) -> dict:
+    digest, crops = views[row]
+    return store.read(_view_key(digest, int(crop_draw.integers(crops)) if crops else None, mirror))
+
+
+def _cached_caption(text: str, store: Store) -> dict:
+    return store.read(_key(text))
+
+
+def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions: tuple, devices: int) -> Store:
+    """The store of `wanted`, {key: what `read` takes}, after those that it lacks have been encoded."""
+    folder = Path(args.encodings_dir or Path(args.output_dir, "encodings"))
+    readable = partial(errors.readable_errors, "--encodings_dir", str(folder))
+    plan = None
+    if accelerator.is_main_process:
+        identity = " ".join([__version__, str(getattr(args, "allow_tf32", False)), *map(fingerprint, functions)])
+        with readable():
+            store = Store(folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
+            store.remove_stale(3600 if args.encodings_dir else 0)  # the output folder is this run's alone
+            store.verify(wanted)
+        plan = store.folder.name, store.missing(wanted)
+    distributed.wait(accelerator)  # the hashing of terabytes takes long
+    name, missing = broadcast_object_list([plan])[0]
+    log.logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
+    with readable():
+        store = Store(folder / name)
+    if missing:
+        items = list(wanted.items())
+        mine = [items[i] for i in missing[accelerator.process_index :: accelerator.num_processes]]
+        _encode(args, accelerator, store, kind, mine, read, functions[1], devices)
+        distributed.wait(accelerator)
+        with readable():
+            _see_all(store, wanted)
+    return store
+
+
+def _see_all(store: Store, wanted: dict) -> None:
+    """Network file systems show another machine's files up to a minute late."""
+    for _ in range(90):
+        store.scan()
+        if not store.missing(wanted):
+            return
+        time.sleep(1)
+    raise OSError("not all processes see the same files in it")
+
+
+class _Reading(torch.utils.data.Dataset):
+    """What loader workers run while encodings are made."""
+
+    def __init__(self, items: list[tuple], read: Callable):
+        self.items, self.read = items, read
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return self.read(self.items[i][1])
+
+
+def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Callable, precision: str) -> None:
+    """End the run before an encoding with inf or nan gets into a store. Of tensors that are on the CPU already."""
+    for name, tensor in encoded.items():
+        bad = (~tensor.reshape(len(tensor), -1).isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            item, known = items[bad[0]][1], getattr(read, "keywords", {})
+            sample = f"the caption {item[:80]!r}" if isinstance(item, str) else f"row {item[0]}"
+            if "dataset" in known:
+                sample = describe(known["dataset"], known["column"], item[0])
+            errors.fail(errors.not_finite(name, [sample], precision))
+
+
+def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read, encode, devices: int) -> None:
+    """Encode this process's `items`, (key, what `read` takes), and write a shard now and then, also when stopped."""
+    size = devices * min(BATCH, max(4, args.train_batch_size))
+    parts = []  # (keys, tensors by name) of the batches since a shard
+
+    def commit():
+        if parts:
+            keys = [key for keys, _ in parts for key in keys]
+            store.add(keys, {name: torch.cat([tensors[name] for _, tensors in parts]) for name in parts[0][1]})
+        parts.clear()
+
+    loader = loading.loader(_Reading(items, read), args, accelerator, size, batch_size=size)
+    shown = bar.Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
+    with shown, torch.no_grad():
+        try:
+            for first, batch in zip(range(0, len(items), size), loading.on_device(loader, accelerator), strict=True):
+                keys = [key for key, _ in items[first : first + size]]
+                encoded = {name: tensor.cpu() for name, tensor in encode(batch).items()}
+                _check_finite(encoded, items[first : first + size], read, args.mixed_precision)
+                parts.append((keys, encoded))
+                if len(parts) * size >= SHARD:
+                    commit()
+                shown.update(len(keys))
+        finally:
+            commit()
+            if shown.n < len(items):
+                log.logger.info(f"{kind}: {shown.n} of the {len(items)} that were missing are encoded, and kept")

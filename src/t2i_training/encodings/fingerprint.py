@@ -1,0 +1,135 @@
+"""Hashes of all that a cached encoding depends on: code, settings, networks and tokenizers."""
+
+import ast
+import builtins
+import concurrent.futures
+import functools
+import hashlib
+import inspect
+import json
+import os
+import sys
+import sysconfig
+import textwrap
+
+import torch
+
+from ..data import captions
+
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+def fingerprint(thing) -> str:
+    """A hash of all that a function's result depends on besides its input: its code, and what `partial` binds to it.
+
+    Networks count with configuration, weights and precision, tokenizers with vocabulary and length.
+    """
+    if isinstance(thing, functools.partial):
+        parts = [*code(thing.func), *(f"{name} {fingerprint(bound)}" for name, bound in thing.keywords.items())]
+    elif inspect.isfunction(thing):
+        parts = code(thing)
+    elif isinstance(thing, torch.nn.Module):
+        config = thing.config.to_dict() if hasattr(thing.config, "to_dict") else dict(thing.config)
+        config = {k: str(v) for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+        weights = thing.state_dict()
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            hashes = threads.map(fingerprint, weights.values())
+        parts = [json.dumps(config, sort_keys=True), *map(str, zip(weights, hashes, strict=True))]
+    elif hasattr(thing, "weights_stem"):  # one of sd_flax.networks
+        from ..sd_flax.networks import state_dict
+
+        weights = {name: fingerprint(torch.tensor(array)) for name, array in state_dict(thing).items()}
+        parts = ["Flax", *code(type(thing)), json.dumps(thing.config, sort_keys=True), *map(str, weights.items())]
+    elif isinstance(thing, torch.Tensor):
+        values = thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        parts = [str(thing.dtype), str(tuple(thing.shape)), hashlib.sha256(values).hexdigest()]
+    elif hasattr(thing, "get_vocab"):
+        probe = captions.tokenize(
+            thing, "Of 3 pictures, one: a café!"
+        ).tolist()  # shows padding, merges and what is split
+        parts = [json.dumps(thing.get_vocab(), sort_keys=True), str(thing.model_max_length), str(probe)]
+    else:
+        parts = [repr(thing)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def code(thing) -> list[str]:
+    """The source of a function or class and of all that it uses, in the user's files and this package.
+
+    Users edit the scripts: an edit must not be trained on through encodings made before it. Comments, docstrings and
+    line breaks do not count. Installed libraries do not either; nor does what is imported inside a function.
+    """
+    thing = inspect.unwrap(thing)
+    found = {}
+    try:
+        own = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
+    except SyntaxError:  # a lambda in the middle of an expression
+        return [inspect.getsource(thing)]
+    for statement in own:
+        _collect(statement, vars(sys.modules[thing.__module__]) if inspect.isclass(thing) else thing.__globals__, found)
+    return sorted(found)
+
+
+def _collect(statement, names: dict, found: dict[str, None]) -> None:
+    """Add a statement's source to `found`, and that of the statements that define what it refers to in `names`."""
+    text = _without_docstrings(statement)
+    if text in found:
+        return
+    found[text] = None
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name):
+            _collect_definition(names, node.id, found)
+        elif isinstance(node, ast.Attribute):
+            owner = _module(node.value, names)
+            if owner is not None:
+                _collect_definition(vars(owner), node.attr, found)
+
+
+def _module(node, names: dict):
+    """The module that an expression such as `images` or `package.images` stands for; None for anything else."""
+    if isinstance(node, ast.Attribute):
+        owner = _module(node.value, names)
+        value = getattr(owner, node.attr, None)
+    else:
+        value = names.get(node.id) if isinstance(node, ast.Name) else None
+    return value if inspect.ismodule(value) else None
+
+
+def _collect_definition(names: dict, name: str, found: dict[str, None]) -> None:
+    value = names.get(name)
+    if name not in names or inspect.ismodule(value) or hasattr(builtins, name):
+        return
+    home = getattr(inspect.unwrap(value) if callable(value) else value, "__module__", None)
+    if (inspect.isfunction(value) or inspect.isclass(value)) and home != names.get("__name__") and home in sys.modules:
+        names, name = vars(sys.modules[home]), value.__name__  # it was imported from there
+    file = names.get("__file__")
+    if file and _is_ours(file):
+        for statement in _statements(file):
+            if name in _defined_by(statement):
+                _collect(statement, names, found)
+
+
+def _is_ours(file: str) -> bool:
+    """Whether it belongs to this package or to the user, and not to a library."""
+    return file.startswith(_PACKAGE) or not os.path.abspath(file).startswith(_INSTALLED)
+
+
+@functools.cache
+def _statements(file: str) -> list[ast.stmt]:
+    with open(file, encoding="utf-8") as source:
+        return ast.parse(source.read()).body
+
+
+def _defined_by(statement) -> set[str]:
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def _without_docstrings(statement) -> str:
+    tree = ast.parse(ast.unparse(statement))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

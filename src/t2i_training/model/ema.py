@@ -1,0 +1,127 @@
+"""Averaged weights: diffusers' EMAModel, saved and restored as a model folder, on any device."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers.training_utils import EMAModel
+
+from .. import sanitize
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+VISIT = 2**28  # bytes of an offloaded average that are on the device at once, while it is updated
+
+
+def make_ema(args, model, device: torch.device, initial=None) -> EMAModel:
+    """The average of `model`'s weights, starting from those of `initial` (default: its own).
+
+    `--offload_ema` keeps it in host memory (pinned where there is CUDA); one sweep of fused kernels updates it on CUDA,
+    and elsewhere with `--foreach_ema`.
+    """
+    foreach = getattr(args, "foreach_ema", False) or device.type == "cuda"
+    ema = EMAModel((initial or model).parameters(), model_cls=type(model), model_config=model.config, foreach=foreach)
+    if initial is not None and initial is not model:
+        ema.optimization_step = 10**6  # an average with a history: the first updates must not replace it
+    return _place(ema, device, getattr(args, "offload_ema", False))
+
+
+def _place(ema: EMAModel, device: torch.device, offload: bool) -> EMAModel:
+    ema.offloaded = offload
+    ema.to("cpu" if offload else device)
+    if offload and device.type == "cuda":
+        ema.pin_memory()
+    return ema
+
+
+def update(ema: EMAModel, model) -> None:
+    """One step of the average. Offloaded, it visits the parameters' device part by part, for whole it would take more
+    memory there than an average that stays: two copies of the weights, the second for its difference from them.
+    """
+    parameters = list(model.parameters())
+    if not ema.offloaded or parameters[0].device.type == "cpu":
+        return ema.step(parameters)
+    host, steps = ema.shadow_params, ema.optimization_step
+    for part in _parts(host):
+        ema.shadow_params = [average.to(parameters[0].device, non_blocking=True) for average in host[part]]
+        ema.optimization_step = steps  # which each part's step counts up
+        ema.step(parameters[part])
+        for pinned, average in zip(host[part], ema.shadow_params, strict=True):
+            pinned.copy_(average, non_blocking=True)  # the next visit is queued behind this copy on the same stream
+    ema.shadow_params = host
+
+
+def _parts(tensors: list[torch.Tensor]) -> list[slice]:
+    """Slices of consecutive tensors of VISIT bytes together, or of a single larger one."""
+    parts, start, size = [], 0, 0
+    for i, tensor in enumerate(tensors):
+        if size and size + tensor.nbytes > VISIT:
+            parts.append(slice(start, i))
+            start, size = i, 0
+        size += tensor.nbytes
+    return [*parts, slice(start, len(tensors))]
+
+
+@contextlib.contextmanager
+def averaged(ema: EMAModel | None, model):
+    """Inside, `model` carries the averaged weights (its own when `ema` is None); they are put back exactly."""
+    if ema is None:
+        yield model
+        return
+    parameters = list(model.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield model
+    finally:
+        ema.restore(parameters)
+
+
+def save_ema(ema: EMAModel, model, folder: Path) -> None:
+    """Write the average as a model folder that `from_pretrained` loads; its counters stand in config.json.
+
+    diffusers' own `save_pretrained` builds a second, randomly initialised network first: seconds and gigabytes.
+    """
+    if ema.offloaded and torch.cuda.is_available():
+        torch.cuda.synchronize()  # `update` copies to the host without waiting
+    names = [name for name, _ in model.named_parameters()]
+    weights = model.state_dict() | dict(zip(names, ema.shadow_params, strict=True))
+    model.save_config(folder)
+    safetensors.torch.save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+        folder / WEIGHTS_NAME, metadata={"format": "pt"},
+    )  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    counters = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
+    (folder / "config.json").write_text(json.dumps(config | counters, indent=2, sort_keys=True) + "\n")
+
+
+def load_ema(ema: EMAModel, model, folder: Path) -> None:
+    """Restore what `save_ema` wrote, in place. `model` gives the order of the parameters."""
+    weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
+    for (name, _), average in zip(model.named_parameters(), ema.shadow_params, strict=True):
+        average.copy_(weights[name])
+    counters = json.loads((folder / "config.json").read_text())
+    ema.load_state_dict({name: counters[name] for name in ema.state_dict() if name in counters})
+
+
+def save_networks(name: str, model, ema: EMAModel | None, folder: Path) -> None:
+    """A checkpoint's `<name>/` and, with an average, `<name>_ema/`: model folders that `from_pretrained` loads."""
+    model.save_pretrained(folder / name)
+    if ema is not None:
+        save_ema(ema, model, folder / f"{name}_ema")
+
+
+def load_networks(name: str, model, ema: EMAModel | None, folder: Path) -> None:
+    """Read in place what `save_networks` wrote. Exits with one line if it holds no average, or another network."""
+    if ema is not None and not (folder / f"{name}_ema").is_dir():
+        raise SystemExit(f"error: --use_ema: {folder} was saved without it; resume without --use_ema, or start anew")
+    try:
+        model.load_state_dict(safetensors.torch.load_file(folder / name / WEIGHTS_NAME))
+        if ema is not None:
+            load_ema(ema, model, folder / f"{name}_ema")
+    except FileNotFoundError:
+        raise SystemExit(f"error: {folder} is not of this script: it holds no whole {name}") from None
+    except (RuntimeError, KeyError) as error:
+        raise SystemExit(f"error: {folder} does not fit this model: {sanitize.reason(error)[:300]}") from error

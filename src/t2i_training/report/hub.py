@@ -1,0 +1,209 @@
+"""The model card that every run writes, and the upload to the hub."""
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+from .. import sanitize
+from ..files import free_name, write_text
+from ..log import logger
+from ..sanitize import is_hub_name
+from .validation import own_grid
+
+OBJECTIVE = (  # flags that the card tells of where they are set
+    "prediction_type", "rank", "use_ema", "snr_gamma", "noise_offset", "input_perturbation", "dream_training",
+    "caption_dropout", "image_embeds_dropout",
+)  # fmt: skip
+TAGS = ("text-to-image", "diffusers", "diffusers-training")  # every card carries these besides its own
+
+
+def create_repository(args, accelerator) -> str | None:
+    """With --push_to_hub create the repository (or find it) before training, so that a bad token shows at once."""
+    if not args.push_to_hub or not accelerator.is_main_process:
+        return None
+    from huggingface_hub import create_repo
+
+    try:
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        return create_repo(repo_id=name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # connection, authentication and naming errors
+        raise _failure(args, error) from None
+
+
+def _failure(args, error: Exception, consequence: str = "") -> SystemExit:
+    """The one line that a failed call to the hub ends the run with, without the token that its text may hold."""
+    reason = sanitize.reason(error, args.hub_token).rstrip(".")
+    return SystemExit(f"error: --push_to_hub: {type(error).__name__}: {reason}{consequence}")
+
+
+def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: int, card: dict) -> None:
+    """After the export: write the card and, if asked for, upload. Main process only.
+
+    `card` goes to `write_card`; its "base_model" and "prior" name the flags that hold them. Call it after
+    `Progress.close`: the curves are there to be uploaded, and no process waits in a collective meanwhile.
+    """
+    if accelerator.is_main_process:
+        card = card | {"base_model": getattr(args, card["base_model"])}
+        if "prior" in card:  # diffusers looks for a decoder's prior in this list, be it a hub name or a folder
+            card["prior"] = [getattr(args, card["prior"])]
+        write_card(args, steps=steps, **card)
+        grid, has_base = own_grid(args, steps)
+        where = f"; {'before and after' if has_base else 'validation images'}: {grid}" if grid else ""
+        logger.info(
+            f"done after {steps} updates: the result and how to use it are in {args.output_dir}/README.md{where}"
+        )
+        if repo_id is not None:
+            with _public_card(args, steps, card):
+                push(args, repo_id, exported)
+
+
+@contextlib.contextmanager
+def _public_card(args, steps: int, card: dict):
+    """Inside, the card names no folder of this machine as the prior, which diffusers needs to find it here."""
+    (prior,) = card.get("prior", [""])
+    private = bool(prior) and not is_hub_name(prior)
+    if private:
+        logger.warning(f"the uploaded card names no prior, for {prior} is none of the hub: upload it, and add its name")
+        write_card(args, steps=steps, **{name: value for name, value in card.items() if name != "prior"})
+    try:
+        yield
+    finally:
+        if private:
+            write_card(args, steps=steps, **card)
+
+
+def push(args, repo_id: str, exported: list[str]) -> None:
+    """Upload what the run made: exported files, card, pictures and curves; not checkpoints, logs or configuration."""
+    from huggingface_hub import upload_folder
+
+    patterns = [pattern for name in exported for pattern in (name, f"{name}/*")]
+    try:
+        upload_folder(
+            repo_id=repo_id, folder_path=args.output_dir, commit_message="End of training", token=args.hub_token,
+            allow_patterns=[*patterns, "README.md", "training_curves.png", "validation/*.png"],
+        )  # fmt: skip
+    except Exception as error:
+        raise _failure(args, error, f"; the trained model is whole in {args.output_dir}") from None
+    logger.info(f"pushed to {repo_id}")
+
+
+def write_card(
+    args,
+    *,
+    title: str,
+    base_model: str,
+    tags: list[str],
+    usage: str,
+    steps: int,
+    license="creativeml-openrail-m",
+    **head,
+) -> None:
+    """README.md of the output folder: what it is, from what and how it was made, how to use it, before/after pictures.
+
+    `head` adds entries to the card's YAML head. Local paths of models and data are left out: the hub takes names only
+    there, and they are nobody's business. In `usage` the name of a flag in angle brackets stands for its value.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    head = {
+        "license": _license(base_model) or license,
+        "library_name": "diffusers",
+        "inference": True,
+        "tags": [*tags, *TAGS],
+    } | head
+    for key, value in (("base_model", base_model), ("datasets", getattr(args, "dataset_name", None))):
+        if value and is_hub_name(value):
+            head[key] = [value] if key == "datasets" else value
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _settings(args, base_model, steps))
+    body = (
+        f"# {title}\n\nFine-tuned from {literal(_public_name(base_model))} with the data and settings named below.\n\n"
+        f"{_pictures(args, steps)}## Use\n\n```python\n{_fill_in(args, usage)}\n```\n\n"
+        f"## Training\n\n| | |\n|---|---|\n{table}\n\n"
+        "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
+        "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
+    )
+    data = ModelCardData(**head)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    file = Path(args.output_dir) / "README.md"
+    _keep_the_users(file)
+    write_text(file, str(card))
+
+
+def _keep_the_users(file: Path) -> None:
+    """A README.md that no run has written stays, under another name."""
+    if file.exists() and TAGS[-1] not in file.read_text(encoding="utf-8", errors="replace"):
+        shutil.copy2(file, free_name(file))
+
+
+def _license(base_model: str) -> str | None:
+    """What the card of a base that lies here says."""
+    from huggingface_hub import ModelCard
+
+    with contextlib.suppress(Exception):  # it has no card, or one that cannot be read
+        found = ModelCard.load(Path(base_model) / "README.md").data.license
+        return found if re.fullmatch(r"[\w.+-]+", found) else None
+
+
+def _settings(args, base_model: str, steps: int) -> list[tuple]:
+    """The rows of the card's table."""
+    rows = [
+        ("base model", _public_name(base_model)),
+        ("data", _data_name(args)),
+        ("weight updates", steps),
+        ("learning rate", f"{args.learning_rate} ({args.lr_scheduler})"),
+        ("batch size x accumulation", f"{args.train_batch_size} x {args.gradient_accumulation_steps}"),
+        ("resolution", args.resolution),
+        ("mixed precision", args.mixed_precision or "accelerate's"),
+        ("seed", args.seed),
+    ]
+    rows += [(flag.replace("_", " "), getattr(args, flag)) for flag in OBJECTIVE if getattr(args, flag, None)]
+    return rows
+
+
+def _data_name(args) -> str | None:
+    source = getattr(args, "dataset_name", None) or getattr(args, "train_data_dir", None)
+    return _public_name(source) if source else None
+
+
+def _fill_in(args, usage: str) -> str:
+    """Code with flags' values in place of <flag>; a line whose flag is not set is left out."""
+    lines = usage.strip().splitlines()
+    flags = [re.findall(r"<(\w+)>", line) for line in lines]
+    lines = [line for line, names in zip(lines, flags) if all(getattr(args, name) is not None for name in names)]
+    return re.sub(r"<(\w+)>", lambda flag: _loadable_name(args, flag[1]), "\n".join(lines))
+
+
+def _loadable_name(args, flag: str) -> str:
+    value = getattr(args, flag)
+    if not flag.startswith("pretrained_") or is_hub_name(value):
+        return str(value)
+    return f"path/to/the/{flag.split('_')[1]}"  # model, prior or decoder
+
+
+def _public_name(name: str) -> str:
+    return name if is_hub_name(name) else Path(name).name
+
+
+def literal(value) -> str:
+    """Any text as Markdown code on one line, in which nothing but its end is read as Markdown, HTML or a link."""
+    text = sanitize.printable(" ".join(str(value).split()))
+    if not text:
+        return "(empty)"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _cell(value) -> str:
+    """A setting in a table, whose cells end at every bar but an escaped one, also in code."""
+    return "opened by the script itself" if value is None else literal(value).replace("|", r"\|")
+
+
+def _pictures(args, steps: int) -> str:
+    grid, has_base = own_grid(args, steps)
+    if grid is None:
+        return ""
+    listed = "\n".join(f"- {literal(prompt)}" for prompt in dict.fromkeys(args.validation_prompts))
+    shown = "base model and fine-tuned model" if has_base else "fine-tuned model"
+    return f"![{shown}](validation/{grid.name})\n\n{listed}\n\n"

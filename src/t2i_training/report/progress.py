@@ -1,0 +1,281 @@
+"""What a run reports while it trains: progress bar, metrics.jsonl, trackers, curves.
+
+Losses stay on the device and are read once a logging interval.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from .. import distributed, errors, files, log
+from ..cli.config_file import public_config
+from ..data import changes
+from ..data.dataset import describe
+from ..log import logger
+from ..run import checkpoint, output_folder
+from . import curves, throughput, validation
+
+MOST_SKIPPED = 32  # updates in a row that fp16's loss scaler may skip: each halves the scale, which is then below 2e-5
+
+
+def plan_updates(args, dataset_size: int, world_size: int) -> tuple[int, int]:
+    """(effective batch in samples, number of weight updates) of a run; --max_train_steps overrides the epochs."""
+    effective_batch = args.train_batch_size * args.gradient_accumulation_steps * world_size
+    return effective_batch, args.max_train_steps or -(-args.num_train_epochs * dataset_size // effective_batch)
+
+
+class Progress:
+    """Where the run stands, and its losses, kept on the device until the logging interval ends.
+
+    `step` counts weight updates up to `total`, `samples_seen` samples over all processes. Both start at `position`, the
+    manifest of the checkpoint that is resumed from, or {}. Each process drives `devices` of the kind `device`.
+    """
+
+    def __init__(self, args, accelerator, dataset, pictures, position: dict, devices=1, device: str | None = None):
+        self.args, self.accelerator, self.dataset = args, accelerator, dataset
+        self.devices, self.device = devices * accelerator.num_processes, device or accelerator.device
+        self.effective_batch, self.total = plan_updates(args, len(dataset), self.devices)
+        self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
+        self._data = changes.describe(args, accelerator, dataset, pictures)
+        if changed := changes.since(position, len(dataset), self._data):
+            logger.warning(f"the data set has changed since the checkpoint: {changed}")
+        if position.get("effective_batch", self.effective_batch) != self.effective_batch:
+            logger.warning(f"the effective batch is now {self.effective_batch}, not {position['effective_batch']}")
+        self._losses, self._grad_norms, self._indices, self._usable = [], [], [], []
+        self._skipped = 0  # updates in a row whose gradients were not finite
+        # (loss, gradient norm) of each update that is read, but in no row yet
+        self._unreported = list(position.get("unreported", []))
+        self._file = Path(args.output_dir) / curves.METRICS
+        self._bar = self._saved_step = None
+
+    def position(self) -> dict:
+        """What a checkpoint has to know to continue from here."""
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "seed": self.args.seed,
+            "effective_batch": self.effective_batch,
+            "dataset_size": len(self.dataset),
+            "data": self._data,
+            "unreported": self._unreported,
+        }
+
+    def save(self, checkpoints, **more) -> None:
+        """Save a checkpoint of where the run stands, with `more` in its manifest, unless this step has one.
+
+        The losses are read first, so that nothing non-finite is ever saved.
+        """
+        if self._saved_step != self.step:
+            self.read()
+            checkpoints.save(self.position() | more)
+            self._saved_step = self.step
+            self.restart_clock()
+
+    def validation_due(self) -> bool:
+        """Whether the update just counted completed a multiple of --validation_epochs epochs, and is not the last."""
+        period = self.args.validation_epochs * len(self.dataset)
+        completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
+        return bool(self.args.validation_prompts) and completed and self.step < self.total
+
+    def begin(self, network, objective: Callable | None, gauge=None, checkpoint_bytes: int | None = None) -> None:
+        """Open bar, metrics file and trackers: the run is ready to take steps on `objective(network, batch)`.
+
+        With a `gauge` of other devices than PyTorch's, and the size of a checkpoint, both may be None.
+        """
+        main = self.accelerator.is_main_process
+        if main:
+            # Not earlier: what fails before leaves an earlier run's as it was.
+            changed = output_folder.write_config(self.args, resumed=self.step > 0)
+            if self.step == 0:
+                self._replace_earlier_run()
+            else:
+                self._keep_own_course(changed)
+        config = public_config(self.args)  # trackers take scalars only
+        config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
+        project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")
+        logs = Path(self.args.output_dir, self.args.logging_dir).absolute()
+        if main:
+            logs.mkdir(parents=True, exist_ok=True)
+        wandb = {"dir": os.environ.get("WANDB_DIR", str(logs))}  # by default, its service's working directory
+        with errors.readable_errors("--report_to", self.args.report_to):
+            self.accelerator.init_trackers(project, config=config, init_kwargs={"wandb": wandb})
+        logger.info(
+            f"{len(self.dataset)} samples, {self.effective_batch} an update, {self.total} updates "
+            f"({self.total * self.effective_batch / len(self.dataset):.1f} epochs); "
+            f"{self.devices} x {self.device}, mixed precision {self.args.mixed_precision}"
+        )
+        if main:
+            size = checkpoint.size_of(self.args, network) if checkpoint_bytes is None else checkpoint_bytes
+            checkpoint.announce_space(self.args, size, self.step, self.total)
+        self._bar = errors.progress_bar = tqdm(  # a log file wants lines, not an animation: `_report`
+            total=self.total, initial=self.step, disable=not main or not sys.stderr.isatty(), dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )  # fmt: skip
+        errors.steps = self.step, self.step
+        gauge = gauge or throughput.Gauge(network, objective, self.args, self.accelerator)
+        self._speed = throughput.Speedometer(gauge, self.accelerator)
+        self.restart_clock()
+
+    def _replace_earlier_run(self) -> None:
+        if self._file.exists():
+            logger.warning(f"{self._file.parent} holds the result of an earlier run: this one will replace it")
+        curves.keep_metrics_until(self._file, 0)
+        validation.clear(self.args.output_dir)
+
+    def _keep_own_course(self, flags_changed: bool) -> None:
+        """Rows and grids after the checkpoint, or of another course than its own, make way for those of this run.
+
+        A run that goes on as it was writes the same again. One that has gone back, or goes on with other flags, may
+        not: then what was there is kept under another name.
+        """
+        wanted, folder, kept = self.args.resume_from_checkpoint, self._file.parent.resolve(), self.step
+        source = (folder / wanted if (folder / wanted).is_dir() else Path(wanted)).resolve()
+        if wanted != "latest" and source != folder / f"checkpoint-{kept}":
+            kept = 0 if source.parent == folder else -1  # of a run that was left: its step 0 is ours; or of another run
+        if flags_changed or wanted != "latest":
+            curves.set_metrics_aside(self._file, kept)
+            validation.set_aside_after(self.args.output_dir, kept)
+        curves.keep_metrics_until(self._file, kept)
+
+    def restart_clock(self) -> None:
+        """Leave out what just happened (a checkpoint, validation) from the readouts of speed."""
+        self._speed.restart(self.samples_seen)
+
+    def add(self, loss, batch: dict[str, torch.Tensor]) -> None:
+        """Take one micro-batch and its loss, a scalar on the device, PyTorch's or JAX's. Waits for nothing."""
+        self._losses.append(_detached(loss))
+        self._indices.append(batch["index"])
+        self._usable.append(_finite(batch))
+        self._names = _float_names(batch)
+        self._speed.count(batch)
+
+    def update(self, grad_norm, learning_rate: float) -> None:
+        """Count one weight update; at the end of a logging interval read the device and report."""
+        self.step += 1
+        self.samples_seen += self.effective_batch
+        self._grad_norms.append(_detached(grad_norm))
+        self._learning_rate = learning_rate
+        self._speed.count_update(self.samples_seen)
+        if self.step % self.args.logging_steps == 0 or self.step == self.total:
+            self._report()
+        self._bar.update()
+        errors.steps = errors.steps[0], self.step
+
+    def read(self) -> None:
+        """Read the losses since the last time and stop on a non-finite one. All processes call it."""
+        if not self._grad_norms:
+            return
+        updates = len(self._grad_norms)
+        losses = _stack(self._losses).view(updates, -1).mean(1)  # (updates,)
+        losses = self.accelerator.reduce(losses, reduction="mean")
+        values = torch.stack([losses, _stack(self._grad_norms)]).tolist()  # the only wait for the device
+        self._stop_if_not_finite(*values)
+        self._unreported += zip(*values, strict=True)
+        self._losses, self._grad_norms, self._indices, self._usable = [], [], [], []
+
+    def _report(self) -> None:
+        """Read the losses, and write down those of the logging interval that ends here."""
+        self.read()
+        losses, grad_norms = zip(*self._unreported, strict=True)
+        row = {
+            "step": self.step,
+            "epoch": round(self.samples_seen / len(self.dataset), 4),
+            "loss": sum(losses) / len(losses),
+            "lr": self._learning_rate,
+            "grad_norm": grad_norms[-1] if math.isfinite(grad_norms[-1]) else None,  # JSON knows no infinity
+            **self._speed.row(self.samples_seen, self.effective_batch),
+        }
+        self._unreported = []
+        self.restart_clock()
+        if self.accelerator.is_main_process:
+            with files.saving(curves.METRICS, self._file.with_suffix(".partial")), open(self._file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            shown = [f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, {throughput.shown(row)}"]
+            seconds = self._speed.seconds_for((self.total - self.step) * self.effective_batch)
+            left = [] if seconds is None else [f"left={tqdm.format_interval(seconds)}"]
+            self._bar.set_postfix_str(", ".join(left + shown), refresh=False)  # a narrow terminal cuts off its end
+            log.step(f"step {self.step} of {self.total}, {', '.join(shown + left)}")
+        values = {"train_loss" if name == "loss" else name: value for name, value in row.items() if name != "step"}
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=self.step)
+
+    def _stop_if_not_finite(self, losses: list[float], grad_norms: list[float]) -> None:
+        """A loss scaler skips non-finite gradients by design, if not for ever; elsewhere they end the run, as a
+        non-finite loss does. A run that skips has the same weights as before, so nothing is lost by waiting."""
+        scaled = self.args.mixed_precision == "fp16"
+        for i, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True)):
+            self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
+            if not math.isfinite(loss):
+                self._end(f"loss {loss}", i, len(losses))
+            if self._skipped and not scaled:
+                self._end(f"gradient norm {grad_norm}", i, len(losses))
+            if self._skipped == MOST_SKIPPED:
+                self._end(f"{MOST_SKIPPED} updates in a row skipped, since gradients overflow in fp16,", i, len(losses))
+
+    def _end(self, what: str, i: int, updates: int) -> None:
+        """End the run because of the i-th of the `updates` since the last time. All processes call it."""
+        micro_batches = len(self._indices) // updates
+        seen = slice(i * micro_batches, (i + 1) * micro_batches)
+        indices = [int(k) for batch in self._indices[seen] for k in batch]
+        usable = [names for batch in self._usable[seen] for names in batch.tolist()]
+        names = [describe(self.dataset, self.args.image_column, index) for index in gather_object(indices)]
+        usable = gather_object(usable)
+        step = self.step - updates + i + 1
+        if not self.accelerator.is_main_process:
+            # Until the end of the main one, which says it: a launcher kills the others.
+            distributed.wait(self.accelerator)
+            raise SystemExit(1)
+        text = f"{what} at step {step}, nothing saved since; "
+        bad = {}  # names of samples by that of the tensor
+        for name, finite in zip(names, usable, strict=True):
+            for tensor, is_finite in zip(self._names, finite, strict=True):
+                if not is_finite:
+                    bad.setdefault(tensor, []).append(name)
+        if bad:
+            tensor, samples = next(iter(bad.items()))
+            errors.fail(text + errors.not_finite(tensor, samples, self.args.mixed_precision))
+        errors.fail(
+            f"{text}the step's samples: {'; '.join(names)}. "
+            "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"
+        )
+
+    def close(self) -> None:
+        """End bar, trackers and process group; draw the curves."""
+        distributed.wait(self.accelerator)
+        self._bar.close()
+        if self.accelerator.is_main_process:
+            curves.draw_curves(self._file.parent)
+        self.accelerator.end_training()
+
+
+def _finite(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Whether each tensor of numbers (by its name's order) is finite for each sample: (B, names) bool, on the device.
+
+    What a network is fed tells its faults from those of the frozen ones. Two kernels a tensor, and nothing waits.
+    """
+    inputs = [batch[name] for name in _float_names(batch)]
+    if not inputs:
+        return torch.ones(len(batch["index"]), 0, dtype=torch.bool)
+    # x - x is 0, or nan where x is not finite
+    return torch.stack([(x - x).reshape(len(x), -1).sum(1, dtype=torch.float32) for x in inputs], 1) == 0
+
+
+def _float_names(batch: dict) -> list[str]:
+    return sorted(name for name, x in batch.items() if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+
+def _detached(scalar):
+    return scalar.detach() if isinstance(scalar, torch.Tensor) else scalar
+
+
+def _stack(scalars: list) -> torch.Tensor:
+    """(N,) float32, on the device that PyTorch's scalars are on; JAX's are waited for, and read."""
+    if isinstance(scalars[0], torch.Tensor):
+        return torch.stack(scalars).float()
+    return torch.tensor([float(scalar) for scalar in scalars])

@@ -1,0 +1,100 @@
+"""What a row of metrics.jsonl says about speed and memory. All of it is read on the main process, without waiting."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from ..data import loading
+from ..log import logger
+from . import flops
+
+
+class Gauge:
+    """What a row has to know of PyTorch's devices, and of `objective(network, batch)`, which is optimised on them."""
+
+    def __init__(self, network, objective: Callable, args, accelerator):
+        self._network, self._objective, self._device = network, objective, accelerator.device
+        self.devices, self.peak = accelerator.num_processes, None  # TFLOP/s of one, if that is known
+        if self._device.type == "cuda":
+            name, tf32 = torch.cuda.get_device_name(self._device), getattr(args, "allow_tf32", False)
+            self.peak = flops.peak_tflops(name, accelerator.mixed_precision, tf32)
+
+    def restart(self) -> None:
+        """Forget the memory that was used until now."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def flops(self, batch: dict[str, torch.Tensor]) -> float:
+        """Of one sample of this micro-batch."""
+        return flops.count(self._objective, self._network, batch) / len(batch["index"])
+
+    def peak_memory(self) -> int | None:
+        """Bytes on this process's device since the restart."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+
+
+class Speedometer:
+    """Speed since the last row, pauses left out, and memory. FLOPs are counted at the first micro-batch."""
+
+    def __init__(self, gauge, accelerator):
+        self.gauge, self._uncounted, self._flops = gauge, accelerator.is_main_process, None
+        self._settled = None  # (time, samples seen) at the end of the first update
+        self._recent = deque(maxlen=10)  # (seconds, samples) of the last rows, without the first update
+
+    def restart(self, samples_seen: int) -> None:
+        """Leave out the time since the last row, and the memory that was used in it."""
+        self.gauge.restart()
+        self._start, self._start_samples, self._start_waited = time.perf_counter(), samples_seen, loading.waited()
+
+    def count(self, batch: dict[str, torch.Tensor]) -> None:
+        """Count the FLOPs of a sample, the first time; a readout must not end a run, so a failure is a warning."""
+        if not self._uncounted:
+            return
+        self._uncounted, start = False, time.perf_counter()
+        try:
+            self._flops = self.gauge.flops(batch)
+        except Exception as error:  # an attention kernel that cannot be run on fakes, say
+            logger.warning(f"FLOPs are not counted: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        self._start += time.perf_counter() - start
+
+    def count_update(self, samples_seen: int) -> None:
+        """The first takes longer than the others will: workers start, kernels are chosen, networks are compiled."""
+        self._settled = self._settled or (time.perf_counter(), samples_seen)
+
+    def seconds_for(self, samples: int) -> float | None:
+        """How long so many samples will take at the rate of the last rows, without pauses; None before it is known."""
+        seconds, seen = map(sum, zip(*self._recent, strict=True)) if self._recent else (0, 0)
+        return 0.0 if not samples else samples * seconds / seen if seen else None
+
+    def row(self, samples_seen: int, effective_batch: int) -> dict[str, float]:
+        """images_per_second over all processes; seconds_per_step, of an update; data_wait, the share of the time spent
+        waiting for data (0..1); on GPUs peak_memory_gib, allocated by this process; tflops_per_second of the trained
+        network, per device; mfu, their share (0..1) of what the device could do, if that is known."""
+        seconds, samples = max(time.perf_counter() - self._start, 1e-9), samples_seen - self._start_samples
+        start, start_samples = max((self._start, self._start_samples), self._settled or (0.0, 0))
+        if samples_seen > start_samples:
+            self._recent.append((time.perf_counter() - start, samples_seen - start_samples))
+        row = {
+            "images_per_second": round(samples / seconds, 3),
+            "seconds_per_step": round(seconds / samples * effective_batch, 6),
+            "data_wait": round((loading.waited() - self._start_waited) / seconds, 4),
+        }
+        peak_memory = self.gauge.peak_memory()
+        if peak_memory is not None:
+            row["peak_memory_gib"] = round(peak_memory / 2**30, 3)
+        if self._flops:
+            tflops = self._flops * samples / seconds / self.gauge.devices / 1e12
+            row["tflops_per_second"] = float(f"{tflops:.4g}")
+            if self.gauge.peak:
+                row["mfu"] = round(tflops / self.gauge.peak, 4)
+        return row
+
+
+def shown(row: dict) -> str:
+    """A row's readouts for the progress bar."""
+    texts = [f"images/s={row['images_per_second']:.1f}", f"data={row['data_wait']:.0%}"]
+    texts += [f"GiB={row['peak_memory_gib']:.1f}"] if "peak_memory_gib" in row else []
+    texts += [f"mfu={row['mfu']:.0%}"] if "mfu" in row else []
+    return ", ".join(texts)

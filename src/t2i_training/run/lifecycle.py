@@ -1,0 +1,150 @@
+"""What surrounds a run: the accelerator, the output folder's lock, the seed, stop signals, precision."""
+
+import datetime
+import logging
+import os
+import secrets
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+
+from .. import distributed, errors, log, stopping
+from ..cli import packages
+from ..cli.checks import DefaultSeed
+from ..log import logger
+from . import output_folder
+
+# Of collectives on the devices; NCCL's default is ten minutes. Whatever is long waits over gloo (distributed.py).
+# What is left are first steps: one process compiles, counts FLOPs or starts trackers while others wait for gradients.
+COLLECTIVE_LIMIT = datetime.timedelta(hours=1)
+
+
+def start(args) -> Accelerator:
+    """Accelerator, logging, lock on the output folder, stop signals. Call once, before anything is loaded."""
+    global progress_bar, steps
+    progress_bar = steps = None  # an earlier run's, in the same process
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are tokenized one by one, in forked workers
+    if args.local_rank != -1 and "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    # A second run in one process (main() called again) may ask for another precision or accumulation.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    output_dir = Path(args.output_dir)
+    on_cpu = distributed.launched() and not torch.accelerator.is_available()  # else accelerate would join none of them
+    PartialState(cpu=on_cpu, timeout=COLLECTIVE_LIMIT)  # before anything else makes one without
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        # As a plugin: given as a number, the environment of `accelerate launch` would have the last word.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+        mixed_precision=_possible_precision(args.mixed_precision),
+        log_with=None if args.report_to == "none" else args.report_to.split(","),
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        # DDP keeps no second copy of the gradients, and sends no buffers round: all networks' are constants.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+    log.to_stderr()
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    _quiet_libraries(accelerator)
+    _refuse_backends(accelerator)
+    if accelerator.num_processes > 1:
+        distributed.connect()
+    elif alone := distributed.never_joined():
+        logger.warning(alone)
+    args.mixed_precision = accelerator.mixed_precision  # as launched: run_config.yaml and the card say what was done
+    if accelerator.is_main_process:
+        output_folder.lock(output_dir)
+        log.open_file(args.log_file, args.hub_token)
+        logger.info(_what_is_trained(args))
+    distributed.wait(accelerator)
+    if getattr(args, "allow_tf32", False):
+        torch.set_float32_matmul_precision("high")  # cuDNN's convolutions are in TF32 unless told otherwise
+    errors.explain_out_of_memory()
+    stopping.catch_signals()
+    packages.try_out(args, accelerator.device)
+    return accelerator
+
+
+def _what_is_trained(args) -> str:
+    """The first line of a log: script, models, and where the result will be."""
+    models = [f"--{name}={value}" for name, value in vars(args).items() if name.startswith("pretrained_")]
+    return f"{Path(sys.argv[0]).name} {' '.join(models)} --output_dir={args.output_dir}"
+
+
+def _refuse_backends(accelerator) -> None:
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise SystemExit("error: TPUs are not for this script: train_text_to_image_flax.py runs on them")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        name = accelerator.distributed_type.value
+        raise SystemExit(
+            f"error: {name} shards the weights, which these scripts cannot save yet: use plain --multi_gpu"
+        )
+
+
+def _possible_precision(wanted: str | None) -> str | None:
+    """fp16 needs a GPU; without one the guides' commands still run, in full precision, and say so."""
+    precision = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision not in (None, "no", "fp16", "bf16"):  # of `accelerate config`: fp8
+        raise SystemExit(f"error: accelerate is set to mixed precision {precision}: give --mixed_precision=bf16")
+    if precision == "fp16" and PartialState().device.type == "cpu":
+        warnings.warn("fp16 needs a GPU: training in fp32", stacklevel=3)
+        return "no"
+    return wanted
+
+
+def _quiet_libraries(accelerator):
+    import datasets
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # it calls it an error that there are only .bin files
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    if not accelerator.is_main_process or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def settle_seed(args, position: dict) -> None:
+    """Set args.seed, equal on all processes, to the seed of the checkpoint with this manifest, or keep or draw one."""
+    stored = position.get("seed")
+    if stored is not None and args.seed not in (None, stored) and not isinstance(args.seed, DefaultSeed):
+        raise SystemExit(f"error: --seed {args.seed} differs from the checkpoint's, {stored}: leave it out to continue")
+    seed = [stored if stored is not None else args.seed if args.seed is not None else secrets.randbelow(2**31)]
+    args.seed = int(broadcast_object_list(seed)[0])
+    logger.info(f"seed {args.seed}")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main`. An error that ends it stands in --log_file too."""
+    try:
+        main()
+    except BaseException as error:
+        log.error_into_file(error)
+        raise
+
+
+def finish(stopped_by: int, complete: bool = False) -> None:
+    """Unlock the output folder. If the run was stopped before it was complete, leave with status 128 + signal.
+
+    After an error that let the step be finished, leave with that.
+    """
+    stopping.default_signals()
+    output_folder.unlock()
+    if stopped_by and (failure := stopping.failure()):
+        raise SystemExit(failure)
+    if stopped_by and not complete:
+        logger.info("stopped; the same command with --resume_from_checkpoint=latest continues")
+        raise SystemExit(128 + stopped_by)

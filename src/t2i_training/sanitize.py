@@ -1,0 +1,31 @@
+"""Texts from elsewhere (file names, captions, libraries' errors) on their way to the terminal, a log or the card."""
+
+import os
+import re
+
+
+def printable(text: str) -> str:
+    """`text` on one line: what could drive a terminal or forge a line of a log as an escape, e.g. \\x1b."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def redact(text: str, *tokens: str | None) -> str:
+    """`text` without `tokens`, and without that of the environment or of the stored login: a server may repeat them."""
+    from huggingface_hub import get_token
+
+    for token in (*tokens, get_token()):
+        if token:
+            text = text.replace(token, "***")
+    return text
+
+
+def reason(error: BaseException | str, *tokens: str | None) -> str:
+    """What an error says, as one line for the user."""
+    return printable(redact(" ".join(str(error).split()), *tokens))
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be a repository on the hub, and is no folder here."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not os.path.exists(name)

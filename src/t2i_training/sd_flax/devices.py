@@ -1,0 +1,187 @@
+"""JAX's devices, and arrays on them.
+
+The devices form a grid, hosts x devices of a host. Batches are spread over all of them; what is trained is on each, or,
+with --shard_parameters, spread over the devices of each host. So every host holds all of it: saving and drawing need no
+communication. The books (lock, data, metrics, trackers) are kept by accelerate on the CPU, as in the other scripts.
+"""
+
+import functools
+import os
+import socket
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, patch_environment
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .. import errors
+from ..report import flops
+from ..run import lifecycle
+from .flags import DefaultPrecision
+
+
+def start(args):
+    """(accelerator, mesh). Several hosts are joined where torchrun or `accelerate launch` started several processes."""
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # loader workers leave JAX alone
+    wanted, args.mixed_precision = args.mixed_precision, "no"  # which is JAX's business
+    if isinstance(wanted, DefaultPrecision):
+        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of `accelerate launch --mixed_precision`
+    if wanted not in ("no", "fp16", "bf16"):
+        errors.fail(f"--mixed_precision {wanted} is not for JAX: take bf16")
+    with patch_environment(accelerate_use_cpu="true"):
+        accelerator = lifecycle.start(args)
+    if accelerator.num_processes > 1 and not jax.distributed.is_initialized():
+        _join_hosts(accelerator)
+    if jax.process_count() != accelerator.num_processes:
+        errors.fail("these devices belong to several hosts: start a process on each with torchrun")
+    args.mixed_precision = _possible_precision(wanted)
+    full = args.mixed_precision == "no" and not args.allow_tf32
+    jax.config.update("jax_default_matmul_precision", "highest" if full else "default")
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices).reshape(accelerator.num_processes, -1), ("hosts", "devices"))
+    if args.shard_parameters and mesh.shape["devices"] == 1:
+        errors.fail("--shard_parameters spreads them over the devices of a host, and here is one: leave it out")
+    return accelerator, mesh
+
+
+def _join_hosts(accelerator) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address = f"{os.environ['MASTER_ADDR']}:{probe.getsockname()[1]}"
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.distributed.initialize(
+        broadcast_object_list([address])[0], accelerator.num_processes, accelerator.process_index,
+        local_device_ids=[accelerator.local_process_index] if several else None,
+    )  # fmt: skip
+
+
+def leave_hosts() -> None:
+    """Part from the other hosts, all at the same time: later they would wait five minutes for the last, and abort."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def _possible_precision(wanted: str) -> str:
+    possible = {"cpu": "no", "tpu": "bf16"}.get(jax.default_backend(), "fp16")
+    if wanted != "fp16" or possible == "fp16":
+        return wanted
+    warnings.warn(f"fp16 needs a GPU: training in {'bf16' if possible == 'bf16' else 'fp32'}", stacklevel=3)
+    return possible
+
+
+def describe(mesh: Mesh) -> tuple[int, str]:
+    """Devices of a host, and what they are."""
+    return mesh.shape["devices"], mesh.devices.flat[0].device_kind
+
+
+class Gauge:
+    """What `report.throughput` has to know of JAX's devices. `sample_flops()` is asked for after the first update."""
+
+    def __init__(self, args, mesh: Mesh, sample_flops: Callable[[], float]):
+        self.devices, self.flops = mesh.size, lambda _batch: sample_flops()
+        self.peak = flops.peak_tflops(describe(mesh)[1], args.mixed_precision, args.allow_tf32)
+
+    def restart(self) -> None:
+        """Nothing: JAX's mark of the most memory that was used stays where it is."""
+
+    def peak_memory(self) -> int | None:
+        """Bytes on one device since the process began."""
+        known = [device.memory_stats() for device in jax.local_devices()]
+        return max((facts["peak_bytes_in_use"] for facts in known if facts), default=None)
+
+
+def compute_dtype(args):
+    return {"fp16": jnp.float16, "bf16": jnp.bfloat16}.get(args.mixed_precision, jnp.float32)
+
+
+# Arrays on the devices
+
+
+def place(tree, mesh: Mesh, shard: bool = False):
+    """Arrays of the host on the devices: whole on each, or, with `shard`, in as many parts as a host has devices."""
+
+    def put(array):
+        sharding = NamedSharding(mesh, _split_axis(array.shape, mesh.shape["devices"]) if shard else P())
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: np.array(array[part]))
+
+    return jax.tree.map(put, tree)
+
+
+def _split_axis(shape: tuple[int, ...], parts: int) -> P:
+    """Cut the longest axis that can be cut evenly."""
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    return P(*[None] * max(axes, key=lambda axis: shape[axis]), "devices") if axes else P()
+
+
+def fetch(tree):
+    """Arrays of the devices, wherever their parts are on this host, as NumPy arrays: good until the next step.
+
+    Each number is read once. What is read is an alias, for JAX keeps what has been read as long as the array lives.
+    """
+
+    def get(array):
+        if array.is_fully_replicated:
+            return np.asarray(array.addressable_data(0))
+        whole = np.empty(array.shape, array.dtype)
+        for part in array.addressable_shards:
+            whole[part.index] = part.data.addressable_data(0)
+        return whole
+
+    return jax.tree.map(get, tree)
+
+
+def local(tree):
+    """Arrays of the devices on the first of this host alone. What is whole there is not copied."""
+
+    def get(array):
+        return array.addressable_data(0) if array.is_fully_replicated else jax.device_put(fetch(array), first)
+
+    first = jax.local_devices()[0]
+    return jax.tree.map(get, tree)
+
+
+def place_batch(micro_batches: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's micro-batches on the devices: each entry (micro-batches, samples of all hosts, ...)."""
+    sharding = NamedSharding(mesh, P(None, ("hosts", "devices")))
+    names = [name for name in micro_batches[0] if name != "index"]  # which is for the books
+    stacked = {name: np.stack([to_numpy(batch[name]) for batch in micro_batches]) for name in names}
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in stacked.items()}
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return (tensor.int() if tensor.dtype == torch.int64 else tensor).numpy()
+
+
+def to_torch(array: jax.Array) -> torch.Tensor:
+    array = np.array(array)
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+_jit = functools.cache(jax.jit)
+
+
+def on_host(arrays, *axes: str):
+    """Networks on every device of this host; or, with "devices", samples, of which each takes its share."""
+    return jax.device_put(arrays, NamedSharding(Mesh(np.array(jax.local_devices()), "devices"), P(*axes)))
+
+
+def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial, dtype: type) -> dict[str, torch.Tensor]:
+    """What `encodings.cache` calls: `encode(batch)` by the devices of this host, on which the networks bound to it are.
+
+    `dtype` is what the networks compute in. It is bound for the cache's key alone, in which weights, kept in fp32, do
+    not show it.
+    """
+    size = len(next(iter(batch.values())))
+    places = np.arange(size + -size % jax.local_device_count()) % size  # some twice, so that all devices have as many
+    samples = on_host({name: to_numpy(tensor)[places] for name, tensor in batch.items()}, "devices")
+    return {name: to_torch(array)[:size] for name, array in _jit(encode.func)(samples, **encode.keywords).items()}

@@ -1,0 +1,147 @@
+"""A Stable Diffusion pipeline's folder: read into Flax networks, and written so that diffusers loads it.
+
+PyTorch's classes lend the tokenizer and the sampler's formulas; no network of theirs is built.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import jax
+import jax.numpy as jnp
+from transformers import CLIPTokenizer
+
+from ..model import spare_parts
+from ..model.networks import fit_tokenizer
+from . import networks
+from .networks.weights import find_files
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+ALL_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "diffusion_flax_model", "flax_model")
+
+
+@dataclass
+class Pipeline:
+    """The parts of a Stable Diffusion. The networks' weights are unrounded, and in host memory."""
+
+    folder: Path
+    tokenizer: CLIPTokenizer
+    scheduler: diffusers.SchedulerMixin  # of the pipeline, which draws
+    unet: networks.UNet2DConditionModel
+    vae: networks.AutoencoderKL
+    text_encoder: networks.CLIPTextModel
+    dtype: type  # that they compute in
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture's latents."""
+        side = resolution // 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.vae.config["latent_channels"], side, side
+
+
+def load(args, dtype) -> Pipeline:
+    """The pipeline --pretrained_model_name_or_path; its networks compute in `dtype`."""
+    folder = local_folder(args)
+    variants = {part: variant_of(folder / part, args.variant) for part in STEMS}
+    if args.variant and not any(variants.values()):
+        raise FileNotFoundError(f"there are no weights of --variant {args.variant}")
+    files = [find_files(folder / part, stem, variants[part]) for part, stem in STEMS.items()]
+    if args.from_pt and any(file.suffix == ".msgpack" for found in files for file in found):
+        raise FileNotFoundError("there are Flax weights only: leave --from_pt out")
+    scheduler_class = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    unet = networks.load_unet(
+        folder / "unet", variant=variants["unet"], dtype=dtype, gradient_checkpointing=args.gradient_checkpointing
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text_encoder = networks.load_text_encoder(folder / "text_encoder", variant=variants["text_encoder"], dtype=dtype)
+    fit_tokenizer(tokenizer, text_encoder.config["max_position_embeddings"])
+    return Pipeline(
+        folder,
+        tokenizer,
+        getattr(diffusers, scheduler_class.removeprefix("Flax")).from_pretrained(folder / "scheduler"),
+        unet,
+        networks.load_vae(folder / "vae", variant=variants["vae"], dtype=dtype),
+        text_encoder,
+        dtype,
+    )
+
+
+def variant_of(part: Path, variant: str | None) -> str | None:
+    """The variant if this part of a pipeline has any; else its plain weights serve, as with diffusers."""
+    return variant if variant and list(part.glob(f"*.{variant}*")) else None
+
+
+def local_folder(args) -> Path:
+    """The pipeline's folder; of a hub's repository, what is needed of it, downloaded.
+
+    Weights of one kind are asked for after the other, until all networks have theirs; those of a variant first.
+    """
+    name, lacking = args.pretrained_model_name_or_path, ["*"]
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    for mark in [f".{args.variant}", ""] if args.variant else [""]:
+        for kind in ("safetensors", "bin", "msgpack"):
+            endings = [f"{stem}{mark}{shard}.{kind}" for stem in ALL_STEMS for shard in ("", "-?????-of-?????")]
+            wanted = ["model_index.json", "*/*.json", "*/*.txt", *(f"{p}/{e}" for p in lacking for e in endings)]
+            source = {"revision": args.revision, "cache_dir": args.cache_dir}
+            folder = Path(snapshot_download(name, allow_patterns=wanted, **source))
+            lacking = [part for part, stem in STEMS.items() if not _has_weights(folder / part, stem, args.variant)]
+            if not lacking:
+                return folder
+    return folder
+
+
+def _has_weights(part: Path, stem: str, variant: str | None) -> bool:
+    try:
+        return all(file.is_file() for file in find_files(part, stem, variant_of(part, variant)))
+    except FileNotFoundError:
+        return False
+
+
+def frozen(pipeline: Pipeline) -> tuple:
+    """VAE and text encoder, their matrices in the type that they compute in. Vectors, of norms too, stay float32."""
+    dtype = pipeline.dtype
+    both = (pipeline.vae, pipeline.text_encoder)
+    return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, both)
+
+
+def save(pipeline: Pipeline, unet, folder: Path, variant: str | None) -> None:
+    """Write the pipeline with the trained `unet` in it, for StableDiffusionPipeline.from_pretrained."""
+    for part, network in {"unet": unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}.items():
+        networks.save(network, folder / part)
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    spare_parts.carry_over(pipeline.folder, variant, folder)
+
+
+@jax.jit
+def read(text_encoder, input_ids):
+    """Text states of token numbers."""
+    return text_encoder(input_ids)
+
+
+@jax.jit
+def guided(unet, latents, timestep, text_states, scale):
+    """Classifier-free guidance, arXiv:2207.12598 equation 6; `text_states` are those of no caption and of a caption.
+
+    (1, C, h, w) to (1, C, h, w) float32.
+    """
+    both = jnp.moveaxis(jnp.concatenate([latents, latents]), 1, -1)
+    without, prompted = jnp.split(unet(both, jnp.full(2, timestep), text_states).astype(jnp.float32), 2)
+    return jnp.moveaxis(without + scale * (prompted - without), -1, 1)
+
+
+@jax.jit
+def paint(vae, latents):
+    """Latents (1, C, h, w), as they are trained on, to pixels (R, R, 3), 0..1."""
+    pixels = vae.decode(jnp.moveaxis(latents, 1, -1) / vae.config["scaling_factor"])[0]
+    return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)

@@ -1,0 +1,202 @@
+"""Weight updates in JAX by PyTorch's and diffusers' formulas, the state that they change, and its checkpoints."""
+
+import json
+import math
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+import safetensors.numpy
+import torch
+from diffusers.training_utils import EMAModel
+from jax.sharding import Mesh
+
+from .. import sanitize
+from ..model import optim
+from ..run import checkpoint
+from . import flops, networks
+from .devices import fetch, place
+
+OPTIMIZER = "optimizer.safetensors"
+VERSIONS = {module.__name__: module.__version__ for module in (jax, jaxlib, flax, optax)}  # for a checkpoint's manifest
+FIRST_SCALE, PATIENCE = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.GradScaler
+
+
+class NoiseScheduler:
+    """What `losses` and a script ask of diffusers' DDPMScheduler, in JAX."""
+
+    def __init__(self, scheduler):
+        self.config, self.alphas_cumprod = scheduler.config, jnp.asarray(scheduler.alphas_cumprod.numpy())
+
+    def _scales(self, timesteps):
+        alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+    def add_noise(self, latents, noise, timesteps):
+        """arXiv:2006.11239 equation 4."""
+        signal, sigma = self._scales(timesteps)
+        return signal * latents + sigma * noise
+
+    def get_velocity(self, latents, noise, timesteps):
+        """arXiv:2202.00512, appendix D."""
+        signal, sigma = self._scales(timesteps)
+        return signal * noise - sigma * latents
+
+
+def make_schedule(args, mesh: Mesh, num_updates: int):
+    """The other scripts' learning rate schedule, of an optimizer that has nothing to optimise."""
+    rate = optim.scaled_rate(args, mesh.size) if args.scale_lr else args.learning_rate
+    return optim.make_schedule(args, torch.optim.SGD([torch.zeros(())], lr=rate), num_updates)
+
+
+def make_optimizer(args):
+    """AdamW as torch.optim.AdamW defines it, up to the learning rate."""
+    adam = optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon)
+    return optax.chain(adam, optax.add_decayed_weights(args.adam_weight_decay))
+
+
+def gradient_of(loss_function, state: dict, batch: dict, max_norm: float):
+    """(loss, gradient, its norm): means over the micro-batches along the first axis of `batch`, one after the other.
+
+    The gradient is scaled down to `max_norm` as torch.nn.utils.clip_grad_norm_ does; the norm is that before.
+    """
+    parameters, count = state["parameters"], len(next(iter(batch.values())))
+    scale = state["scaling"]["scale"] if "scaling" in state else 1.0
+
+    def add(total, micro_batch):
+        loss, gradient = jax.value_and_grad(lambda p: scale * loss_function(p, micro_batch))(parameters)
+        return jax.tree.map(lambda a, b: a + b / (scale * count), total, gradient), loss / scale
+
+    total = jax.tree.map(jnp.zeros_like, parameters)
+    if count > 1:
+        gradient, losses = jax.lax.scan(add, total, batch)
+    else:  # not a loop for XLA
+        gradient, losses = add(total, {name: array[0] for name, array in batch.items()})
+    norm = optax.global_norm(gradient)
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return losses.mean(), jax.tree.map(lambda array: array * factor, gradient), norm
+
+
+def update(state: dict, gradient, norm, optimizer, rate, ema_share) -> dict:
+    """The state after one step of AdamW, with its average, and in fp16 with the loss scaled as GradScaler would.
+
+    `ema_share`, 1 - decay, is how much of the way to the weights the average goes.
+    """
+    steps, moments = optimizer.update(gradient, state["optimizer"], state["parameters"])
+    parameters = jax.tree.map(lambda array, step: array - rate * step, state["parameters"], steps)
+    new = state | {"parameters": parameters, "optimizer": moments}
+    if "scaling" in state:
+        finite, scaling = jnp.isfinite(norm), state["scaling"]
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        good = jnp.where(finite, scaling["good"] + 1, 0)
+        scale = jnp.where(finite, jnp.where(good == PATIENCE, 2.0, 1.0), 0.5) * scaling["scale"]
+        new["scaling"] = {"scale": scale, "good": good % PATIENCE}
+    if "average" in state:  # as diffusers' EMAModel
+        new["average"] = jax.tree.map(lambda a, p: a - ema_share * (a - p), state["average"], new["parameters"])
+    return new
+
+
+# What is trained
+
+
+class Trained:
+    """The network that is trained: parameters, moments, average. Saved and restored here.
+
+    They are in `state`: in host memory until `begin` puts them on the devices, so that resuming takes no more of those.
+    """
+
+    def __init__(self, args, network, mesh: Mesh):
+        self.mesh, self.shard, self.updates = mesh, args.shard_parameters, 0
+        parameters, self.merge = networks.split(network)
+        moments = jax.eval_shape(make_optimizer(args).init, parameters)
+        moments = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), moments)
+        state = {"parameters": parameters, "optimizer": moments}
+        if args.use_ema:
+            state["average"] = parameters
+        if args.mixed_precision == "fp16":
+            state["scaling"] = {"scale": np.float32(FIRST_SCALE), "good": np.int32(0)}
+        self.state, self._inputs = state, None
+
+    def begin(self, train_step) -> None:
+        """Be ready for `train_step(state, batch, frozen, rate, ema_share)`, which gives (state, loss, gradient norm).
+
+        It is compiled when it is called first. The new state takes the old one's place in memory.
+        """
+        self.state = place(self.state, self.mesh, self.shard)
+        shardings = jax.tree.map(lambda array: array.sharding, self.state)
+        self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
+
+    def step(self, batch: dict, frozen: dict, rate: float):
+        """One weight update: (loss, gradient norm), of which nothing is waited for."""
+        if self._inputs is None:
+            inputs = self.state, batch, frozen, np.float32(rate), np.float32(0)
+            self._inputs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
+        self.updates += 1
+        share = 1 - EMAModel([]).get_decay(self.updates)  # here, for in float32 it would lose digits
+        self.state, loss, norm = self.train_step(self.state, batch, frozen, np.float32(rate), np.float32(share))
+        return loss, norm
+
+    def nbytes(self) -> int:
+        """Bytes of a checkpoint."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.state))
+
+    def sample_flops(self) -> float:
+        """FLOPs of the trained network for one sample, counted over shapes after the first step."""
+        samples = next(iter(self._inputs[1].values())).shape[:2]
+        return flops.count(self.train_step.__wrapped__, *self._inputs) / math.prod(samples)
+
+    def network(self, get=fetch, part: str = "parameters"):
+        """The network, in host memory or where else `get` takes it; with `part="average"`, the averaged one."""
+        return self.merge(get(self.state[part]))
+
+    def export(self, get=fetch):
+        """The network that the run is for."""
+        return self.network(get, "average" if "average" in self.state else "parameters")
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint's `unet/` and `unet_ema/`, as the PyTorch script writes them, and the moments."""
+        networks.save(self.network(), folder / "unet")
+        if "average" in self.state:
+            networks.save(self.network(part="average"), folder / "unet_ema")
+            counters = EMAModel([]).state_dict() | {"optimization_step": self.updates}
+            counters.pop("shadow_params")
+            config = json.loads((folder / "unet_ema" / "config.json").read_text())
+            text = json.dumps(config | counters, indent=2, sort_keys=True) + "\n"
+            (folder / "unet_ema" / "config.json").write_text(text, encoding="utf-8")
+        safetensors.numpy.save_file(self._flat(fetch(self._moments())), folder / OPTIMIZER)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. Exits with one line if it holds no average, or another network."""
+        if "average" in self.state and not (folder / "unet_ema").is_dir():
+            raise SystemExit(
+                f"error: --use_ema: {folder} was saved without it; resume without --use_ema, or start anew"
+            )
+        if not (folder / OPTIMIZER).is_file():
+            raise SystemExit(f"error: {folder} was not saved by this script: there is no {OPTIMIZER}")
+        try:
+            state = {"parameters": networks.split(networks.load_unet(folder / "unet"))[0]}
+            if "average" in self.state:
+                state["average"] = networks.split(networks.load_unet(folder / "unet_ema"))[0]
+            saved, moments = safetensors.numpy.load_file(folder / OPTIMIZER), self._moments()
+            if not any(name in saved for name in self._flat({"scaling": moments.get("scaling")})):
+                moments.pop("scaling", None)  # it was saved in another precision: the scale begins anew
+            names = self._flat(moments)
+            state |= jax.tree.unflatten(jax.tree.structure(moments), [saved[name] for name in names])
+            shapes = jax.tree.map(np.shape, state)
+            if shapes != jax.tree.map(np.shape, {name: self.state[name] for name in state}):
+                raise ValueError("tensors of other shapes")
+        except (ValueError, KeyError) as error:
+            raise SystemExit(f"error: {folder} does not fit this model: {sanitize.reason(error)[:300]}") from error
+        self.updates = checkpoint.read_manifest(folder)["step"]
+        self.state = self.state | state
+
+    def _moments(self) -> dict:
+        return {name: self.state[name] for name in ("optimizer", "scaling") if name in self.state}
+
+    @staticmethod
+    def _flat(tree) -> dict:
+        return {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]}
