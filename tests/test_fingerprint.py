@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import load_script
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from t2i_training.data import captions, images
 from t2i_training.encodings import fingerprint as package_file
@@ -153,3 +155,29 @@ def test_a_function_that_is_bound_is_known_by_its_code():
     assert fingerprint(partial(read, transform=captions.pick_caption)) != fingerprint(
         partial(read, transform=captions.text_mask)
     )
+
+
+CONFIG = {
+    "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+def test_a_torch_network_counts_with_weights_config_and_precision():
+    def make(**changes):
+        torch.manual_seed(0)
+        return CLIPTextModel(CLIPTextConfig(**CONFIG | changes))
+
+    known = fingerprint(make())
+    assert known == fingerprint(make())
+    halved = make()
+    halved.get_parameter(next(name for name, _ in halved.named_parameters())).data /= 2
+    others = [halved, make().to(torch.bfloat16), make(layer_norm_eps=1e-3)]
+    assert len({known, *map(fingerprint, others)}) == 4
+
+
+def test_a_flax_network_counts_with_the_precision_it_computes_in():
+    """Its weights stay in float32."""
+    jnp, networks = pytest.importorskip("jax.numpy"), pytest.importorskip("t2i_training.sd_flax.networks")
+    full, again, half = (networks.CLIPTextModel(CONFIG, dtype=t) for t in (jnp.float32, jnp.float32, jnp.bfloat16))
+    assert fingerprint(full) == fingerprint(again)
+    assert fingerprint(full) != fingerprint(half)

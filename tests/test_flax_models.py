@@ -86,7 +86,7 @@ def torch_names(twin) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(network, twin, dtype=torch.float32):
-    ours, theirs = networks.state_dict(network), torch_names(twin)
+    ours, theirs = network.state_dict(), torch_names(twin)
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         assert array.dtype == np.float32
@@ -98,7 +98,7 @@ def assert_same_gradient(ours, twin, rtol=1e-3):
 
     The bias of a key has none, for softmax does not see it: on either side there is rounding noise, or nothing.
     """
-    ours = networks.state_dict(ours)
+    ours = ours.state_dict()
     theirs = dict(zip(torch_names(twin), twin.parameters(), strict=True))
     assert ours.keys() == theirs.keys()
     largest = {name: parameter.grad.abs().max().item() for name, parameter in theirs.items()}
@@ -235,7 +235,7 @@ def test_split_gives_a_dict_by_names_and_the_way_back(tmp_path):
     parameters, merge = networks.split(networks.load_unet(tmp_path))
     assert parameters.keys() == twin.state_dict().keys()
     assert_same_weights(merge(parameters), twin)
-    halved = networks.state_dict(merge({name: np.asarray(value) / 2 for name, value in parameters.items()}))
+    halved = merge({name: np.asarray(value) / 2 for name, value in parameters.items()}).state_dict()
     np.testing.assert_array_equal(halved["conv_in.weight"], twin.conv_in.weight.detach().numpy() / 2)
 
 

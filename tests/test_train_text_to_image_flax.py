@@ -387,7 +387,7 @@ def times(batch, number):
     return {"product": number * batch["x"]}
 
 encode = partial(times, number=devices.on_host(np.float32(2)))
-product = devices.encode_on_host({"x": torch.arange(7)}, encode, dtype=float)["product"]
+product = devices.encode_on_host({"x": torch.arange(7)}, encode)["product"]
 assert product.tolist() == list(range(0, 14, 2)), "seven by four devices"
 """
 
@@ -602,7 +602,7 @@ def test_variants_of_weights(tokens, small_model, tmp_path, capsys):
     pipeline = flax_pipeline.load(parse(tokens(tmp_path / "out", variant="fp16", **options)), jnp.float32)
     theirs = StableDiffusionPipeline.from_pretrained(base, variant="fp16")
     for part in ("unet", "vae"):
-        ours = networks.state_dict(getattr(pipeline, part))
+        ours = getattr(pipeline, part).state_dict()
         assert all(np.array_equal(ours[name], value) for name, value in getattr(theirs, part).state_dict().items())
     with pytest.raises(SystemExit):
         parse(tokens(tmp_path / "out", variant="ema", **options))

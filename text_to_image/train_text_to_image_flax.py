@@ -157,7 +157,7 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
     if args.cache_encodings:
         vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline))
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
-        encoders = [partial(flax_devices.encode_on_host, encode=each, dtype=pipeline.dtype) for each in encoders]
+        encoders = [partial(flax_devices.encode_on_host, encode=each) for each in encoders]
         readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders, mesh.shape["devices"])
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import textwrap
 
+import numpy as np
 import torch
 
 from ..data import captions
@@ -29,25 +30,28 @@ def fingerprint(thing) -> str:
         parts = [*code(thing.func), *(f"{name} {fingerprint(bound)}" for name, bound in thing.keywords.items())]
     elif inspect.isfunction(thing):
         parts = code(thing)
-    elif isinstance(thing, torch.nn.Module):
+    elif hasattr(thing, "state_dict"):  # a network, PyTorch's or of sd_flax, whose code is ours
         config = thing.config.to_dict() if hasattr(thing.config, "to_dict") else dict(thing.config)
         config = {k: str(v) for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
         weights = thing.state_dict()
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
             hashes = threads.map(fingerprint, weights.values())
-        parts = [json.dumps(config, sort_keys=True), *map(str, zip(weights, hashes, strict=True))]
-    elif hasattr(thing, "weights_stem"):  # one of sd_flax.networks
-        from ..sd_flax.networks import state_dict
-
-        weights = {name: fingerprint(torch.tensor(array)) for name, array in state_dict(thing).items()}
-        parts = ["Flax", *code(type(thing)), json.dumps(thing.config, sort_keys=True), *map(str, weights.items())]
+        own = code(type(thing)) if _is_ours(inspect.getfile(type(thing))) else []
+        # Weights do not show the precision of a network that keeps them in another than it computes in.
+        parts = [
+            *own,
+            str(thing.dtype),
+            json.dumps(config, sort_keys=True),
+            *map(str, zip(weights, hashes, strict=True)),
+        ]
+    elif isinstance(thing, np.ndarray):
+        parts = [str(thing.dtype), str(thing.shape), hashlib.sha256(np.ascontiguousarray(thing)).hexdigest()]
     elif isinstance(thing, torch.Tensor):
         values = thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         parts = [str(thing.dtype), str(tuple(thing.shape)), hashlib.sha256(values).hexdigest()]
     elif hasattr(thing, "get_vocab"):
-        probe = captions.tokenize(
-            thing, "Of 3 pictures, one: a café!"
-        ).tolist()  # shows padding, merges and what is split
+        # Shows padding, merges and what is split.
+        probe = captions.tokenize(thing, "Of 3 pictures, one: a café!").tolist()
         parts = [json.dumps(thing.get_vocab(), sort_keys=True), str(thing.model_max_length), str(probe)]
     else:
         parts = [repr(thing)]

@@ -175,12 +175,8 @@ def on_host(arrays, *axes: str):
     return jax.device_put(arrays, NamedSharding(Mesh(np.array(jax.local_devices()), "devices"), P(*axes)))
 
 
-def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial, dtype: type) -> dict[str, torch.Tensor]:
-    """What `encodings.cache` calls: `encode(batch)` by the devices of this host, on which the networks bound to it are.
-
-    `dtype` is what the networks compute in. It is bound for the cache's key alone, in which weights, kept in fp32, do
-    not show it.
-    """
+def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial) -> dict[str, torch.Tensor]:
+    """What the cache calls: `encode(batch)` by the devices of this host, on which the networks bound to it are."""
     size = len(next(iter(batch.values())))
     places = np.arange(size + -size % jax.local_device_count()) % size  # some twice, so that all devices have as many
     samples = on_host({name: to_numpy(tensor)[places] for name, tensor in batch.items()}, "devices")

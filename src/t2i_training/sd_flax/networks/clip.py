@@ -6,6 +6,7 @@ from flax import nnx
 
 from .config import complete
 from .layers import attend, embed, layer_norm, linear
+from .weights import Network
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # arXiv:1606.08415 section 2
@@ -18,7 +19,7 @@ DEFAULTS = {
 ONLY = {"model_type": ("clip_text_model",), "hidden_act": tuple(ACTIVATIONS)}
 
 
-class CLIPTextModel(nnx.Module):
+class CLIPTextModel(Network):
     """Token numbers (B, T) to one state per token (B, T, D), from the last layer and normalised.
 
     `config` is that of transformers' class of the same name. SD 2.x takes the last but one of OpenCLIP's 24 layers;
@@ -28,7 +29,7 @@ class CLIPTextModel(nnx.Module):
     weights_stem = "model"
 
     def __init__(self, config: dict, *, dtype=jnp.float32):
-        self.config = complete(config, DEFAULTS, ONLY, strict=False)
+        self.config, self.dtype = complete(config, DEFAULTS, ONLY, strict=False), dtype
         self.text_model = TextTransformer(self.config, dtype=dtype)
 
     def __call__(self, input_ids):

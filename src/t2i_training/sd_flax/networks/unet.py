@@ -16,6 +16,7 @@ from .layers import (
     recomputed,
     sinusoidal_embedding,
 )
+from .weights import Network
 
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -56,7 +57,7 @@ def plain(module, *args):
     return module(*args)
 
 
-class UNet2DConditionModel(nnx.Module):
+class UNet2DConditionModel(Network):
     """What a noisy latent, a timestep and a text predict together: noise, or velocity, as the model was trained.
 
     `config` is that of diffusers' class of the same name. With `gradient_checkpointing` the backward pass computes

@@ -6,6 +6,7 @@ from flax import nnx
 
 from .config import check_blocks, complete
 from .layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D, conv, conv_1x1, group_norm
+from .weights import Network
 
 EPS = 1e-6  # of every normalisation; not in the config
 DEFAULTS = {
@@ -20,7 +21,7 @@ ONLY = {
 }  # fmt: skip
 
 
-class AutoencoderKL(nnx.Module):
+class AutoencoderKL(Network):
     """Pictures to latents, f times smaller, and back. `config` is that of diffusers' class of the same name.
 
     f is 2 ** (number of blocks - 1), 8 for Stable Diffusion.
@@ -30,6 +31,7 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(self, config: dict, *, dtype=jnp.float32):
         self.config = config = complete(config, DEFAULTS, ONLY)
+        self.dtype = dtype
         check_blocks(config, "down_block_types", ("DownEncoderBlock2D",))
         check_blocks(config, "up_block_types", ("UpDecoderBlock2D",))
         latent_channels = config["latent_channels"]

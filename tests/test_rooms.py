@@ -1,0 +1,67 @@
+"""The package's rooms, and which of them may import from which: by subject, and never in a circle."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+PACKAGE = tiny.REPOSITORY / "src" / "t2i_training"
+GROUND = ["sanitize", "log", "bar", "distributed", "stopping", "errors", "files"]  # each from those before it alone
+MAY_IMPORT = {  # besides what is in the room itself
+    "cli": {"ground", "sources"},
+    "sources": {"ground"},
+    "data": {"ground", "sources"},
+    "encodings": {"ground", "data"},
+    "model": {"ground", "sources"},
+    "run": {"ground", "sources", "cli"},
+    "report": {"ground", "cli", "data", "model", "run"},
+    "sd_flax": {"ground", "sources", "cli", "data", "encodings", "model", "run", "report"},
+}
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def room_of(name: str) -> str:
+    return name.partition("/")[0] if "/" in name else "ground"
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, module) of each import from the package, anywhere in a file: "log", "data/images"."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            place = path.parents[node.level - 1] / (node.module or "").replace(".", "/")
+            places = [place / alias.name for alias in node.names] if place.is_dir() else [place]
+            found += [(node.lineno, place.relative_to(PACKAGE).as_posix()) for place in places]
+    return [(line, name) for line, name in found if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_rules(module):
+    room, name = room_of(module), module.removesuffix(".py")
+    for line, other in imports(PACKAGE / module):
+        if room == "ground":
+            allowed = GROUND[: GROUND.index(name)]
+            assert other in allowed, f"{module} line {line} imports {other}; it may import {allowed}"
+        else:
+            allowed = MAY_IMPORT[room] | {room}
+            assert room_of(other) in allowed, f"{module} line {line} imports {other}; {room}/ may import from {allowed}"
+
+
+def test_every_room_has_its_rule_and_its_sentence():
+    rooms = {path.parent for path in PACKAGE.glob("*/__init__.py")}
+    assert {room.name for room in rooms} == MAY_IMPORT.keys()
+    for room in rooms:
+        assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), room
+    assert {name.removesuffix(".py") for name in MODULES if "/" not in name} == {"__init__", *GROUND}
+
+
+def test_the_command_line_costs_nothing_heavy():
+    light = [name for name in MODULES if name.startswith(("cli/", "sources/")) or name in ("files.py", "errors.py")]
+    modules = [f"t2i_training.{name.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}" for name in light]
+    heavy = "{'torch', 'accelerate', 'diffusers', 'transformers', 'datasets', 'jax', 'numpy', 'tqdm'}"
+    program = f"import sys, {', '.join(modules)}; print(sorted({heavy} & {{*sys.modules}}))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
