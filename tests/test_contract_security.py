@@ -20,8 +20,7 @@ from t2i_training.data import inspection
 from t2i_training.data.dataset import check_caption_column, open_dataset
 from t2i_training.encodings.store import Store
 from t2i_training.model import lora
-from t2i_training.report import validation
-from t2i_training.run import checkpoint, lifecycle
+from t2i_training.run import checkpoint, lifecycle, output_folder
 
 ANSI = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\r"
 
@@ -171,7 +170,7 @@ def test_links_are_removed_and_what_they_lead_to_is_not(tmp_path):
         assert not (tmp_path / "unet").is_symlink()
     (tmp_path / "out" / "validation").mkdir(parents=True)
     (tmp_path / "out" / "validation" / "step-000001").symlink_to(elsewhere)
-    validation.clear(tmp_path / "out")
+    output_folder._remove_validation(tmp_path / "out")
     assert list((tmp_path / "out" / "validation").iterdir()) == []
     assert (elsewhere / "step-000000" / "mine.png").exists()
 

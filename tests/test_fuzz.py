@@ -37,8 +37,8 @@ from t2i_training.data import image_folder, images, inspection
 from t2i_training.data.dataset import open_dataset
 from t2i_training.encodings.store import Store
 from t2i_training.model import lora
-from t2i_training.report import curves, hub
-from t2i_training.run import checkpoint, manifest
+from t2i_training.report import hub
+from t2i_training.run import checkpoint, manifest, output_folder
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
 OFTEN = settings(
@@ -419,15 +419,15 @@ METRICS = st.dictionaries(st.sampled_from(list(ROW)), JSON).map(lambda row: json
 
 @fuzz(lines=st.lists(METRICS | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=30), max_size=5))
 def test_metrics(lines, place):
-    file = place / curves.METRICS
+    file = place / output_folder.METRICS
     file.write_bytes(b"\n".join([json.dumps(ROW).encode(), *lines]))
-    rows = curves.read_metrics(place)
+    rows = output_folder.read_metrics(place)
     assert rows[0] == ROW
     for row in rows:
         assert type(row["step"]) is int
         assert row["loss"] - row["lr"] - (row["grad_norm"] or 0.0) < float("inf")
-    curves.keep_metrics_until(file, 2)
-    assert all(row["step"] <= 2 for row in curves.read_metrics(place))
+    output_folder._keep_metrics_until(file, 2)
+    assert all(row["step"] <= 2 for row in output_folder.read_metrics(place))
 
 
 # --- texts

@@ -20,7 +20,7 @@ from t2i_training.data import inspection, loading
 from t2i_training.data.dataset import open_dataset
 from t2i_training.report import curves, flops, throughput
 from t2i_training.report.progress import Progress
-from t2i_training.run import lifecycle
+from t2i_training.run import lifecycle, output_folder
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def started(sd_flags, tmp_path):
         accelerator = lifecycle.start(args)
         samples = inspection.inspect(args, accelerator, open_dataset(args))
         progress = Progress(args, accelerator, *samples, position or {})
+        output_folder.take_over(args, accelerator, progress.step)
         progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean())
         opened.append(progress)
         return progress
@@ -90,8 +91,10 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(throughput, "time", Clock())
-    return throughput.time
+    clock = Clock()
+    for module in (throughput, loading):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 def timed_rows(tmp_path) -> list[dict]:
@@ -359,7 +362,7 @@ def test_rows_are_read_without_a_run(tmp_path, monkeypatch):
     whole = [{"step": step, "loss": 1.0, "lr": 0.5, "grad_norm": None} for step in (1, 2)]
     lines = [json.dumps(whole[0]), "\0\0", "5", '{"step": 2}', json.dumps(whole[1]), '{"st']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert curves.read_metrics(tmp_path) == whole
+    assert output_folder.read_metrics(tmp_path) == whole
 
 
 @pytest.mark.usefixtures("drawn_each_time")

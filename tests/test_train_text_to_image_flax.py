@@ -33,8 +33,9 @@ import jax.numpy as jnp
 from test_flax_models import old_flax_tree
 
 from t2i_training import stopping
-from t2i_training.report import curves, validation
+from t2i_training.report import validation
 from t2i_training.run import lifecycle
+from t2i_training.run.output_folder import read_metrics
 from t2i_training.sd_flax import devices, flops, networks, train_state
 from t2i_training.sd_flax import pipeline as flax_pipeline
 
@@ -198,7 +199,7 @@ def test_no_program_is_compiled_after_the_first_step(whole):
 
 
 def test_rows_say_how_fast_it_was(whole):
-    for row in curves.read_metrics(whole):
+    for row in read_metrics(whole):
         assert row["tflops_per_second"] == pytest.approx(1e-6 * row["images_per_second"] / 4, rel=1e-3)
 
 

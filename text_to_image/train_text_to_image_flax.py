@@ -58,7 +58,7 @@ from t2i_training.encodings import cache
 from t2i_training.model import losses, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
-from t2i_training.run import checkpoint, lifecycle
+from t2i_training.run import checkpoint, lifecycle, output_folder
 from t2i_training.run.export import publish
 from t2i_training.sd_flax import devices as flax_devices
 from t2i_training.sd_flax import networks as flax_networks
@@ -248,6 +248,7 @@ def main(argv=None):
     train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
     trained.begin(train_step)
     optim.set_position(args, schedule, progress.step)
+    output_folder.take_over(args, accelerator, progress.step)
     progress.begin(None, None, flax_devices.Gauge(args, mesh, trained.sample_flops), trained.nbytes())
     stream = loading.batches(loader, accelerator)
 

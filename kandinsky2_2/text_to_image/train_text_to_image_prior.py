@@ -53,7 +53,7 @@ from t2i_training.encodings import cache
 from t2i_training.model import ema, losses, networks, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
-from t2i_training.run import checkpoint, lifecycle
+from t2i_training.run import checkpoint, lifecycle, output_folder
 from t2i_training.run.export import publish
 
 
@@ -235,6 +235,7 @@ def main(argv=None):
     )  # fmt: skip
     checkpoints.restore(folder)
     optim.set_position(args, schedule, progress.step)
+    output_folder.take_over(args, accelerator, progress.step)
     progress.begin(network, partial(compute_loss, noise_scheduler=noise_scheduler, args=args))
     stream = loading.batches(loader, accelerator)
 

@@ -22,7 +22,7 @@ from .workers import loader_workers
 
 MOST_HELD = 64  # batches held back, in case an update takes more
 _END = object()
-_waited = 0.0  # seconds that `_timed` has waited for data in this process
+_waited = 0.0  # seconds that `timed` has waited for data in this process
 
 
 class Samples(torch.utils.data.Dataset):
@@ -121,7 +121,7 @@ def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter)
     end_workers = functools.partial(_end_workers, iterator)
     atexit.register(end_workers)
     try:
-        for batch in order(_timed(iterator)):
+        for batch in order(timed(iterator)):
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     except BadSample as error:
         errors.fail(_what_happened(error))
@@ -130,7 +130,7 @@ def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter)
         end_workers()
 
 
-def _timed(iterator: Iterator) -> Iterator:
+def timed(iterator: Iterator) -> Iterator:
     """The same items; the time that `next` takes counts as waiting for data."""
     global _waited
     while True:

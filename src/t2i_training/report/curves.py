@@ -1,48 +1,10 @@
-"""metrics.jsonl, a row for each logging interval, and the curves that are drawn of it."""
+"""training_curves.png, drawn of metrics.jsonl."""
 
-import json
 import math
-import shutil
 from pathlib import Path
 
 from .. import files
-from ..log import logger
-
-METRICS = "metrics.jsonl"
-
-
-def keep_metrics_until(file: Path, step: int) -> None:
-    """Drop the rows after `step`, which a resumed run writes again, and a half-written last line."""
-    rows = []
-    if file.exists() and step > 0:
-        rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
-    files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def set_metrics_aside(file: Path, step: int) -> None:
-    """Keep a copy under another name if there are rows after `step`."""
-    if file.exists() and any(row["step"] > step for row in read_metrics(file.parent)):
-        copy = shutil.copy2(file, files.free_name(file))
-        logger.warning(f"{file} has rows of another course than the one resumed: all as they were are kept in {copy}")
-
-
-def read_metrics(output_dir) -> list[dict]:
-    """The rows of metrics.jsonl, in order; a last line cut short by a crash is left out, as is what is no row."""
-    rows = []
-    for line in (Path(output_dir) / METRICS).read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-            norm = row["grad_norm"]
-            if type(row["step"]) is not int or not all(map(_is_number, (row["loss"], row["lr"], norm or 0.0))):
-                raise ValueError
-            rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            logger.warning(f"{METRICS}: left out a damaged line")
-    return rows
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # and not nan
+from ..run.output_folder import read_metrics
 
 
 def draw_curves(output_dir) -> Path | None:

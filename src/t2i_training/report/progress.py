@@ -19,8 +19,9 @@ from ..cli.config_file import public_config
 from ..data import changes
 from ..data.dataset import describe
 from ..log import logger
-from ..run import checkpoint, output_folder
-from . import curves, throughput, validation
+from ..run import checkpoint
+from ..run.output_folder import METRICS
+from . import curves, throughput
 
 MOST_SKIPPED = 32  # updates in a row that fp16's loss scaler may skip: each halves the scale, which is then below 2e-5
 
@@ -52,7 +53,7 @@ class Progress:
         self._skipped = 0  # updates in a row whose gradients were not finite
         # (loss, gradient norm) of each update that is read, but in no row yet
         self._unreported = list(position.get("unreported", []))
-        self._file = Path(args.output_dir) / curves.METRICS
+        self._file = Path(args.output_dir) / METRICS
         self._bar = self._saved_step = None
 
     def position(self) -> dict:
@@ -85,18 +86,11 @@ class Progress:
         return bool(self.args.validation_prompts) and completed and self.step < self.total
 
     def begin(self, network, objective: Callable | None, gauge=None, checkpoint_bytes: int | None = None) -> None:
-        """Open bar, metrics file and trackers: the run is ready to take steps on `objective(network, batch)`.
+        """Open bar and trackers: the run is ready to take steps on `objective(network, batch)`.
 
         With a `gauge` of other devices than PyTorch's, and the size of a checkpoint, both may be None.
         """
         main = self.accelerator.is_main_process
-        if main:
-            # Not earlier: what fails before leaves an earlier run's as it was.
-            changed = output_folder.write_config(self.args, resumed=self.step > 0)
-            if self.step == 0:
-                self._replace_earlier_run()
-            else:
-                self._keep_own_course(changed)
         config = public_config(self.args)  # trackers take scalars only
         config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
         project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")
@@ -122,27 +116,6 @@ class Progress:
         gauge = gauge or throughput.Gauge(network, objective, self.args, self.accelerator)
         self._speed = throughput.Speedometer(gauge, self.accelerator)
         self.restart_clock()
-
-    def _replace_earlier_run(self) -> None:
-        if self._file.exists():
-            logger.warning(f"{self._file.parent} holds the result of an earlier run: this one will replace it")
-        curves.keep_metrics_until(self._file, 0)
-        validation.clear(self.args.output_dir)
-
-    def _keep_own_course(self, flags_changed: bool) -> None:
-        """Rows and grids after the checkpoint, or of another course than its own, make way for those of this run.
-
-        A run that goes on as it was writes the same again. One that has gone back, or goes on with other flags, may
-        not: then what was there is kept under another name.
-        """
-        wanted, folder, kept = self.args.resume_from_checkpoint, self._file.parent.resolve(), self.step
-        source = (folder / wanted if (folder / wanted).is_dir() else Path(wanted)).resolve()
-        if wanted != "latest" and source != folder / f"checkpoint-{kept}":
-            kept = 0 if source.parent == folder else -1  # of a run that was left: its step 0 is ours; or of another run
-        if flags_changed or wanted != "latest":
-            curves.set_metrics_aside(self._file, kept)
-            validation.set_aside_after(self.args.output_dir, kept)
-        curves.keep_metrics_until(self._file, kept)
 
     def restart_clock(self) -> None:
         """Leave out what just happened (a checkpoint, validation) from the readouts of speed."""
@@ -195,7 +168,7 @@ class Progress:
         self._unreported = []
         self.restart_clock()
         if self.accelerator.is_main_process:
-            with files.saving(curves.METRICS, self._file.with_suffix(".partial")), open(self._file, "a") as file:
+            with files.saving(METRICS, self._file.with_suffix(".partial")), open(self._file, "a") as file:
                 file.write(json.dumps(row) + "\n")
             shown = [f"loss={row['loss']:.4f}, lr={row['lr']:.1e}, {throughput.shown(row)}"]
             seconds = self._speed.seconds_for((self.total - self.step) * self.effective_batch)

@@ -1,7 +1,5 @@
 """Validation pictures: drawn by all processes, saved singly and in a grid whose first row is the untouched model."""
 
-import re
-import shutil
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -14,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .. import distributed, stopping
-from ..files import free_name, whole
+from ..files import whole
 from ..log import logger
 from ..model.networks import eager
 
@@ -102,27 +100,6 @@ def pending(args, progress) -> bool:
     due = progress.step == 0 or (progress.validation_due() and not grid.exists())
     # A shared folder may show the grid to some processes alone: those would not wait for the others.
     return bool(distributed.largest(progress.accelerator, int(due)))
-
-
-def clear(output_dir) -> None:
-    """Remove the validation pictures of an earlier run, which would end up in this one's grids and card."""
-    for path in (Path(output_dir) / "validation").glob("step-*"):
-        if re.fullmatch(r"step-\d{6,}(\.png)?", path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def set_aside_after(output_dir, step: int) -> None:
-    """Move grids and pictures of later steps into a folder beside theirs, validation.1 or the next that is free."""
-    folder = Path(output_dir) / "validation"
-    names = [path.name for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}(\.png)?", path.name)]
-    later = sorted(name for name in names if int(name[5:].removesuffix(".png")) > step)
-    if later:
-        aside = free_name(folder)
-        aside.mkdir()
-        for name in later:
-            (folder / name).rename(aside / name)
-        grids = ", ".join(name for name in later if name.endswith(".png"))
-        logger.warning(f"{folder}: {grids} of another course than the one resumed; moved to {aside}")
 
 
 def own_grid(args, step: int) -> tuple[Path | None, bool]:

@@ -1,8 +1,11 @@
-"""The output folder of a run: its lock and run_config.yaml."""
+"""The output folder of a run: its lock, run_config.yaml, and what becomes of an earlier run's results in it."""
 
 import contextlib
 import errno
 import fcntl
+import json
+import re
+import shutil
 from pathlib import Path
 
 import yaml
@@ -10,9 +13,10 @@ from accelerate.state import PartialState
 
 from .. import distributed
 from ..cli.config_file import public_config
-from ..files import write_text
+from ..files import free_name, write_text
 from ..log import logger
 
+METRICS = "metrics.jsonl"
 _locks = {}  # open lock files by output folder: closing one would release it
 
 
@@ -57,3 +61,94 @@ def write_config(args, resumed: bool) -> bool:
                 logger.warning(f"flags that have changed since the run before: {', '.join(changed)}")
     write_text(file, yaml.safe_dump(config, allow_unicode=True))
     return bool(changed)
+
+
+# Results of an earlier run
+
+
+def take_over(args, accelerator, step: int) -> None:
+    """Write run_config.yaml, and make room for the results of a run that goes on from update `step`, or begins at 0.
+
+    Call it right before the first update: what fails before leaves an earlier run's results as they were.
+    """
+    if not accelerator.is_main_process:
+        return
+    changed, metrics = write_config(args, resumed=step > 0), Path(args.output_dir) / METRICS
+    if step > 0:
+        _keep_own_course(args, metrics, step, changed)
+        return
+    if metrics.exists():
+        logger.warning(f"{args.output_dir} holds the result of an earlier run: this one will replace it")
+    _keep_metrics_until(metrics, 0)
+    _remove_validation(args.output_dir)
+
+
+def _keep_own_course(args, metrics: Path, step: int, flags_changed: bool) -> None:
+    """Rows and grids after the checkpoint, or of another course than its own, make way for those of this run.
+
+    A run that goes on as it was writes the same again. One that has gone back, or goes on with other flags, may
+    not: then what was there is kept under another name.
+    """
+    wanted, folder, kept = args.resume_from_checkpoint, metrics.parent.resolve(), step
+    source = (folder / wanted if (folder / wanted).is_dir() else Path(wanted)).resolve()
+    if wanted != "latest" and source != folder / f"checkpoint-{kept}":
+        kept = 0 if source.parent == folder else -1  # of a run that was left: its step 0 is ours; or of another run
+    if flags_changed or wanted != "latest":
+        _set_metrics_aside(metrics, kept)
+        _set_validation_aside(args.output_dir, kept)
+    _keep_metrics_until(metrics, kept)
+
+
+def _keep_metrics_until(file: Path, step: int) -> None:
+    """Drop the rows after `step`, which a resumed run writes again, and a half-written last line."""
+    rows = []
+    if file.exists() and step > 0:
+        rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _set_metrics_aside(file: Path, step: int) -> None:
+    """Keep a copy under another name if there are rows after `step`."""
+    if file.exists() and any(row["step"] > step for row in read_metrics(file.parent)):
+        copy = shutil.copy2(file, free_name(file))
+        logger.warning(f"{file} has rows of another course than the one resumed: all as they were are kept in {copy}")
+
+
+def _remove_validation(output_dir) -> None:
+    """Remove the validation pictures of an earlier run, which would end up in this one's grids and card."""
+    for path in (Path(output_dir) / "validation").glob("step-*"):
+        if re.fullmatch(r"step-\d{6,}(\.png)?", path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _set_validation_aside(output_dir, step: int) -> None:
+    """Move grids and pictures of later steps into a folder beside theirs, validation.1 or the next that is free."""
+    folder = Path(output_dir) / "validation"
+    names = [path.name for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}(\.png)?", path.name)]
+    later = sorted(name for name in names if int(name[5:].removesuffix(".png")) > step)
+    if later:
+        aside = free_name(folder)
+        aside.mkdir()
+        for name in later:
+            (folder / name).rename(aside / name)
+        grids = ", ".join(name for name in later if name.endswith(".png"))
+        logger.warning(f"{folder}: {grids} of another course than the one resumed; moved to {aside}")
+
+
+def read_metrics(output_dir) -> list[dict]:
+    """The rows of metrics.jsonl, in order; a last line cut short by a crash is left out, as is what is no row."""
+    rows = []
+    for line in (Path(output_dir) / METRICS).read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            norm = row["grad_norm"]
+            if type(row["step"]) is not int or not all(map(_is_number, (row["loss"], row["lr"], norm or 0.0))):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            logger.warning(f"{METRICS}: left out a damaged line")
+    return rows
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # and not nan
