@@ -167,7 +167,7 @@ NUMBERS_FROM_ZERO = {  # every other number has to be positive, but for resoluti
 @pytest.fixture
 def numbers(monkeypatch) -> dict:
     """The types of all flags that take a number."""
-    monkeypatch.setattr(checks, "parse", lambda parser, argv: parser)
+    monkeypatch.setattr(checks, "parse", lambda parser, *_: parser)
     parser = load_script("sd").parse_args()
     monkeypatch.undo()
     return {action.dest: action.type for action in parser._actions if action.type in (int, float)}

@@ -63,7 +63,7 @@ def recorded(script: str) -> dict:
 
 def actions(script: str, monkeypatch) -> dict:
     """The flags of a script's parser, by name."""
-    monkeypatch.setattr(checks, "parse", lambda parser, argv: parser)
+    monkeypatch.setattr(checks, "parse", lambda parser, *_: parser)
     module = load_script(script)
     if script == "sd_flax":
         monkeypatch.setattr(module.flax_flags, "need_packages", lambda parser: None)

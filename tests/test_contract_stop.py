@@ -178,10 +178,9 @@ def test_signal_in_a_validation_ends_it(train, monkeypatch, caplog, tmp_path):
 
 @pytest.mark.parametrize("place", ["publish", "write_card"])
 def test_signal_after_the_last_update_lets_the_run_end(train, monkeypatch, caplog, tmp_path, place):
-    from t2i_training import files
     from t2i_training.report import hub
 
-    module = files if place == "publish" else hub
+    module = load_script("sd") if place == "publish" else hub
     original = getattr(module, place)
 
     def signalled(*arguments, **options):

@@ -1,7 +1,5 @@
 """Averaged weights: diffusers' numbers wherever they are kept, put back exactly, saved and read without a loss."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,16 +7,10 @@ from diffusers.training_utils import EMAModel
 
 from t2i_training.model import ema
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def network(model) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(model, subfolder="unet")
-
-
-def options(**changes):
-    return SimpleNamespace(**{"offload_ema": False, "foreach_ema": False} | changes)
 
 
 def disturb(network, seed: int) -> None:
@@ -48,14 +40,14 @@ def test_average_by_hand():
     """Decay (1 + s) / (10 + s) after s updates, and 0 at the first: 1, then 9/11 of the way, then 9/12."""
     layer = torch.nn.Linear(1, 1, bias=False)
     layer.config = {}
-    average = ema.make_ema(options(), layer, CPU)
+    average = ema.make_ema(layer)
     for value, expected in ((1.0, 1.0), (12.0, 1 + 11 * 9 / 11), (22.0, 10 + 12 * 9 / 12)):
         layer.weight.data.fill_(value)
         ema.update(average, layer)
         assert average.shadow_params[0].item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("flags", [{}, {"offload_ema": True}, {"foreach_ema": True}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"offload": True}, {"foreach": True}], ids=str)
 def test_average_is_diffusers(network, model, flags):
     """Bit for bit; one sweep over all parameters may round differently."""
     twin = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
@@ -63,13 +55,13 @@ def test_average_is_diffusers(network, model, flags):
     for seed in range(5):
         disturb(twin, seed)
         reference.step(twin.parameters())
-    averaged = run(network, ema.make_ema(options(**flags), network, CPU))
-    torch.testing.assert_close(averaged, reference.shadow_params, rtol=1e-6 if "foreach_ema" in flags else 0, atol=1e-7)
+    averaged = run(network, ema.make_ema(network, **flags))
+    torch.testing.assert_close(averaged, reference.shadow_params, rtol=1e-6 if "foreach" in flags else 0, atol=1e-7)
 
 
 @pytest.mark.gpu
 def test_offloaded_average_takes_little_of_the_device(network, monkeypatch):
-    average = ema.make_ema(options(offload_ema=True), network.cuda(), torch.device("cuda"))
+    average = ema.make_ema(network.cuda(), offload=True)
     largest = max(tensor.nbytes for tensor in average.shadow_params)
     assert sum(tensor.nbytes for tensor in average.shadow_params) > 10 * largest
     monkeypatch.setattr(ema, "VISIT", largest)
@@ -85,8 +77,8 @@ def test_offloaded_average_takes_little_of_the_device(network, monkeypatch):
 def test_offloaded_average_is_the_same_on_a_gpu(network, model, monkeypatch):
     monkeypatch.setattr(ema, "VISIT", 2**14)  # it has several parts
     twin = UNet2DConditionModel.from_pretrained(model, subfolder="unet").cuda()
-    offloaded = ema.make_ema(options(offload_ema=True), network.cuda(), torch.device("cuda"))
-    here = ema.make_ema(options(), twin, torch.device("cuda"))
+    offloaded = ema.make_ema(network.cuda(), offload=True)
+    here = ema.make_ema(twin)
     results = run(network, offloaded), run(twin, here)
     torch.cuda.synchronize()
     assert equal(*results)
@@ -97,14 +89,14 @@ def test_average_may_start_from_another_network(network, v_model):
     """--non_ema_revision: one revision is trained, another one's average is continued."""
     other = UNet2DConditionModel.from_pretrained(v_model, subfolder="unet")
     disturb(other, 0)
-    average = ema.make_ema(options(), network, CPU, initial=other)
+    average = ema.make_ema(network, initial=other)
     assert equal(average.shadow_params, weights(other))
     assert not equal(average.shadow_params, weights(network))
 
 
-@pytest.mark.parametrize("flags", [{}, {"offload_ema": True}, {"foreach_ema": True}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"offload": True}, {"foreach": True}], ids=str)
 def test_averaged_weights_are_lent_and_taken_back(network, flags):
-    average = ema.make_ema(options(**flags), network, CPU)
+    average = ema.make_ema(network, **flags)
     run(network, average)
     own, shadow = weights(network), [tensor.clone() for tensor in average.shadow_params]
     assert not equal(own, shadow)
@@ -116,7 +108,7 @@ def test_averaged_weights_are_lent_and_taken_back(network, flags):
 
 
 def test_averaged_weights_are_taken_back_after_an_exception(network):
-    average = ema.make_ema(options(), network, CPU)
+    average = ema.make_ema(network)
     run(network, average)
     own = weights(network)
     with pytest.raises(KeyboardInterrupt), ema.averaged(average, network):
@@ -134,7 +126,7 @@ def test_without_an_average_the_network_stays_its_own(network):
 @pytest.fixture
 def saved(network, tmp_path):
     """(network, its average after 5 updates, the folder where `save_networks` wrote both)."""
-    average = ema.make_ema(options(), network, CPU)
+    average = ema.make_ema(network)
     run(network, average)
     ema.save_networks("unet", network, average, tmp_path)
     return network, average, tmp_path
@@ -143,7 +135,7 @@ def saved(network, tmp_path):
 def test_average_comes_back_bit_for_bit(saved, model):
     network, average, folder = saved
     fresh = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
-    restored = ema.make_ema(options(), fresh, CPU)
+    restored = ema.make_ema(fresh)
     ema.load_networks("unet", fresh, restored, folder)
     assert equal(restored.shadow_params, average.shadow_params)
     assert equal(weights(fresh), weights(network))
@@ -164,7 +156,7 @@ def test_saved_average_is_a_diffusers_model_and_a_diffusers_average(saved):
 def test_checkpoint_without_an_average_is_refused(network, tmp_path):
     ema.save_networks("unet", network, None, tmp_path)
     with pytest.raises(SystemExit, match=r"error: --use_ema: .* was saved without it"):
-        ema.load_networks("unet", network, ema.make_ema(options(), network, CPU), tmp_path)
+        ema.load_networks("unet", network, ema.make_ema(network), tmp_path)
     ema.load_networks("unet", network, None, tmp_path)
 
 

@@ -100,7 +100,7 @@ def one_clear_line(stop: SystemExit, printed: str = "") -> None:
 @pytest.fixture(scope="module")
 def types() -> dict:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "parse", lambda parser, argv: parser)
+        patch.setattr(checks, "parse", lambda parser, *_: parser)
         return {action.dest: (type(action.default), action.type) for action in load_script("sd").parse_args()._actions}
 
 

@@ -301,10 +301,12 @@ def test_a_repository_that_is_not_cached(command, tmp_path):
 
 def test_a_prior_needs_no_decoder_without_validation(command, monkeypatch):
     asked = []
-    monkeypatch.setattr(model_kind, "_check_repository", lambda args, flag, name, kind: asked.append((name, kind)))
+    monkeypatch.setattr(
+        model_kind, "_check_repository", lambda args, flag, name, kind, trained: asked.append((name, kind))
+    )
     for prompts in (None, ["a"]):
         args = load_script("prior").parse_args(command("prior", validation_prompts=prompts, **{DECODER: "a/b"}))
-        model_kind.check_hub(args)
+        model_kind.check_hub(args, model_kind.PRIOR)
     assert asked == [("a/b", "decoder")]
 
 
@@ -318,10 +320,8 @@ def test_flax_reads_all_kinds(command, variant_of, monkeypatch):
 
 def test_every_model_flag_is_looked_at(monkeypatch):
     found = {}
-    monkeypatch.setattr(
-        checks, "parse", lambda parser, argv: parser.parse_args(["--pretrained_model_name_or_path", "x"])
-    )
+    monkeypatch.setattr(checks, "parse", lambda parser, *_: parser.parse_args(["--pretrained_model_name_or_path", "x"]))
     found["sd"] = [kind for _, kind in model_kind._models(load_script("sd").parse_args())]
-    monkeypatch.setattr(checks, "parse", lambda parser, argv: parser.parse_args([]))
+    monkeypatch.setattr(checks, "parse", lambda parser, *_: parser.parse_args([]))
     found["prior"] = sorted(kind for _, kind in model_kind._models(load_script("prior").parse_args()))
     assert found == {"sd": ["model"], "prior": ["decoder", "prior"]}

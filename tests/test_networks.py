@@ -89,13 +89,13 @@ def test_checkpoint_does_not_know_the_layout(unet, model, options, tmp_path):
     """Network and average, saved from one layout and read into the other."""
     plain = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
     networks.channels_last(unet, CUDA)
-    average = ema.make_ema(options(use_ema=True), unet, torch.device("cpu"))
+    average = ema.make_ema(unet)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.mul_(2.0)
     ema.update(average, unet)
     ema.save_networks("unet", unet, average, tmp_path)
-    into = ema.make_ema(options(use_ema=True), plain, torch.device("cpu"))
+    into = ema.make_ema(plain)
     ema.load_networks("unet", plain, into, tmp_path)
     assert all(map(torch.equal, plain.parameters(), unet.parameters()))
     assert all(map(torch.equal, into.shadow_params, average.shadow_params))
@@ -183,8 +183,7 @@ def test_state_in_eight_bits_is_left_as_it_is(options):
     blocks = torch.zeros(4, 2, 3, 3, dtype=torch.uint8)
     optimizer.state[parameter] = {"step": 3, "state1": blocks}
     args = options()
-    args.use_8bit_adam = True  # past the check that the package is there
-    optim.set_position(args, optim.make_schedule(args, optimizer, 4), 3)
+    optim.set_position(args, optim.make_schedule(args, optimizer, 4), 3, eight_bit=True)
     assert optimizer.state[parameter]["step"] == 3
     assert optimizer.state[parameter]["state1"] is blocks
 
@@ -194,6 +193,5 @@ def test_state_of_the_other_optimizer_is_refused(options, eight_bit, name, was):
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer, args = torch.optim.AdamW([parameter]), options()
     optimizer.state[parameter] = {"step": torch.tensor(3.0), name: torch.zeros(2)}
-    args.use_8bit_adam = eight_bit
     with pytest.raises(SystemExit, match=f"the checkpoint's optimizer ran {was} --use_8bit_adam"):
-        optim.set_position(args, optim.make_schedule(args, optimizer, 4), 3)
+        optim.set_position(args, optim.make_schedule(args, optimizer, 4), 3, eight_bit)

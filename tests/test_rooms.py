@@ -65,3 +65,15 @@ def test_the_command_line_costs_nothing_heavy():
     program = f"import sys, {', '.join(modules)}; print(sorted({heavy} & {{*sys.modules}}))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) != "cli"])
+def test_shared_code_never_asks_which_script_it_serves(module):
+    """Scripts have different flags: what depends on one is an argument. `cli` checks those that a script has."""
+    calls = [node for node in ast.walk(ast.parse((PACKAGE / module).read_text())) if isinstance(node, ast.Call)]
+    asked = [
+        call
+        for call in calls
+        if ast.unparse(call.func) in ("getattr", "hasattr") and "args" in ast.unparse(call.args[0])
+    ]
+    assert [ast.unparse(call) for call in asked if isinstance(call.args[1], ast.Constant)] == []

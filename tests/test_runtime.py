@@ -129,8 +129,8 @@ def test_first_adamw_update_by_hand(start):
 
 def test_scale_lr(start):
     """Times accumulation, batch and processes."""
-    args, accelerator = start(learning_rate=0.01, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4)
-    optimizer = optim.make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], accelerator)
+    args, accelerator = start(learning_rate=0.01, train_batch_size=3, gradient_accumulation_steps=4)
+    optimizer = optim.make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], accelerator, scale_lr=True)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.12)
 
 

@@ -37,7 +37,9 @@ KANDINSKY = [
     ("draw_picture", "num_inference_steps=validation.STEPS,",
      "num_inference_steps=validation.STEPS, prior_num_inference_steps=validation.STEPS,",
      "two networks draw a picture"),
-    ("main", ", initial=pipeline.unet)", ")", "no --non_ema_revision, so the average starts from what is trained"),
+    ("main", "ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema)", "ema.make_ema(unet)",
+     "no --non_ema_revision, so the average starts from what is trained; it is not placed elsewhere"),
+    ("main", "accelerator, scale_lr=args.scale_lr)", "accelerator)", "no --scale_lr"),
     ("main", "build_drawing_pipeline(pipeline,", "build_drawing_pipeline(args, pipeline,",
      "validation loads the half that is not trained"),
 ]  # fmt: skip
@@ -49,6 +51,8 @@ LORA = [
      "a checkpoint holds the adapters alone"),
     ("main", "partial(ema.load_networks, 'unet', network, average)", "partial(lora.load_networks, network)",
      "a checkpoint holds the adapters alone"),
+    ("main", "progress.begin(network, objective, average, args.tracker_project_name)",
+     "progress.begin(network, objective)", "no --use_ema, no --tracker_project_name"),
     ("main", ", ema.averaged(average if progress.step else None, network):", ":", "no --use_ema"),
     ("main", "            if average is not None:\n                ema.update(average, network)\n", "", "no --use_ema"),
     ("main", "        with ema.averaged(average, network):\n    ", "", "no --use_ema"),
@@ -60,12 +64,13 @@ KANDINSKY_LORA = [
 ]  # fmt: skip
 NOT_EXPORTED = ("networks.frozen(module, accelerator)", "networks.frozen(module, accelerator, exported=False)",
                 "adapters are exported alone")  # fmt: skip
-PREPARED = "    unet = unet.to(accelerator.device)\n    average = ema.make_ema(args, unet, accelerator.device{}) if args.use_ema else None\n"  # fmt: skip  # noqa: E501
+PREPARED = "    unet = unet.to(accelerator.device)\n    average = ema.make_ema(unet{}) if args.use_ema else None\n"
 EXPORT = "def export(pipeline, unet, folder):\n    pipeline.register_modules(unet=unet)\n    pipeline.save_pretrained(folder)"  # fmt: skip  # noqa: E501
 
 DIFFERENCES = {
     "prior": [
         *KANDINSKY,
+        ("main", "model_kind.STABLE_DIFFUSION", "model_kind.PRIOR", "what it trains"),
         ("main", ", args.resolution)", ")", "it reads no pictures at --resolution"),
         ("main", "[networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]",
          "freeze(pipeline, accelerator)", "its frozen parts are not networks alone, and so a function of their own"),
@@ -73,6 +78,7 @@ DIFFERENCES = {
     "decoder": [
         *KANDINSKY,
         ("imports", "import captions, draws", "import draws", "it reads no captions"),
+        ("main", "model_kind.STABLE_DIFFUSION", "model_kind.DECODER", "what it trains"),
         ("main", "pipeline, unet, noise_scheduler = load", "pipeline, image_encoder, unet, noise_scheduler = load",
          "the image encoder is no part of the decoder's pipeline"),
         ("main", "[networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]",
@@ -84,11 +90,13 @@ DIFFERENCES = {
         ("parse_args", "flags.add_ema_args(parser)", "flags.add_lora_args(parser, kohya=True)", "its flags"),
         ("parse_args", "project=False)",
          "project=False)\n    parser.set_defaults(output_dir='sd-model-finetuned-lora')", "its default"),
-        ("load_models", "        unet = pipeline.unet\n        if args.non_ema_revision is not None:\n            "
-         "unet = UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, subfolder='unet', "
-         "revision=args.non_ema_revision, **source).float()\n", "    unet = pipeline.unet\n", "no --non_ema_revision"),
+        ("load_models", "        spare_parts.fetch(args)\n", "", "adapters are exported alone"),
+        ("load_models", "        if args.non_ema_revision is not None:\n            unet = UNet2DConditionModel."
+         "from_pretrained(args.pretrained_model_name_or_path, subfolder='unet', revision=args.non_ema_revision, "
+         "**source).float()\n", "", "no --non_ema_revision"),
         ("main", *NOT_EXPORTED),
-        ("main", PREPARED.format(", initial=pipeline.unet"), "    unet = lora.add_adapters(unet, args, accelerator)\n",
+        ("main", PREPARED.format(", pipeline.unet, args.offload_ema, args.foreach_ema"),
+         "    unet = lora.add_adapters(unet, args, accelerator)\n",
          "the method"),
         ("main", "partial(export, pipeline, network, args)", "partial(export, args, network)",
          "the adapters are exported, not the pipeline"),
@@ -111,6 +119,8 @@ DIFFERENCES = {
     "decoder_lora": [
         *LORA, *KANDINSKY_LORA,
         ("parse_args", "add_network_args(parser)", "add_network_args(parser, xformers=False)", "its flags"),
+        ("load_models", "    if args.enable_xformers_memory_efficient_attention:\n        "
+         "networks.use_xformers(unet)\n", "", "no xFormers: its attention takes keys besides"),
         ("main",
          "[networks.frozen(pipeline.movq, accelerator), networks.frozen(image_encoder, accelerator, exported=False)]",
          "[networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]",

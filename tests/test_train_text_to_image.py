@@ -3,6 +3,7 @@
 `FLAGS` names, for each flag, the test that shows it act. Runs are short, and shared by the tests that look at them.
 """
 
+import copy
 import importlib
 import json
 import os
@@ -915,12 +916,12 @@ def test_averages_placement_and_fused_sweep(run, parse, base):
         assert all(torch.allclose(other[name], exported[name], rtol=1e-5, atol=1e-7) for name in exported)
 
     def device_and_sweep(**changes):  # a device that is not the host, and needs no hardware
-        average = ema.make_ema(parse(use_ema=True, **changes), base.unet, torch.device("meta"))
+        average = ema.make_ema(copy.deepcopy(base.unet).to("meta"), base.unet, **changes)
         return {str(tensor.device) for tensor in average.shadow_params}, average.foreach
 
     assert device_and_sweep() == ({"meta"}, False)
-    assert device_and_sweep(offload_ema=True) == ({"cpu"}, False)
-    assert device_and_sweep(foreach_ema=True) == ({"meta"}, True)
+    assert device_and_sweep(offload=True) == ({"cpu"}, False)
+    assert device_and_sweep(foreach=True) == ({"meta"}, True)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

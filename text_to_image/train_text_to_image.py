@@ -15,6 +15,7 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 from functools import partial
 
 from t2i_training.cli import checks, flags
+from t2i_training.sources import model_kind
 
 
 def parse_args(argv=None):
@@ -33,7 +34,7 @@ def parse_args(argv=None):
     flags.add_checkpoint_args(parser)
     flags.add_validation_args(parser)
     flags.add_reporting_args(parser)
-    return checks.parse(parser, argv)
+    return checks.parse(parser, argv, model_kind.STABLE_DIFFUSION)
 
 
 if __name__ == "__main__":
@@ -58,8 +59,9 @@ def load_models(args, accelerator):
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
     with errors.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.not_loaded(args)
+            args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.NOT_LOADED
         )
+        spare_parts.fetch(args)
         networks.standardize(pipeline)
         unet = pipeline.unet
         if args.non_ema_revision is not None:
@@ -73,6 +75,8 @@ def load_models(args, accelerator):
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
         raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
+    if args.enable_xformers_memory_efficient_attention:
+        networks.use_xformers(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return pipeline, networks.tune(unet.train(), args, accelerator), noise_scheduler
@@ -155,7 +159,10 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     if args.cache_encodings:
         vae, text_encoder = frozen
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
-        readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders)
+        readers = cache.cached(
+            args, accelerator, dataset, pictures, readers, encoders,
+            crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
+        )  # fmt: skip
     side = args.resolution // pipeline.vae_scale_factor
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
@@ -210,6 +217,7 @@ def main(argv=None):
     lifecycle.settle_seed(args, position)
 
     with distributed.main_first(accelerator):
+        model_kind.check_hub(args, model_kind.STABLE_DIFFUSION)
         dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
@@ -218,9 +226,9 @@ def main(argv=None):
     progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
-    average = ema.make_ema(args, unet, accelerator.device, initial=pipeline.unet) if args.use_ema else None
+    average = ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema) if args.use_ema else None
 
-    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator, scale_lr=args.scale_lr)
     schedule = optim.make_schedule(args, optimizer, progress.total)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
@@ -231,11 +239,11 @@ def main(argv=None):
         partial(ema.save_networks, "unet", network, average), partial(ema.load_networks, "unet", network, average),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_position(args, schedule, progress.step)
+    optim.set_position(args, schedule, progress.step, args.use_8bit_adam)
     output_folder.take_over(args, accelerator, progress.step)
-    progress.begin(network, partial(compute_loss, noise_scheduler=noise_scheduler, args=args))
+    objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
+    progress.begin(network, objective, average, args.tracker_project_name)
     stream = loading.batches(loader, accelerator)
-
     drawing = build_drawing_pipeline(pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():

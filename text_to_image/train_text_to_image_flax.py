@@ -15,6 +15,7 @@ from functools import partial
 
 from t2i_training.cli import checks, flags
 from t2i_training.sd_flax import flags as flax_flags
+from t2i_training.sources import model_kind
 
 
 def parse_args(argv=None):
@@ -33,7 +34,7 @@ def parse_args(argv=None):
     flags.add_validation_args(parser)
     flags.add_reporting_args(parser)
     flax_flags.add_flax_args(parser)
-    args = checks.parse(parser, argv)
+    args = checks.parse(parser, argv, model_kind.STABLE_DIFFUSION_IN_JAX)
     flax_flags.need_packages(parser)
     return args
 
@@ -158,7 +159,10 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
         vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline))
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         encoders = [partial(flax_devices.encode_on_host, encode=each) for each in encoders]
-        readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders, mesh.shape["devices"])
+        readers = cache.cached(
+            args, accelerator, dataset, pictures, readers, encoders, devices=mesh.shape["devices"],
+            crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
+        )  # fmt: skip
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
         latent_shape=pipeline.latent_shape(args.resolution), num_timesteps=noise_scheduler.config.num_train_timesteps,
@@ -231,6 +235,7 @@ def main(argv=None):
     lifecycle.settle_seed(args, position)
 
     with distributed.main_first(accelerator):
+        model_kind.check_hub(args, model_kind.STABLE_DIFFUSION_IN_JAX)
         dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
@@ -249,7 +254,8 @@ def main(argv=None):
     trained.begin(train_step)
     optim.set_position(args, schedule, progress.step)
     output_folder.take_over(args, accelerator, progress.step)
-    progress.begin(None, None, flax_devices.Gauge(args, mesh, trained.sample_flops), trained.nbytes())
+    gauge = flax_devices.Gauge(args, mesh, trained.sample_flops)
+    progress.begin(None, None, project=args.tracker_project_name, gauge=gauge, size=trained.nbytes())
     stream = loading.batches(loader, accelerator)
 
     def validate():

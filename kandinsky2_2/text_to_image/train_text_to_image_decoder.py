@@ -14,6 +14,7 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 from functools import partial
 
 from t2i_training.cli import checks, flags
+from t2i_training.sources import model_kind
 
 
 def parse_args(argv=None):
@@ -33,7 +34,7 @@ def parse_args(argv=None):
     flags.add_validation_args(parser)
     flags.add_reporting_args(parser)
     parser.set_defaults(output_dir="kandi_2_2-model-finetuned", train_batch_size=1, adam_weight_decay=0.0)
-    return checks.parse(parser, argv)
+    return checks.parse(parser, argv, model_kind.DECODER)
 
 
 if __name__ == "__main__":
@@ -63,18 +64,21 @@ def load_models(args, accelerator):
     """The base decoder's pipeline and the CLIP image encoder, unrounded; the UNet to train; the training scheduler."""
     with errors.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         pipeline = KandinskyV22Pipeline.from_pretrained(
-            args.pretrained_decoder_model_name_or_path, **networks.source(args, "pretrained_decoder_model_name_or_path")
+            args.pretrained_decoder_model_name_or_path,
+            **model_kind.source(args, "pretrained_decoder_model_name_or_path"),
         )
         networks.standardize(pipeline)
     with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         image_encoder = CLIPVisionModelWithProjection.from_pretrained(
             args.pretrained_prior_model_name_or_path, subfolder="image_encoder",
-            **networks.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
+            **model_kind.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
         )  # fmt: skip
         networks.to_whole(image_encoder, "image_encoder", image_encoder.dtype)
     unet = pipeline.unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
+    if args.enable_xformers_memory_efficient_attention:
+        networks.use_xformers(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return pipeline, image_encoder, networks.tune(unet.train(), args, accelerator), noise_scheduler
@@ -161,7 +165,7 @@ def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
     with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         prior = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, image_encoder=image_encoder,
-            **networks.source(args, "pretrained_prior_model_name_or_path"),
+            **model_kind.source(args, "pretrained_prior_model_name_or_path"),
         )  # fmt: skip
         networks.standardize(prior, image_encoder.dtype)
     drawing = KandinskyV22CombinedPipeline(
@@ -210,6 +214,7 @@ def main(argv=None):
     lifecycle.settle_seed(args, position)
 
     with distributed.main_first(accelerator):
+        model_kind.check_hub(args, model_kind.DECODER)
         dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
@@ -218,7 +223,7 @@ def main(argv=None):
     progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
-    average = ema.make_ema(args, unet, accelerator.device) if args.use_ema else None
+    average = ema.make_ema(unet) if args.use_ema else None
 
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
@@ -231,11 +236,11 @@ def main(argv=None):
         partial(ema.save_networks, "unet", network, average), partial(ema.load_networks, "unet", network, average),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_position(args, schedule, progress.step)
+    optim.set_position(args, schedule, progress.step, args.use_8bit_adam)
     output_folder.take_over(args, accelerator, progress.step)
-    progress.begin(network, partial(compute_loss, noise_scheduler=noise_scheduler, args=args))
+    objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
+    progress.begin(network, objective, average, args.tracker_project_name)
     stream = loading.batches(loader, accelerator)
-
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():

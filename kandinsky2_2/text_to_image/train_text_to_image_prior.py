@@ -13,6 +13,7 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 from functools import partial
 
 from t2i_training.cli import checks, flags
+from t2i_training.sources import model_kind
 
 
 def parse_args(argv=None):
@@ -32,7 +33,7 @@ def parse_args(argv=None):
     flags.add_validation_args(parser)
     flags.add_reporting_args(parser)
     parser.set_defaults(output_dir="kandi_2_2-model-finetuned", train_batch_size=1, adam_weight_decay=0.0)
-    return checks.parse(parser, argv)
+    return checks.parse(parser, argv, model_kind.PRIOR)
 
 
 if __name__ == "__main__":
@@ -61,7 +62,7 @@ def load_models(args, accelerator):
     """The base prior's pipeline, unrounded on the CPU; the prior to train, in fp32; the training scheduler."""
     with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         pipeline = KandinskyV22PriorPipeline.from_pretrained(
-            args.pretrained_prior_model_name_or_path, **networks.source(args, "pretrained_prior_model_name_or_path")
+            args.pretrained_prior_model_name_or_path, **model_kind.source(args, "pretrained_prior_model_name_or_path")
         )
         networks.standardize(pipeline)
     prior = pipeline.prior
@@ -161,7 +162,8 @@ def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *
     """The pipeline that validates: what is in memory, and the base decoder, which is loaded for this alone."""
     with errors.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         decoder = KandinskyV22Pipeline.from_pretrained(
-            args.pretrained_decoder_model_name_or_path, **networks.source(args, "pretrained_decoder_model_name_or_path")
+            args.pretrained_decoder_model_name_or_path,
+            **model_kind.source(args, "pretrained_decoder_model_name_or_path"),
         )
         networks.standardize(decoder, image_encoder.dtype)
     drawing = KandinskyV22CombinedPipeline(
@@ -213,6 +215,7 @@ def main(argv=None):
     lifecycle.settle_seed(args, position)
 
     with distributed.main_first(accelerator):
+        model_kind.check_hub(args, model_kind.PRIOR)
         dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
@@ -221,7 +224,7 @@ def main(argv=None):
     progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     prior = prior.to(accelerator.device)
-    average = ema.make_ema(args, prior, accelerator.device) if args.use_ema else None
+    average = ema.make_ema(prior) if args.use_ema else None
 
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
     schedule = optim.make_schedule(args, optimizer, progress.total)
@@ -234,11 +237,11 @@ def main(argv=None):
         partial(ema.save_networks, "prior", network, average), partial(ema.load_networks, "prior", network, average),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_position(args, schedule, progress.step)
+    optim.set_position(args, schedule, progress.step, args.use_8bit_adam)
     output_folder.take_over(args, accelerator, progress.step)
-    progress.begin(network, partial(compute_loss, noise_scheduler=noise_scheduler, args=args))
+    objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
+    progress.begin(network, objective, average, args.tracker_project_name)
     stream = loading.batches(loader, accelerator)
-
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():

@@ -51,12 +51,12 @@ class Board:
 
         setattr(owner, name, marked)
 
-    def wrap_all(self) -> None:
+    def wrap_all(self, script) -> None:
         from t2i_training.data import inspection
         from t2i_training.encodings import cache
         from t2i_training.report import validation
         from t2i_training.report.progress import Progress
-        from t2i_training.run import checkpoint, export
+        from t2i_training.run import checkpoint
 
         self.wrap(inspection, "inspect", "inspection", "loading")
         self.wrap(cache, "cached", "caching")
@@ -66,4 +66,4 @@ class Board:
         self.wrap(checkpoint.CheckpointManager, "_put_in_place", "checkpoint")  # in a thread, while steps are taken
         self.wrap(checkpoint.CheckpointManager, "_rotate", "rotation")
         self.wrap(validation, "validate", "validation")
-        self.wrap(export, "publish", "export", "end")
+        self.wrap(script, "publish", "export", "end")

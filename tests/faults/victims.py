@@ -186,13 +186,14 @@ def _run(script, tokens, output_dir, log, board, kill) -> None:
         for source, target in ((null, 0), (descriptor, 1), (descriptor, 2)):
             os.dup2(source, target)
         faulthandler.register(signal.SIGQUIT)
-        board.wrap_all()
+        module = conftest.load_script(script)
+        board.wrap_all(module)
         _watch_changes(board, str(output_dir), kill)
         from t2i_training.report import flops, validation
 
         flops.count = lambda *_: 1.0  # half a second in every run, for a readout
         validation.STEPS = conftest.SAMPLING_STEPS
-        conftest.load_script(script).main(tokens)
+        module.main(tokens)
         board.enter("end")  # and its time counts
         status = 0
     except SystemExit as stop:

@@ -41,7 +41,7 @@ class DefaultSeed(int):
     """A seed that nobody has typed: that of a checkpoint comes before it."""
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, trained: model_kind.Trained) -> argparse.Namespace:
     """Parse and check; exits with status 2 and one line on stderr when something is wrong.
 
     With `--config FILE` the file's values stand in front of the command line's, so the command line wins; what the file
@@ -53,15 +53,15 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         parser.error("file locks (fcntl) and forked loader workers need Linux or macOS: on Windows, run it in WSL")
     names.expand_home(args)
     packages.hide_unused(args)
-    check(parser, args)
     if hasattr(args, "validation_prompt"):  # several pictures of one prompt are validated like several prompts
         args.validation_prompts = (
             [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
         )
+    check(parser, args, trained)
     return args
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, trained: model_kind.Trained) -> None:
     """Refuse what cannot work, through `parser.error`. Opens no model and no data set."""
     _check_texts(parser, args)
     _check_numbers(parser, args)
@@ -74,7 +74,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         _check_data_source(parser, args)
     _check_paths(parser, args)
     _check_resume(parser, args)
-    model_kind.check_folders(parser, args)
+    model_kind.check_folders(parser, args, trained)
 
 
 def _check_texts(parser, args):

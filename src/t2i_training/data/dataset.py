@@ -7,7 +7,7 @@ import warnings
 
 from .. import errors, sanitize
 from ..log import logger
-from ..sources import data_files, model_kind
+from ..sources import data_files, names
 from . import image_folder, images
 
 ROW = 0  # a row's number in itself, under a key that no column has
@@ -22,13 +22,13 @@ def open_dataset(args):
 
     Both flags read a local folder alike; one line says which files, and which splits were left out.
     """
-    model_kind.check_hub(args)
+    names.check_hub_dataset(args)
     where = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
     place = data_files.local_folder(args)
     try:
         dataset, said = _read_folder(place, args) if place else _read_splits(where, args.dataset_name, args)
     except Exception as error:  # datasets raises some twenty kinds here, for files, hub, formats and metadata
-        hint = errors.cache_hint(error, getattr(args, "cache_dir", None))
+        hint = errors.cache_hint(error, args.cache_dir)
         if place and not isinstance(error, data_files.BadData):
             hint = hint or data_files.archives(data_files.list_files(place))
         raise SystemExit(f"error: {where}: {_one_line(error)}{hint}") from error
@@ -43,7 +43,7 @@ def _read_folder(place: str, args) -> tuple:
     import datasets
 
     where = f"--{'train_data_dir' if args.dataset_name is None else 'dataset_name'} {place}"
-    captions = getattr(args, "caption_column", None)
+    captions = args.caption_column
     if fault := data_files.refusal(place, captions=False):
         raise SystemExit(f"error: {where} {fault}")
     if any(os.path.exists(os.path.join(place, name)) for name in data_files.STORED):
@@ -59,7 +59,7 @@ def _read_splits(where: str, name: str, args) -> tuple:
     import datasets
 
     options = {"data_dir": args.train_data_dir} if args.dataset_name == name else {}
-    configuration = getattr(args, "dataset_config_name", None)
+    configuration = args.dataset_config_name
     splits = datasets.load_dataset(name, configuration, cache_dir=args.cache_dir, **options)
     return _training_split(where, splits, next(iter(splits.values())).builder_name)
 

@@ -25,19 +25,29 @@ BATCH = 8  # encoded at once, or as many as a micro-batch of training has, but 4
 SHARD = 512  # encodings in a file; at most so many are computed again after a crash
 
 
-def cached(args, accelerator, dataset, pictures, readers: list, encoders: list, devices: int = 1) -> list[Callable]:
+def cached(
+    args,
+    accelerator,
+    dataset,
+    pictures,
+    readers: list,
+    encoders: list,
+    *,
+    crops: int = 0,
+    flips: bool = False,
+    devices=1,
+) -> list[Callable]:
     """Functions to call in place of `readers`: they give no longer what a network takes, but what it made of it.
 
     The readers are the script's own with everything bound but their input: `read_picture(source, crop_draw, mirror)`
     and, where captions are used, `read_caption(text)` give the tensors of one item. The encoders turn a batch of such
-    items into what is kept. `pictures` is what `inspection.inspect` says of the rows. What is not on disk yet is
-    encoded now, by all processes, on `devices` each; then the networks leave the device. From here on `source` is the
-    number of a row.
+    items into what is kept: `crops` random ones of each picture, with 0 its centre, and with `flips` both mirrorings.
+    `pictures` is what `inspection.inspect` says of the rows. What is not on disk yet is encoded now, by all processes,
+    on `devices` each; then the networks leave the device. From here on `source` is the number of a row.
     """
     # However a square is cut out of a square picture, it is all of it.
-    crops = 0 if getattr(args, "center_crop", True) else args.cache_crops
     views = [(picture.digest, crops if picture.width != picture.height else 0) for picture in pictures]
-    mirrors = (False, True) if getattr(args, "random_flip", False) else (False,)
+    mirrors = (False, True) if flips else (False,)
     wanted = {
         _view_key(digest, crop, mirror): (row, crop, mirror)
         for row, (digest, crops) in enumerate(views)
@@ -95,7 +105,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
     readable = partial(errors.readable_errors, "--encodings_dir", str(folder))
     plan = None
     if accelerator.is_main_process:
-        identity = " ".join([__version__, str(getattr(args, "allow_tf32", False)), *map(fingerprint, functions)])
+        identity = " ".join([__version__, str(args.allow_tf32), *map(fingerprint, functions)])
         with readable():
             store = Store(folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
             store.remove_stale(3600 if args.encodings_dir else 0)  # the output folder is this run's alone

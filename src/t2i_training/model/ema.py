@@ -14,17 +14,18 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 VISIT = 2**28  # bytes of an offloaded average that are on the device at once, while it is updated
 
 
-def make_ema(args, model, device: torch.device, initial=None) -> EMAModel:
+def make_ema(model, initial=None, offload: bool = False, foreach: bool = False) -> EMAModel:
     """The average of `model`'s weights, starting from those of `initial` (default: its own).
 
-    `--offload_ema` keeps it in host memory (pinned where there is CUDA); one sweep of fused kernels updates it on CUDA,
-    and elsewhere with `--foreach_ema`.
+    It is where the model is, or, with `offload`, in host memory (pinned where there is CUDA). One sweep of fused
+    kernels updates it on CUDA, and elsewhere with `foreach`.
     """
-    foreach = getattr(args, "foreach_ema", False) or device.type == "cuda"
+    device = next(model.parameters()).device
+    foreach = foreach or device.type == "cuda"
     ema = EMAModel((initial or model).parameters(), model_cls=type(model), model_config=model.config, foreach=foreach)
     if initial is not None and initial is not model:
         ema.optimization_step = 10**6  # an average with a history: the first updates must not replace it
-    return _place(ema, device, getattr(args, "offload_ema", False))
+    return _place(ema, device, offload)
 
 
 def _place(ema: EMAModel, device: torch.device, offload: bool) -> EMAModel:

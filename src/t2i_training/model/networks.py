@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import errors
 from ..log import logger
-from ..sources import model_kind, weight_files
+from ..sources import weight_files
 from .optim import trainable
 
 # What is compiled on its own under `--torch_compile=regional`: where nearly all of a UNet's or prior's arithmetic is.
@@ -66,18 +66,11 @@ def to_whole(network: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.n
     return network
 
 
-def source(args, flag: str, part: str | None = None) -> dict:
-    """Options with which `from_pretrained` opens what a Kandinsky script's flag names."""
-    return model_kind.source(args, flag, part)
-
-
 def tune(network, args, accelerator):
-    """The network to train, laid out for the device, with the attention and the compilation that are asked for.
+    """The network to train, laid out for the device, and compiled if that is asked for.
 
     In place, by `Module.compile`: no wrapper gets into checkpoints and exports.
     """
-    if getattr(args, "enable_xformers_memory_efficient_attention", False):
-        _use_xformers(network)
     if args.torch_compile:
         if accelerator.device.type == "cuda" and not has_triton():
             raise SystemExit("error: --torch_compile: Triton does not work on this GPU: leave the flag out")
@@ -117,10 +110,10 @@ def _part_gradients(network) -> None:
         parameter.register_post_accumulate_grad_hook(part)
 
 
-def _use_xformers(unet) -> None:
-    """It tries a kernel at once, and what that says of the device names the flag."""
+def use_xformers(network) -> None:
+    """Let a network attend by xFormers. It tries a kernel at once, and what that says of the device names the flag."""
     try:
-        unet.enable_xformers_memory_efficient_attention()
+        network.enable_xformers_memory_efficient_attention()
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise SystemExit(f"error: --enable_xformers_memory_efficient_attention: {reason}; leave it out") from error

@@ -17,7 +17,7 @@ def scaled_rate(args, devices: int) -> float:
     return args.learning_rate * args.gradient_accumulation_steps * args.train_batch_size * devices
 
 
-def make_optimizer(args, parameters: list, accelerator):
+def make_optimizer(args, parameters: list, accelerator, scale_lr: bool = False):
     """AdamW over `parameters`: 8-bit if asked, else torch's fused one where the device has it."""
     options = {
         "lr": args.learning_rate,
@@ -25,9 +25,9 @@ def make_optimizer(args, parameters: list, accelerator):
         "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
     }
-    if getattr(args, "scale_lr", False):
+    if scale_lr:
         options["lr"] = scaled_rate(args, accelerator.num_processes)
-    if getattr(args, "use_8bit_adam", False):
+    if args.use_8bit_adam:
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
@@ -58,14 +58,13 @@ def make_schedule(args, optimizer, num_updates: int):
         raise SystemExit(f"error: --lr_scheduler {name}: {error}") from error
 
 
-def set_position(args, schedule, step: int) -> None:
+def set_position(args, schedule, step: int, eight_bit: bool = False) -> None:
     """Put the schedule where it stands after `step` updates; exact, since diffusers' schedules are closed forms.
 
     Restoring an optimizer has put back the checkpoint's settings; here the flags' take their place again. Its moments
     take the memory layout of their parameters: fused AdamW goes through both as they lie, and a checkpoint written on
     CUDA (channels-last) and read on a CPU, or the other way round, would be updated with another weight's moments.
     """
-    eight_bit = getattr(args, "use_8bit_adam", False)
     if any(("exp_avg" in state) == eight_bit for state in schedule.optimizer.state.values()):  # PyTorch's name
         was = "without" if eight_bit else "with"
         raise SystemExit(f"error: the checkpoint's optimizer ran {was} --use_8bit_adam: go on as it began, {was} it")

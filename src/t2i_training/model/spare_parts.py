@@ -17,14 +17,13 @@ from .. import sanitize
 from ..log import logger
 
 PARTS = ("feature_extractor", "safety_checker", "image_encoder")
+NOT_LOADED = {**dict.fromkeys(PARTS), "requires_safety_checker": False}  # options of `from_pretrained`
 _CLASSES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # the name of today
 
 
-def not_loaded(args) -> dict:
-    """Options with which `from_pretrained` leaves them out. Those of a hub are downloaded, if the run exports them."""
-    if not hasattr(args, "rank"):  # adapters are exported without their base
-        _base_folder(args)
-    return {**dict.fromkeys(PARTS), "requires_safety_checker": False}
+def fetch(args) -> None:
+    """Of a hub's base, download all that the run will export, so that hours later nothing is missing."""
+    _base_folder(args)
 
 
 def _base_folder(args, **options) -> Path:

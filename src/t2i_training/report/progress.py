@@ -23,6 +23,7 @@ from ..run import checkpoint
 from ..run.output_folder import METRICS
 from . import curves, throughput
 
+PROJECT = "text2image-fine-tune"  # in the trackers, of scripts without --tracker_project_name
 MOST_SKIPPED = 32  # updates in a row that fp16's loss scaler may skip: each halves the scale, which is then below 2e-5
 
 
@@ -85,15 +86,23 @@ class Progress:
         completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
         return bool(self.args.validation_prompts) and completed and self.step < self.total
 
-    def begin(self, network, objective: Callable | None, gauge=None, checkpoint_bytes: int | None = None) -> None:
+    def begin(
+        self,
+        network,
+        objective: Callable | None,
+        average=None,
+        project: str = PROJECT,
+        gauge=None,
+        size: int | None = None,
+    ) -> None:
         """Open bar and trackers: the run is ready to take steps on `objective(network, batch)`.
 
-        With a `gauge` of other devices than PyTorch's, and the size of a checkpoint, both may be None.
+        With a `gauge` of other devices than PyTorch's, and a checkpoint's `size` in bytes, network and objective may be
+        None. `average` is that of the weights, if there is one; `project` is the run's project in the trackers.
         """
         main = self.accelerator.is_main_process
         config = public_config(self.args)  # trackers take scalars only
         config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
-        project = getattr(self.args, "tracker_project_name", "text2image-fine-tune")
         logs = Path(self.args.output_dir, self.args.logging_dir).absolute()
         if main:
             logs.mkdir(parents=True, exist_ok=True)
@@ -106,7 +115,7 @@ class Progress:
             f"{self.devices} x {self.device}, mixed precision {self.args.mixed_precision}"
         )
         if main:
-            size = checkpoint.size_of(self.args, network) if checkpoint_bytes is None else checkpoint_bytes
+            size = checkpoint.size_of(self.args, network, average) if size is None else size
             checkpoint.announce_space(self.args, size, self.step, self.total)
         self._bar = errors.progress_bar = tqdm(  # a log file wants lines, not an animation: `_report`
             total=self.total, initial=self.step, disable=not main or not sys.stderr.isatty(), dynamic_ncols=True,

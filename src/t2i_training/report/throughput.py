@@ -18,7 +18,7 @@ class Gauge:
         self._network, self._objective, self._device = network, objective, accelerator.device
         self.devices, self.peak = accelerator.num_processes, None  # TFLOP/s of one, if that is known
         if self._device.type == "cuda":
-            name, tf32 = torch.cuda.get_device_name(self._device), getattr(args, "allow_tf32", False)
+            name, tf32 = torch.cuda.get_device_name(self._device), args.allow_tf32
             self.peak = flops.peak_tflops(name, accelerator.mixed_precision, tf32)
 
     def restart(self) -> None:

@@ -201,11 +201,11 @@ def _abandon_later_ones(folder: Path) -> None:
             logger.warning(f"{other} is {what} the checkpoint resumed from; moved to {set_aside(other)}")
 
 
-def size_of(args, network) -> int:
+def size_of(args, network, average=None) -> int:
     """Bytes of a checkpoint of a PyTorch network: trained weights in fp32, their average, AdamW's two moments."""
     sizes = [parameter.numel() for parameter in network.parameters() if parameter.requires_grad]
-    networks = 2 if getattr(args, "use_ema", False) else 1
-    if not getattr(args, "use_8bit_adam", False):
+    networks = 1 if average is None else 2
+    if not args.use_8bit_adam:
         return 4 * (networks + 2) * sum(sizes)
     # bitsandbytes: a byte a value and a scale for 256 of them, but for small tensors, which stay in fp32
     moments = sum(2 * size + 8 * (size // 256) if size >= 4096 else 8 * size for size in sizes)

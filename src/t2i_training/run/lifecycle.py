@@ -68,7 +68,7 @@ def start(args) -> Accelerator:
         log.open_file(args.log_file, args.hub_token)
         logger.info(_what_is_trained(args))
     distributed.wait(accelerator)
-    if getattr(args, "allow_tf32", False):
+    if args.allow_tf32:
         torch.set_float32_matmul_precision("high")  # cuDNN's convolutions are in TF32 unless told otherwise
     errors.explain_out_of_memory()
     stopping.catch_signals()

@@ -41,7 +41,7 @@ def local_folder(args) -> str | None:
     if args.dataset_name is None:
         return args.train_data_dir
     place = os.path.join(args.dataset_name, args.train_data_dir) if args.train_data_dir else args.dataset_name
-    return place if os.path.isdir(place) and not getattr(args, "dataset_config_name", None) else None
+    return place if os.path.isdir(place) and not args.dataset_config_name else None
 
 
 class BadData(ValueError):

@@ -4,11 +4,11 @@ A folder is looked at while flags are checked, a repository of the hub right bef
 configuration files are small, and the download of its weights is not.
 """
 
-import functools
 import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import sanitize
@@ -30,19 +30,31 @@ _NEEDS = {  # kind -> the parts of its pipeline, and what a user is told that it
         "a prior of Kandinsky 2.2 is needed: the prior with both CLIP encoders",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a script trains, and the types of files that it reads weights from, the first that is there."""
+
+    kind: str  # of _NEEDS
+    weights: tuple[str, ...] = ("safetensors", "bin")
+
+
+STABLE_DIFFUSION, PRIOR, DECODER = Trained("model"), Trained("prior"), Trained("decoder")
+STABLE_DIFFUSION_IN_JAX = Trained("model", ("safetensors", "bin", "msgpack"))
 _NETWORKS = ("unet", "vae", "movq", "prior", "text_encoder", "image_encoder")  # have weights
 _CONFIGURATIONS = {"scheduler": "scheduler_config.json", "image_processor": "preprocessor_config.json"}
 _SINGLE = (".ckpt", ".safetensors", ".pt", ".pth", ".gguf")  # a whole model in one file
 
 
-def check_folders(parser, args) -> None:
+def check_folders(parser, args, trained: Trained) -> None:
     """Refuse local models that are not of the kind that the script trains. Reads configuration files alone."""
     for flag, kind in _models(args):
         folder = Path(getattr(args, flag))
         if os.path.isdir(folder):  # unlike Path's, it takes a name too long for one
             _refuse_revisions(parser, args, folder)
             try:
-                _check_folder(folder, kind, args)
+                _check_folder(folder, kind, args, trained)
             except Unfit as error:
                 parser.error(f"--{flag} {folder} {sanitize.printable(str(error))}")
             except OSError as error:
@@ -54,17 +66,16 @@ def check_folders(parser, args) -> None:
             parser.error(str(error))
 
 
-def check_hub(args) -> None:
-    """The same for names of the hub, and --dataset_name: exits with one line."""
+def check_hub(args, trained: Trained) -> None:
+    """The same for names of the hub: exits with one line."""
     for flag, kind in _models(args):
         name = getattr(args, flag)
-        if os.path.isdir(name) or not _is_used(args, flag):
+        if os.path.isdir(name) or not _is_used(args, flag, trained):
             continue
         try:
-            _check_repository(args, flag, name, kind)
+            _check_repository(args, flag, name, kind, trained)
         except Unfit as error:
             raise SystemExit(f"error: --{flag} {name} {sanitize.printable(str(error))}") from None
-    names.check_hub_dataset(args)
 
 
 def _models(args) -> list[tuple[str, str]]:
@@ -72,32 +83,28 @@ def _models(args) -> list[tuple[str, str]]:
     return [(f, f.split("_")[1]) for f in vars(args) if re.fullmatch("pretrained_((prior|decoder)_)?model_.*", f)]
 
 
-def _is_used(args, flag: str) -> bool:
+def _is_used(args, flag: str, trained: Trained) -> bool:
     """Whether the run opens it: a prior's run needs a decoder, which it does not train, for validation alone."""
-    return "decoder" not in flag or hasattr(args, "image_embeds_dropout") or _validates(args)
+    return "decoder" not in flag or trained.kind == "decoder" or bool(args.validation_prompts)
 
 
-def _reads_image_encoder_alone(kind: str, args) -> bool:
-    """Whether the image encoder is all that the run, by that flag a decoder's, opens of a prior."""
-    return kind == "prior" and hasattr(args, "image_embeds_dropout") and not _validates(args)
-
-
-def _validates(args) -> bool:
-    return bool(getattr(args, "validation_prompts", None) or getattr(args, "validation_prompt", None))
+def _reads_image_encoder_alone(kind: str, args, trained: Trained) -> bool:
+    """Whether the image encoder is all that the run, a decoder's, opens of a prior."""
+    return kind == "prior" and trained.kind == "decoder" and not args.validation_prompts
 
 
 def _refuse_revisions(parser, args, folder: Path) -> None:
-    for flag in ("revision", "non_ema_revision"):
-        if getattr(args, flag, None) is not None:
+    for flag, value in vars(args).items():
+        if flag.endswith("revision") and value is not None:
             parser.error(f"--{flag} names a revision on the hub, and {folder} is a folder here: leave --{flag} out")
 
 
 # Folders
 
 
-def _check_folder(folder: Path, kind: str, args) -> None:
+def _check_folder(folder: Path, kind: str, args, trained: Trained) -> None:
     if not (folder / "model_index.json").is_file():
-        if _reads_image_encoder_alone(kind, args) and (folder / "image_encoder" / "config.json").is_file():
+        if _reads_image_encoder_alone(kind, args, trained) and (folder / "image_encoder" / "config.json").is_file():
             return
         raise Unfit(f"{_what_instead(folder)}; {_NEEDS[kind][1]}")
 
@@ -105,17 +112,24 @@ def _check_folder(folder: Path, kind: str, args) -> None:
         return _parse(folder / name) if (folder / name).is_file() else None
 
     index = read("model_index.json")
-    _check_kind(index, read, kind, args)
+    _check_kind(index, read, kind, trained)
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     for part in _NEEDS[kind][0]:
         if not (folder / part).is_dir():
             raise Unfit(f"has no folder {part}, which its model_index.json tells of: it was not copied whole")
     _check_configurations(_NEEDS[kind][0], files)
-    weight_files.check(_networks(kind), files, folder, args)
+    _check_weights(kind, files, folder, args, trained)
 
 
 def _networks(kind: str) -> list[str]:
     return [part for part in _NETWORKS if part in _NEEDS[kind][0]]
+
+
+def _check_weights(kind: str, files, folder: Path | None, args, trained: Trained) -> None:
+    variant, choose = None, False  # Kandinsky's scripts have no --variant, and take what is there: `source`
+    if trained.kind == "model":
+        variant, choose = args.variant, True
+    weight_files.check(_networks(kind), files, folder, trained.weights, variant, choose)
 
 
 def _check_configurations(parts, files) -> None:
@@ -182,15 +196,16 @@ def _what_instead(folder: Path) -> str:
 # Repositories
 
 
-def _check_repository(args, flag: str, name: str, kind: str) -> None:
+def _check_repository(args, flag: str, name: str, kind: str, trained: Trained) -> None:
     from huggingface_hub import hf_hub_download
 
-    source = {"repo_id": name, "revision": getattr(args, "revision", None), "cache_dir": args.cache_dir}
-    files = _remote_files(args, flag)
+    revision = args.revision if trained.kind == "model" else None  # Kandinsky's scripts have no such flag
+    source = {"repo_id": name, "revision": revision, "cache_dir": args.cache_dir}
+    files = names.remote_files(args, flag, revision)
 
     def read(file: str) -> dict | None:
         if files is None:
-            path = _cached(file, **source)
+            path = names.cached_file(file, **source)
         elif file in files:
             with names.hub_errors(args, flag):
                 path = hf_hub_download(filename=file, **source)
@@ -199,47 +214,24 @@ def _check_repository(args, flag: str, name: str, kind: str) -> None:
         return _parse(Path(path)) if path else None
 
     if files is not None and "model_index.json" not in files:
-        if _reads_image_encoder_alone(kind, args) and "image_encoder/config.json" in files:
+        if _reads_image_encoder_alone(kind, args, trained) and "image_encoder/config.json" in files:
             return
         adapters = any("lora" in file or "adapter_" in file for file in files)
         what = "holds LoRA adapters, and no model" if adapters else "holds no model_index.json"
         raise Unfit(f"{what}; {_NEEDS[kind][1]}")
     index = read("model_index.json")
-    _check_kind(index, read, kind, args)
+    _check_kind(index, read, kind, trained)
     if files is not None:
-        weight_files.check(_networks(kind), files, None, args)
-
-
-def _cached(file: str, **source) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(filename=file, **source)
-    return path if isinstance(path, str) else None
-
-
-@functools.cache
-def _list_files(name: str, revision: str | None) -> tuple[str, ...]:
-    from huggingface_hub import HfApi
-
-    return tuple(file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=names.SECONDS).siblings)
-
-
-def _remote_files(args, flag: str) -> tuple[str, ...] | None:
-    """The repository's files; None where the hub cannot be asked, and the cache has a copy."""
-    name, revision = getattr(args, flag), getattr(args, "revision", None)
-    cached = _cached("model_index.json", repo_id=name, revision=revision, cache_dir=args.cache_dir)
-    with names.hub_errors(args, flag, cached=cached is not None):
-        return _list_files(name, revision)
-    return None
+        _check_weights(kind, files, None, args, trained)
 
 
 # Kinds
 
 
-def _check_kind(index: dict, read: Callable[[str], dict | None], kind: str, args) -> None:
+def _check_kind(index: dict, read: Callable[[str], dict | None], kind: str, trained: Trained) -> None:
     """Raise Unfit unless a pipeline of these configuration files is of that kind."""
     name = index.get("_class_name") or "pipeline without a name"
-    reason = _other_parts(index, name, kind, hasattr(args, "from_pt"))
+    reason = _other_parts(index, name, kind, is_flax="msgpack" in trained.weights)
     if reason is None:
         reason = _quantised(read, kind) or (_other_unet(read, kind) if kind != "prior" else None)
     if reason:
@@ -326,7 +318,7 @@ def source(args, flag: str, part: str | None = None) -> dict:
     name = getattr(args, flag)
     files = [path.relative_to(name).as_posix() for path in Path(name).glob("*/*")]
     if not Path(name).is_dir():
-        files = _remote_files(args, flag) or ()
+        files = names.remote_files(args, flag) or ()
     parts = [part] if part else _NETWORKS
     variants = {min(there) for each in parts if (there := weight_files.variants(files, each))} - {""}
     if not variants:

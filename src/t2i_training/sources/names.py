@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import itertools
 import os
 import re
@@ -121,3 +122,26 @@ def hub_errors(args, flag: str, cached: bool = False):
         else:
             reason = f"there is no such folder, and the hub cannot be asked ({sanitize.reason(error)[:400]})"
         raise SystemExit(f"error: --{flag} {sanitize.printable(name)}: {reason}{_did_you_mean(name)}") from error
+
+
+def cached_file(file: str, **source) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(filename=file, **source)
+    return path if isinstance(path, str) else None
+
+
+@functools.cache
+def _list_files(name: str, revision: str | None) -> tuple[str, ...]:
+    from huggingface_hub import HfApi
+
+    return tuple(file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=SECONDS).siblings)
+
+
+def remote_files(args, flag: str, revision: str | None = None) -> tuple[str, ...] | None:
+    """The repository's files; None where the hub cannot be asked, and the cache has a copy."""
+    name = getattr(args, flag)
+    cached = cached_file("model_index.json", repo_id=name, revision=revision, cache_dir=args.cache_dir)
+    with hub_errors(args, flag, cached=cached is not None):
+        return _list_files(name, revision)
+    return None

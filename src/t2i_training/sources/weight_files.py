@@ -17,19 +17,17 @@ _UNFINISHED = (".crdownload", ".part", ".partial", ".incomplete", ".download", "
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
 
 
-def check(parts, files, folder: Path | None, args) -> None:
-    """Raise Unfit unless each network of `parts` has weights that the script reads, of --variant where any has.
+def check(parts, files, folder: Path | None, kinds: tuple, variant: str | None, choose: bool) -> None:
+    """Raise Unfit unless each network of `parts` has weights of one of `kinds`, of the `variant` where any has.
 
     `files` are relative to `folder`, in which they are looked at; None stands for a repository of the hub.
+    With `choose` the user says by --variant which one is read, else it is any that is there.
     """
-    is_flax = hasattr(args, "from_pt")
-    kinds = ("safetensors", "bin", "msgpack") if is_flax else ("safetensors", "bin")
     found = {part: variants(files, part, kinds) for part in parts}
     for part, there in found.items():
         if not there:
             raise Unfit(f"has no weights in {part}/{_other_files(files, part)}")
-    variant = getattr(args, "variant", None)
-    if hasattr(args, "variant"):  # Kandinsky's scripts have none and take what is there: `model_kind.source`
+    if choose:
         everywhere = sorted({name for there in found.values() for name in there if name})
         if variant and variant not in everywhere:
             there = f"there are: {', '.join(everywhere)}" if everywhere else "leave the flag out"
