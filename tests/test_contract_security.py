@@ -189,21 +189,24 @@ WEIGHTS = {  # (script, flag of the model, network) -> what its weights are call
     ("prior", "prior_model", "prior"): ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     ("prior_lora", "prior_model", "image_encoder"): ("model.safetensors", "pytorch_model.bin"),
     ("decoder", "decoder_model", "unet"): ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+    ("decoder", "prior_model", "image_encoder"): ("model.safetensors", "pytorch_model.bin"),
     ("decoder_lora", "decoder_model", "movq"): ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
 }
 
 
 @pytest.fixture
 def load(command, tmp_path):
-    """load(script, folder): call the script's `load_models` on a base model that lies there."""
+    """load(script, folder, part): have the script load its models, of which that in the flag of `part` lies there."""
 
-    def call(script, folder):
-        flag = "model" if script.startswith("sd") else f"{script.removesuffix('_lora')}_model"
+    def call(script, folder, part=None):
+        flag = "model" if script.startswith("sd") else f"{part or script.removesuffix('_lora')}_model"
         flag = f"pretrained_{flag}_name_or_path"
         args = load_script(script).parse_args(command(script, output_dir=tmp_path / "out", **{flag: folder}))
         lifecycle.settle_seed(args, {})
         try:
-            return load_script(script).load_models(args, lifecycle.start(args))
+            accelerator = lifecycle.start(args)
+            pipeline, *_ = load_script(script).load_models(args, accelerator)
+            load_script(script).freeze(args, pipeline, accelerator)
         finally:
             stopping.default_signals()
 
@@ -217,7 +220,7 @@ def test_weights_that_are_a_pickle_run_no_code(script, name, part, save, load, r
     safe, pickled = WEIGHTS[script, name, part]
     (folder / part / safe).unlink()
     save(Bomb(crater), folder / part / pickled)
-    assert "model_name_or_path" in stop_text(load, script, folder)
+    assert "model_name_or_path" in stop_text(load, script, folder, name.removesuffix("_model"))
 
 
 CODE = {  # how a model folder may ask for its code to be run -> (file, change of its JSON)

@@ -319,14 +319,16 @@ def objective(script, command, sampler):
     def make(dropped=None, **changes):
         module = load_script(script)
         args = module.parse_args(command(script, **changes))
-        pipeline, image_encoder, unet, scheduler = module.load_models(args, Accelerator())
+        accelerator = Accelerator()
+        pipeline, unet, scheduler = module.load_models(args, accelerator)
+        frozen = module.freeze(args, pipeline, accelerator)
         if script == "decoder_lora":
-            unet = lora.add_adapters(unet, args, Accelerator(), lora.ADDED_KV_ATTENTION)
+            unet = lora.add_adapters(unet, args, accelerator, lora.ADDED_KV_ATTENTION)
         sample = sampler(**changes)
         batch = torch.utils.data.default_collate([sample(0, index) for index in range(4)])
         if dropped is not None:
             batch["dropped"] = torch.tensor(dropped)
-        batch |= module.encode(batch, pipeline.movq.eval(), image_encoder.eval())
+        batch |= module.encode(batch, *frozen)
         before, seen = {name: tensor.clone() for name, tensor in batch.items()}, []
         look = lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["image_embeds"])  # noqa: E731
         hook = unet.register_forward_pre_hook(look, with_kwargs=True)

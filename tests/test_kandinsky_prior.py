@@ -338,7 +338,7 @@ def objective(script, command, sampler):
         args = module.parse_args(command(script, **changes))
         accelerator = Accelerator()
         pipeline, prior, scheduler = module.load_models(args, accelerator)
-        frozen = module.freeze(pipeline, accelerator)
+        frozen = module.freeze(args, pipeline, accelerator)
         if script == "prior_lora":
             prior = lora.add_adapters(prior, args, accelerator)
         sample = sampler(**changes)
@@ -456,7 +456,7 @@ def test_statistics_are_not_rounded_in_bf16(script, command, base):
     accelerator = lifecycle.start(args)
     try:
         pipeline, _, _ = module.load_models(args, accelerator)
-        image_encoder, text_encoder, mean, std = module.freeze(pipeline, accelerator)
+        image_encoder, text_encoder, mean, std = module.freeze(args, pipeline, accelerator)
     finally:
         lifecycle.finish(0)
     assert (image_encoder.dtype, text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)

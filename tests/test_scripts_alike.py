@@ -20,8 +20,8 @@ import tiny
 COMPARED_WITH = {"prior": "sd", "decoder": "sd", "sd_lora": "sd", "prior_lora": "prior", "decoder_lora": "decoder"}
 REPEATED = ("imports", "draw_picture", "main")  # between models; between a full run and its LoRA all functions are
 ORDER = (
-    "parse_args", "load_models", "read_picture", "read_caption", "make_sample", "encode_pictures", "encode_captions",
-    "encode", "embed_nothing", "compute_loss", "make_dataloader", "build_drawing_pipeline", "draw_picture", "export",
+    "parse_args", "load_models", "read_picture", "read_caption", "make_sample", "freeze", "encode_pictures",
+    "encode_captions", "encode", "embed_nothing", "compute_loss", "make_dataloader", "build_drawing_pipeline", "draw_picture", "export",
     "main",
 )  # fmt: skip
 LEFT_OUT = {  # script -> what its story goes without: no "no picture" with captions, and no captions without them
@@ -40,8 +40,6 @@ KANDINSKY = [
     ("main", "ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema)", "ema.make_ema(unet)",
      "no --non_ema_revision, so the average starts from what is trained; it is not placed elsewhere"),
     ("main", "accelerator, scale_lr=args.scale_lr)", "accelerator)", "no --scale_lr"),
-    ("main", "build_drawing_pipeline(pipeline,", "build_drawing_pipeline(args, pipeline,",
-     "validation loads the half that is not trained"),
 ]  # fmt: skip
 LORA = [
     ("imports", "import ema,", "import lora,", "the method; no --use_ema"),
@@ -72,18 +70,11 @@ DIFFERENCES = {
         *KANDINSKY,
         ("main", "model_kind.STABLE_DIFFUSION", "model_kind.PRIOR", "what it trains"),
         ("main", ", args.resolution)", ")", "it reads no pictures at --resolution"),
-        ("main", "[networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]",
-         "freeze(pipeline, accelerator)", "its frozen parts are not networks alone, and so a function of their own"),
     ],
     "decoder": [
         *KANDINSKY,
         ("imports", "import captions, draws", "import draws", "it reads no captions"),
         ("main", "model_kind.STABLE_DIFFUSION", "model_kind.DECODER", "what it trains"),
-        ("main", "pipeline, unet, noise_scheduler = load", "pipeline, image_encoder, unet, noise_scheduler = load",
-         "the image encoder is no part of the decoder's pipeline"),
-        ("main", "[networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]",
-         "[networks.frozen(pipeline.movq, accelerator), networks.frozen(image_encoder, accelerator, exported=False)]",
-         "its frozen parts, of which the image encoder is not exported"),
     ],
     "sd_lora": [
         *LORA,
@@ -94,7 +85,7 @@ DIFFERENCES = {
         ("load_models", "        if args.non_ema_revision is not None:\n            unet = UNet2DConditionModel."
          "from_pretrained(args.pretrained_model_name_or_path, subfolder='unet', revision=args.non_ema_revision, "
          "**source).float()\n", "", "no --non_ema_revision"),
-        ("main", *NOT_EXPORTED),
+        ("freeze", *NOT_EXPORTED),
         ("main", PREPARED.format(", pipeline.unet, args.offload_ema, args.foreach_ema"),
          "    unet = lora.add_adapters(unet, args, accelerator)\n",
          "the method"),
@@ -121,7 +112,7 @@ DIFFERENCES = {
         ("parse_args", "add_network_args(parser)", "add_network_args(parser, xformers=False)", "its flags"),
         ("load_models", "    if args.enable_xformers_memory_efficient_attention:\n        "
          "networks.use_xformers(unet)\n", "", "no xFormers: its attention takes keys besides"),
-        ("main",
+        ("freeze",
          "[networks.frozen(pipeline.movq, accelerator), networks.frozen(image_encoder, accelerator, exported=False)]",
          "[networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]",
          "adapters are exported alone"),
@@ -237,7 +228,7 @@ def test_comments_in_main_are_equal(script):
 
 @pytest.mark.parametrize("script", tiny.SCRIPTS)
 def test_the_story_is_told_in_one_order(script):
-    names = [name for name in read(script) if name not in ("imports", "freeze")]
+    names = [name for name in read(script) if name != "imports"]
     assert names == [name for name in ORDER if name not in LEFT_OUT[script]]
 
 

@@ -111,6 +111,11 @@ def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_t
     return sample
 
 
+def freeze(args, pipeline, accelerator):
+    """The networks that `encode` takes: VAE and text encoder."""
+    return [networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+
+
 def encode_pictures(batch, vae):
     """The posteriors of the pictures' latents, in the precision of the VAE."""
     posterior = vae.encode(images.normalize(batch["pixels"], vae.dtype)).latent_dist
@@ -173,7 +178,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     return loading.make_loader(dataset, sample, args, accelerator, progress.samples_seen, updates)
 
 
-def build_drawing_pipeline(pipeline, unet, vae, text_encoder):
+def build_drawing_pipeline(args, pipeline, unet, vae, text_encoder):
     """The pipeline that validates, around what is in memory anyway. Nothing is loaded or copied."""
     modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     drawing = StableDiffusionPipeline(**pipeline.components | modules, requires_safety_checker=False)
@@ -222,7 +227,7 @@ def main(argv=None):
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
-    frozen = [networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+    frozen = freeze(args, pipeline, accelerator)
     progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
@@ -244,7 +249,7 @@ def main(argv=None):
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.begin(network, objective, average, args.tracker_project_name)
     stream = loading.batches(loader, accelerator)
-    drawing = build_drawing_pipeline(pipeline, network, *frozen) if args.validation_prompts else None
+    drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
         draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)

@@ -62,25 +62,19 @@ from t2i_training.run.export import publish
 
 
 def load_models(args, accelerator):
-    """The base decoder's pipeline and the CLIP image encoder, unrounded; its UNet, to get adapters; the scheduler."""
+    """The base decoder's pipeline, unrounded on the CPU; its UNet, to be given adapters; the training scheduler."""
     with errors.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         pipeline = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path,
             **model_kind.source(args, "pretrained_decoder_model_name_or_path"),
         )
         networks.standardize(pipeline)
-    with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
-        image_encoder = CLIPVisionModelWithProjection.from_pretrained(
-            args.pretrained_prior_model_name_or_path, subfolder="image_encoder",
-            **model_kind.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
-        )  # fmt: skip
-        networks.to_whole(image_encoder, "image_encoder", image_encoder.dtype)
     unet = pipeline.unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return pipeline, image_encoder, networks.tune(unet.train(), args, accelerator), noise_scheduler
+    return pipeline, networks.tune(unet.train(), args, accelerator), noise_scheduler
 
 
 def read_picture(source, crop_draw, mirror, resolution, clip_size):
@@ -103,6 +97,17 @@ def make_sample(row, draw, args, read_picture, empty_embeds, latent_shape, num_t
         sample["dropped"] = torch.tensor(draw("image_embeds_dropout").random() < args.image_embeds_dropout)  # ()
         sample["empty_embeds"] = empty_embeds  # (D,)
     return sample
+
+
+def freeze(args, pipeline, accelerator):
+    """The networks that `encode` takes: MoVQ, and of the prior, which is not trained, the CLIP image encoder."""
+    with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+        image_encoder = CLIPVisionModelWithProjection.from_pretrained(
+            args.pretrained_prior_model_name_or_path, subfolder="image_encoder",
+            **model_kind.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
+        )  # fmt: skip
+        networks.to_whole(image_encoder, "image_encoder", image_encoder.dtype)
+    return [networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]
 
 
 def encode_pictures(batch, movq, image_encoder):
@@ -211,8 +216,8 @@ def main(argv=None):
         dataset = open_dataset(args)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
-    pipeline, image_encoder, unet, noise_scheduler = load_models(args, accelerator)
-    frozen = [networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]
+    pipeline, unet, noise_scheduler = load_models(args, accelerator)
+    frozen = freeze(args, pipeline, accelerator)
     progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = lora.add_adapters(unet, args, accelerator, lora.ADDED_KV_ATTENTION)

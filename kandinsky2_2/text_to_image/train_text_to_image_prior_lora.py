@@ -96,7 +96,7 @@ def make_sample(row, draw, args, read_picture, read_caption, embedding_size, num
     }
 
 
-def freeze(pipeline, accelerator):
+def freeze(args, pipeline, accelerator):
     """What `encode` takes besides the batch: both CLIP encoders and the statistics that normalise embeddings."""
     modules = (pipeline.image_encoder, pipeline.text_encoder)
     encoders = [networks.frozen(module, accelerator, exported=False) for module in modules]
@@ -213,7 +213,7 @@ def main(argv=None):
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
-    frozen = freeze(pipeline, accelerator)
+    frozen = freeze(args, pipeline, accelerator)
     progress = Progress(args, accelerator, dataset, pictures, position)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     prior = lora.add_adapters(prior, args, accelerator)

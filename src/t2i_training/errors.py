@@ -80,6 +80,7 @@ STEP_ADVICE = (
 PHASES = {  # function on the stack, the outermost first -> (what the run was doing, what to change)
     "inspect": ("looking at the pictures", "free host memory"),
     "load_models": ("loading the models", "free memory on host and GPU"),
+    "freeze": ("loading the models", "free memory on host and GPU"),
     "cached": ("encoding", "lower --train_batch_size or --resolution, or leave --cache_encodings out"),
     "make_ema": ("making the average", "leave --use_ema out, or, for Stable Diffusion, take --offload_ema"),
     "make_optimizer": ("making the optimizer", STEP_ADVICE),
