@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests/capabilities.sh asks for 
 import pytest
 import tiny
 import tiny_kandinsky
+from scripts import REPOSITORY, SCRIPTS
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
 
@@ -45,7 +46,7 @@ LONG_FILES = (
 QUICK = {
     "test_checks.py": "", "test_draws.py": "", "test_hub_card.py": "", "test_images.py": "", "test_losses.py": "",
     "test_machine.py": "", "test_model_kind.py": "", "test_names.py": "", "test_networks.py": "", "test_readme.py": "",
-    "test_scripts_alike.py": "", "test_validation.py": "",
+    "test_rooms.py": "", "test_scripts_alike.py": "", "test_validation.py": "",
     "test_bad_input.py": "test_(usage|fault|flag|tracker)",
     "test_cli.py": r"(?!test_usage_errors_import_nothing_heavy\[(?!sd\]))",
     "test_data.py": "(?!test_crash)",
@@ -87,7 +88,7 @@ class CleanCheckout:
 
     @staticmethod
     def status() -> set[str]:
-        command = ["git", "-C", str(tiny.REPOSITORY), "status", "--porcelain", "--untracked-files=all"]
+        command = ["git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=all"]
         try:
             return set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines())
         except FileNotFoundError:
@@ -298,7 +299,7 @@ def no_waiting_for_the_disk(request):
 @cache
 def load_script(name: str):
     """A training script as a module, as `import` would give it."""
-    spec = importlib.util.spec_from_file_location(tiny.ALL_SCRIPTS[name].stem, tiny.ALL_SCRIPTS[name])
+    spec = importlib.util.spec_from_file_location(SCRIPTS[name].path.stem, SCRIPTS[name].path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # loader workers and pickles look it up
     spec.loader.exec_module(module)
@@ -376,8 +377,8 @@ def command(model, prior_model, decoder_model, pictures, tmp_path_factory):
 
     def make(script: str, **changes) -> list[str]:
         changes.setdefault("output_dir", tmp_path_factory.mktemp("run") / "out")
-        models = {} if script.startswith("sd") else kandinsky
-        rate = {"learning_rate": 1e-2} if script.endswith("lora") else {}
+        models = {} if SCRIPTS[script].base == "model" else kandinsky
+        rate = {"learning_rate": 1e-2} if SCRIPTS[script].is_lora else {}
         return flags(**short_run(model, pictures, changes["output_dir"]) | models | rate | changes)
 
     return make
@@ -415,7 +416,7 @@ def launch(script: str, tokens: list[str], *, processes: int = 0, **options) -> 
             str(free_port()),
         ]
     environment = os.environ | options.pop("env", {})
-    command += [str(tiny.ALL_SCRIPTS[script]), *tokens]
+    command += [str(SCRIPTS[script].path), *tokens]
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
 

@@ -22,19 +22,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from conftest import SAMPLING_STEPS, free_port, load_script
 from safetensors.torch import load_file
+from scripts import SCRIPTS, TORCH
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-# Everything that is drawn for a sample, switched on.
-ALL_DRAWS = {"random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "input_perturbation": 0.1}
-DRAWS = {  # the same, script by script
-    "sd": ALL_DRAWS, "sd_lora": ALL_DRAWS, "prior": {"caption_dropout": 0.5}, "prior_lora": {"caption_dropout": 0.5},
-    "decoder": {"image_embeds_dropout": 0.5}, "decoder_lora": {"image_embeds_dropout": 0.5},
-}  # fmt: skip
 
 # Runs that take their sums in another order (batches, processes, threads, cached encodings, JAX) do not round alike.
 # Adam divides a gradient by its own size; where there is mathematically none, as of the bias of attention's keys, which
@@ -48,12 +41,6 @@ LOSS = {"rel": 1e-5}
 WEIGHT = {"rtol": 0, "atol": 5e-7}
 
 ADAPTERS = "pytorch_lora_weights.safetensors"
-TRAINED = {  # script -> where a checkpoint, and the output folder, hold the trained weights
-    "sd": "unet/diffusion_pytorch_model.safetensors", "sd_lora": ADAPTERS,
-    "prior": "prior/diffusion_pytorch_model.safetensors", "prior_lora": ADAPTERS,
-    "decoder": "unet/diffusion_pytorch_model.safetensors", "decoder_lora": ADAPTERS,
-    "sd_flax": "unet/diffusion_pytorch_model.safetensors",
-}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -123,7 +110,7 @@ def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
-def outcome(folder: Path, step: int, trained: str = TRAINED["sd"], tensors: int = 50) -> dict:
+def outcome(folder: Path, step: int, trained: str = SCRIPTS["sd"].trained, tensors: int = 50) -> dict:
     """All that a finished run must leave bit for bit: the last checkpoint, the exported weights and the metrics.
 
     `trained` is a file that both must hold, `tensors` a number that the optimizer must know more tensors than.
@@ -238,8 +225,9 @@ class Server:
             world = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
             world |= {"LOCAL_WORLD_SIZE": processes, "ACCELERATE_USE_CPU": "true"}
             environments = [environments[0] | world | {"RANK": i, "LOCAL_RANK": i} for i in range(processes)]
+        path = SCRIPTS[script].path if script in SCRIPTS else script
         request = {
-            "script": str(tiny.ALL_SCRIPTS.get(script, script)), "tokens": tokens, "folder": str(folder),
+            "script": str(path), "tokens": tokens, "folder": str(folder),
             "environments": [{name: str(value) for name, value in each.items()} for each in environments],
             "count_flops": count_flops, "whole_exit": whole_exit,
         }  # fmt: skip
@@ -347,7 +335,7 @@ def _run_and_end_early(script: str, tokens: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for name in tiny.SCRIPTS:
+    for name in TORCH:
         load_script(name)
     import datasets
     import huggingface_hub

@@ -5,10 +5,10 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from accelerate import PartialState
 from conftest import load_quick_flax_script, load_script
+from scripts import SCRIPTS
 
 from t2i_training.run import checkpoint
 
@@ -73,11 +73,11 @@ def test_no_checkpoint_is_due(caplog, tmp_path, monkeypatch):
     assert announced(caplog, tmp_path, monkeypatch, total=499) is None
 
 
-@pytest.mark.parametrize("script", tiny.ALL_SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("averaged", [False, True])
 def test_size_is_that_of_the_files(command, monkeypatch, caplog, script, averaged, tmp_path):
     """Their tensors', that is: a tiny network's files are headers for the most part."""
-    if script.endswith("lora") and averaged:
+    if SCRIPTS[script].is_lora and averaged:
         pytest.skip("no --use_ema")
     module = load_quick_flax_script(monkeypatch) if script == "sd_flax" else load_script(script)
     options = {"use_ema": averaged, "max_train_steps": 1, "checkpointing_steps": 1, "output_dir": tmp_path / "out"}

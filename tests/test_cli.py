@@ -7,50 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 from conftest import load_script
+from scripts import REPOSITORY, SCRIPTS, TORCH
 
 from t2i_training.cli import checks
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "recorded_flags.json").read_text())
-OURS = {  # script -> the flags that the published one does not have
-    "sd": {"config", "caption_dropout", "logging_steps", "cache_encodings", "encodings_dir", "cache_crops"},
-    "sd_lora": {
-        "config", "caption_dropout", "logging_steps", "cache_encodings", "encodings_dir", "cache_crops", "save_kohya",
-        "input_perturbation", "dream_training", "dream_detail_preservation",  # the objective is the full run's
-    },
-    "prior": {
-        "config", "caption_dropout", "logging_steps", "cache_encodings", "encodings_dir", "gradient_checkpointing",
-    },
-    "prior_lora": {
-        "config", "caption_dropout", "logging_steps", "cache_encodings", "encodings_dir", "gradient_checkpointing",
-    },
-    "decoder": {
-        "config", "caption_column", "image_embeds_dropout", "logging_steps", "cache_encodings", "encodings_dir",
-    },
-    "decoder_lora": {
-        "config", "caption_column", "image_embeds_dropout", "logging_steps", "cache_encodings", "encodings_dir",
-    },
-}  # fmt: skip
-OURS["sd_flax"] = OURS["sd"] | {
-    "validation_prompts", "gradient_accumulation_steps", "gradient_checkpointing", "lr_warmup_steps", "snr_gamma",
-    "use_ema", "noise_offset", "prediction_type", "input_perturbation", "dream_training", "dream_detail_preservation",
-    "allow_tf32", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "validation_epochs", "tracker_project_name", "image_interpolation_mode", "shard_parameters",
-}  # fmt: skip
 CACHE = {  # the flags of cached encodings, as every script that has them has them
     "cache_encodings": {"type": None, "default": False, "nargs": 0},
     "encodings_dir": {"type": "str", "default": None},
     "cache_crops": {"type": "int", "default": 4},
 }
-for name, flags in OURS.items():
-    flags |= {"log_file"}
-    flags |= {"skip_bad_samples"} if name == "sd_flax" else {"skip_bad_samples", "torch_compile"}
 DEFAULTS = {"dataloader_num_workers": None}  # that differ from the published ones: results do not depend on them
 TYPES = {None: "str", str: "str", int: "int", float: "float"}
 
 
-@pytest.fixture(params=OURS)
+@pytest.fixture(params=SCRIPTS)
 def script(request):
     if request.param == "sd_flax":
         pytest.importorskip("jax")
@@ -58,7 +30,7 @@ def script(request):
 
 
 def recorded(script: str) -> dict:
-    return RECORDED[tiny.ALL_SCRIPTS[script].relative_to(tiny.REPOSITORY).as_posix()]
+    return RECORDED[SCRIPTS[script].path.relative_to(REPOSITORY).as_posix()]
 
 
 def actions(script: str, monkeypatch) -> dict:
@@ -90,9 +62,11 @@ def test_every_published_flag_is_here_unchanged(script, monkeypatch):
 
 def test_our_additions_are_these(script, monkeypatch):
     here = actions(script, monkeypatch)
-    assert set(here) - set(recorded(script)) == OURS[script]
+    assert set(here) - set(recorded(script)) == SCRIPTS[script].ours
     cache = {name: facts(action) for name, action in here.items() if name in CACHE}
-    assert cache == {name: entry for name, entry in CACHE.items() if name != "cache_crops" or script.startswith("sd")}
+    assert cache == {
+        name: entry for name, entry in CACHE.items() if name != "cache_crops" or SCRIPTS[script].base == "model"
+    }
 
 
 def test_every_flag_is_spelled_in_full_and_explained(script, monkeypatch):
@@ -149,7 +123,7 @@ def test_values_reach_the_arguments(sd_flags):
 
 def imported(tokens: list[str], script: str) -> tuple[subprocess.CompletedProcess, set[str]]:
     """A script run for itself, and the top-level modules that it imported."""
-    command = [sys.executable, "-X", "importtime", str(tiny.ALL_SCRIPTS[script]), *tokens]
+    command = [sys.executable, "-X", "importtime", str(SCRIPTS[script].path), *tokens]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     names = re.findall(r"^import time:.*\| +([\w.]+)$", run.stderr, re.MULTILINE)
     assert "argparse" in names
@@ -162,12 +136,16 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "datasets", "numpy"
 def test_help_names_every_flag_and_imports_nothing_heavy(script):
     run, modules = imported(["--help"], script)
     assert run.returncode == 0
-    assert all(f"--{name} " in run.stdout or f"--{name}\n" in run.stdout for name in [*recorded(script), *OURS[script]])
+    assert all(
+        f"--{name} " in run.stdout or f"--{name}\n" in run.stdout for name in [*recorded(script), *SCRIPTS[script].ours]
+    )
     assert not modules & HEAVY
 
 
 def test_usage_errors_import_nothing_heavy(script, tmp_path):
-    model = "pretrained_model_name_or_path" if script.startswith("sd") else "pretrained_prior_model_name_or_path"
+    model = (
+        "pretrained_model_name_or_path" if SCRIPTS[script].base == "model" else "pretrained_prior_model_name_or_path"
+    )
     (tmp_path / "run.yaml").write_text(f"resolution: 12\ntrain_data_dir: .\n{model}: ./\n")
     for tokens in ([], ["--no_such_flag"], ["--config", str(tmp_path / "run.yaml")]):
         run, modules = imported(tokens, script)
@@ -180,7 +158,7 @@ def test_without_fcntl(sd_flags):
     """As on Windows: one line, at once."""
     hide = "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = sys.argv[1:]; "
     code = hide + "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-X", "importtime", "-c", code, str(tiny.SCRIPTS["sd"]), *sd_flags()]
+    command = [sys.executable, "-X", "importtime", "-c", code, str(TORCH["sd"].path), *sd_flags()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
     assert (

@@ -4,9 +4,9 @@ import os
 import subprocess
 
 import pytest
-import tiny
+from scripts import REPOSITORY
 
-CLUSTER = tiny.REPOSITORY / "examples" / "cluster"
+CLUSTER = REPOSITORY / "examples" / "cluster"
 FAKES = {
     # Two tasks, as srun runs them; it returns the highest status.
     "srun": """#!/bin/bash
@@ -88,5 +88,5 @@ def test_dockerfile_copies_what_is_there():
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
     assert {"requirements.txt", "setup.py", "src", "text_to_image", "kandinsky2_2"} <= set(copied)
-    assert [name for name in copied if not (tiny.REPOSITORY / name).exists()] == []
+    assert [name for name in copied if not (REPOSITORY / name).exists()] == []
     assert 'ENTRYPOINT ["python"]' in lines, "in exec form, or the shell keeps the signals"

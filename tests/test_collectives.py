@@ -6,7 +6,7 @@ Each collective on the device is named here, with what bounds the time that the 
 
 import ast
 
-import tiny
+from scripts import REPOSITORY, TORCH
 
 ON_DEVICE = {"gather_object", "broadcast_object_list", "gather", "gather_for_metrics", "reduce", "broadcast", "prepare"}
 WAITS = {"wait", "largest", "main_first"}
@@ -24,7 +24,7 @@ def called(node) -> str:
 
 def test_processes_wait_without_a_limit_before_they_meet_on_the_device():
     seen, unguarded = set(), []
-    for path in sorted((tiny.REPOSITORY / "src").rglob("*.py")):
+    for path in sorted((REPOSITORY / "src").rglob("*.py")):
         if path.parent.name == "sd_flax":
             continue
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -43,7 +43,7 @@ def test_processes_wait_without_a_limit_before_they_meet_on_the_device():
 
 
 def test_scripts_meet_on_the_device_through_these_alone():
-    for path in tiny.SCRIPTS.values():
+    for path in (script.path for script in TORCH.values()):
         text = path.read_text(encoding="utf-8")
         assert "accelerator.prepare" not in text
         assert not any(f"{name}(" in text for name in ON_DEVICE - {"prepare"})

@@ -10,17 +10,15 @@ import shutil
 import pytest
 import torch
 from conftest import load_script
-from runs import TRAINED, interrupt, outcome, rows
+from runs import interrupt, outcome, rows
 from safetensors.torch import load_file
+from scripts import SCRIPTS
 from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from t2i_training.cli import checks
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-GRAPHS = {  # script -> (whole, regional): blocks of equal shapes share a graph, gradients flowing in or not
-    "sd": (1, 8), "sd_lora": (1, 9), "prior": (1, 1), "prior_lora": (1, 2), "decoder": (1, 11), "decoder_lora": (1, 12),
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -91,11 +89,11 @@ def test_compiled_once_and_in_place(command, finished, no_kernels, graphs_by_upd
         "prior_lora": {"validation_prompt": "a cat", "num_validation_images": 1},
     }.get(script, {})
     folder = run(command, script, tmp_path / "out", torch_compile=how, checkpointing_steps=4, **drawing)
-    check_graphs(graphs_by_update, GRAPHS[script][how == "regional"])
+    check_graphs(graphs_by_update, SCRIPTS[script].graphs[how == "regional"])
     assert not counters["graph_break"]
     plain = finished(script, checkpointing_steps=4, **drawing)
     assert losses(folder) == losses(plain)
-    for file in (TRAINED[script], f"checkpoint-4/{TRAINED[script]}"):
+    for file in (SCRIPTS[script].trained, f"checkpoint-4/{SCRIPTS[script].trained}"):
         weights, expected = load_file(folder / file), load_file(plain / file)
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -107,9 +105,7 @@ def test_with_checkpointing_average_and_validation_of_another_shape(
     command, no_kernels, graphs_by_update, tmp_path, script, how
 ):
     """Pictures are drawn two at a time, by guidance, before the first step and within training."""
-    drawing = {"validation_prompt": "a cat", "num_validation_images": 1} if script.endswith("lora") else {
-        "validation_prompts": "a cat", "use_ema": True,
-    }  # fmt: skip
+    drawing = SCRIPTS[script].validates | ({} if SCRIPTS[script].is_lora else {"use_ema": True})
     options = {"gradient_checkpointing": True, "validation_epochs": 1, "train_batch_size": 3, **drawing}
     compiled = run(command, script, tmp_path / "compiled", torch_compile=how, **options)
     check_graphs(graphs_by_update, 1)
@@ -117,7 +113,7 @@ def test_with_checkpointing_average_and_validation_of_another_shape(
     assert losses(compiled) == losses(plain)
     names = [sorted(path.name for path in folder.glob("validation/step-*.png")) for folder in (compiled, plain)]
     assert names[0] == names[1] == [f"step-00000{step}.png" for step in (0, 2, 4)]
-    weights, expected = (load_file(folder / TRAINED[script]) for folder in (compiled, plain))
+    weights, expected = (load_file(folder / SCRIPTS[script].trained) for folder in (compiled, plain))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -125,7 +121,7 @@ def test_with_checkpointing_average_and_validation_of_another_shape(
 def test_with_checkpointing_half_precision_and_accumulation(command, no_kernels, graphs_by_update, tmp_path, script):
     options = {"gradient_checkpointing": True, "mixed_precision": "bf16", "gradient_accumulation_steps": 2}
     compiled = run(command, script, tmp_path / "compiled", torch_compile=True, **options)
-    check_graphs(graphs_by_update, GRAPHS[script][1])
+    check_graphs(graphs_by_update, SCRIPTS[script].graphs[1])
     plain = run(command, script, tmp_path / "plain", **options)
     assert losses(compiled) == losses(plain)
 
@@ -139,7 +135,9 @@ def test_resume(command, no_kernels, tmp_path):
             run(command, "prior", tmp_path / name, torch_compile=True, **options)
         torch._dynamo.reset()
         run(command, "prior", tmp_path / name, torch_compile=then, **options)
-    assert outcome(tmp_path / "compiled", 4, TRAINED["prior"], 20) == outcome(whole, 4, TRAINED["prior"], 20)
+    assert outcome(tmp_path / "compiled", 4, SCRIPTS["prior"].trained, 20) == outcome(
+        whole, 4, SCRIPTS["prior"].trained, 20
+    )
     assert losses(tmp_path / "not") == losses(whole)
     with interrupt(2):
         run(command, "prior", tmp_path / "later", **options)

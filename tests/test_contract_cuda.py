@@ -10,18 +10,7 @@ import pytest
 import torch
 from conftest import free_port, load_script
 from no_waits import UPDATES, host_never_waits
-from runs import ALL_DRAWS
-from tiny import SCRIPTS
-
-SNR = {"snr_gamma": 5.0}
-FLAGS = {  # script -> flags that add to its step
-    "sd": {**ALL_DRAWS, **SNR, "use_ema": True, "dream_training": True, "gradient_accumulation_steps": 2},
-    "sd_lora": {**ALL_DRAWS, **SNR, "dream_training": True},
-    "prior": {**SNR, "use_ema": True, "caption_dropout": 0.5, "gradient_accumulation_steps": 2},
-    "prior_lora": {**SNR, "caption_dropout": 0.5},
-    "decoder": {**SNR, "use_ema": True, "image_embeds_dropout": 0.5, "gradient_accumulation_steps": 2},
-    "decoder_lora": {**SNR, "image_embeds_dropout": 0.5},
-}  # fmt: skip
+from scripts import SCRIPTS, TORCH
 
 
 @pytest.fixture
@@ -29,8 +18,12 @@ def tokens(command, tmp_path):
     """tokens(script, **changes): of a run of UPDATES updates with everything that adds to its step, and a report."""
 
     def make(script, **changes):
-        run = {"max_train_steps": UPDATES, "logging_steps": 100, "dataloader_num_workers": 1}
-        return command(script, output_dir=tmp_path / "out", **FLAGS[script] | run | changes)
+        run = {"max_train_steps": UPDATES, "logging_steps": 100, "dataloader_num_workers": 1, "snr_gamma": 5.0}
+        run |= {"dream_training": True} if SCRIPTS[script].base == "model" else {}
+        run |= {} if SCRIPTS[script].is_lora else {"gradient_accumulation_steps": 2}
+        return command(
+            script, output_dir=tmp_path / "out", **SCRIPTS[script].draws | SCRIPTS[script].resumed | run | changes
+        )
 
     return make
 
@@ -41,7 +34,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TORCH)
 def test_plain_and_resumed(tokens, script, precision, tmp_path):
     run = {"mixed_precision": precision, "checkpointing_steps": UPDATES}
     with host_never_waits():
@@ -55,10 +48,9 @@ def test_plain_and_resumed(tokens, script, precision, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TORCH)
 def test_cached_and_validated(tokens, script, precision, tmp_path):
-    prompts = "validation_prompt" if script.endswith("_lora") else "validation_prompts"
-    run = {"mixed_precision": precision, "cache_encodings": True, prompts: "picture 1", "validation_epochs": 100}
+    run = {"mixed_precision": precision, "cache_encodings": True, "validation_epochs": 100, **SCRIPTS[script].validates}
     with host_never_waits():  # which they may before the first update and after the last, where pictures are drawn
         load_script(script).main(tokens(script, **run))
     grids = sorted(path.name for path in (tmp_path / "out/validation").glob("*.png"))
@@ -69,7 +61,7 @@ def test_cached_and_validated(tokens, script, precision, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TORCH)
 def test_two_processes(tokens, script, precision, tmp_path):
     launcher = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     run = tokens(script, mixed_precision=precision, train_batch_size=1)

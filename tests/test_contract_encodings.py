@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import load_script
 from PIL import Image
-from runs import DRAWS, LARGE_EPSILON, LOSS, TRAINED, WEIGHT, interrupt, outcome, rows, wait_until
+from runs import LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows, wait_until
 from safetensors.torch import load_file, save_file
+from scripts import SCRIPTS, TORCH
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,8 +24,8 @@ RUN = {
     "learning_rate": 1e-4, **LARGE_EPSILON,
 }  # fmt: skip
 # The centre alone is the same with the cache as without; of other places the cache has a few, chosen beforehand.
-VIEWS = {script: {"center_crop": True} if script.startswith("sd") else {} for script in DRAWS}
-ENCODED = {script: (12 if script.startswith("sd") else 6, 0 if "decoder" in script else 7) for script in DRAWS}
+VIEWS = {script: {"center_crop": True} if script.startswith("sd") else {} for script in TORCH}
+ENCODED = {script: (12 if script.startswith("sd") else 6, 0 if "decoder" in script else 7) for script in TORCH}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def train(command):
 
     def run(script, output_dir, **changes):
         load_script(script).main(
-            command(script, output_dir=output_dir, **RUN | DRAWS[script] | VIEWS[script] | changes)
+            command(script, output_dir=output_dir, **RUN | SCRIPTS[script].draws | VIEWS[script] | changes)
         )
         return output_dir
 
@@ -58,30 +59,36 @@ def count(folder, kind) -> int:
 # The same training
 
 
-@pytest.mark.parametrize("script", DRAWS)
+@pytest.mark.parametrize("script", TORCH)
 def test_cached_training_is_the_same_training(train, whole, script, tmp_path):
     plain, cached = train(script, tmp_path / "plain"), whole(script)
     assert (count(cached, "pictures"), count(cached, "captions")) == ENCODED[script], "both mirrorings, and no caption"
     for row, wanted in zip(rows(cached), rows(plain), strict=True):
         assert row == pytest.approx(wanted, **LOSS)
-    weights, wanted = (load_file(folder / TRAINED[script]) for folder in (cached, plain))
+    weights, wanted = (load_file(folder / SCRIPTS[script].trained) for folder in (cached, plain))
     torch.testing.assert_close(weights, wanted, **WEIGHT)
 
 
-@pytest.mark.parametrize("script", DRAWS)
+@pytest.mark.parametrize("script", TORCH)
 def test_resumed_cached_run_is_bit_identical(train, whole, script, tmp_path):
     pieces = tmp_path / "pieces"
     for _ in range(2):
         with interrupt(1):
             train(script, pieces, cache_encodings=True, resume_from_checkpoint="latest")
     train(script, pieces, cache_encodings=True, resume_from_checkpoint="latest", dataloader_num_workers=2)
-    assert outcome(pieces, 3, TRAINED[script], 15) == outcome(whole(script), 3, TRAINED[script], 15)
+    assert outcome(pieces, 3, SCRIPTS[script].trained, 15) == outcome(whole(script), 3, SCRIPTS[script].trained, 15)
 
 
 @pytest.mark.parametrize("script", ["sd", "prior"])
 def test_two_processes(command, whole, server, script, tmp_path):
     """Each encodes half of it; both read all of it."""
-    options = {**RUN, **DRAWS[script], **VIEWS[script], "cache_encodings": True, "gradient_accumulation_steps": 1}
+    options = {
+        **RUN,
+        **SCRIPTS[script].draws,
+        **VIEWS[script],
+        "cache_encodings": True,
+        "gradient_accumulation_steps": 1,
+    }
     tokens = command(script, output_dir=tmp_path / "two", **options)
     run = server.start(tokens, tmp_path, script, processes=2)
     assert run.wait_for_all() == [0, 0], run.output()
@@ -93,7 +100,7 @@ def test_two_processes(command, whole, server, script, tmp_path):
 # What it saves
 
 
-@pytest.mark.parametrize("script", DRAWS)
+@pytest.mark.parametrize("script", TORCH)
 def test_a_step_costs_the_trained_network_alone(train, script, tmp_path, monkeypatch):
     """An update more costs two forward and backward passes of the trained network."""
     module, seen = load_script(script), []
@@ -129,7 +136,7 @@ def networks_run(train, *arguments, **options) -> set[str]:
     return seen & {"Encoder", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"}
 
 
-@pytest.mark.parametrize("script", DRAWS)
+@pytest.mark.parametrize("script", TORCH)
 def test_warm_run_encodes_nothing(train, script, tmp_path):
     """Of the same run, in another output folder; nor does it write anything."""
     shared = tmp_path / "shared"
@@ -141,7 +148,9 @@ def test_warm_run_encodes_nothing(train, script, tmp_path):
     assert networks_run(train, script, tmp_path / "second", **options) == set()
     assert {path: path.stat().st_mtime_ns for path in shards(shared)} == written
     assert not (tmp_path / "second" / "encodings").exists()
-    assert outcome(tmp_path / "first", 3, TRAINED[script], 15) == outcome(tmp_path / "second", 3, TRAINED[script], 15)
+    assert outcome(tmp_path / "first", 3, SCRIPTS[script].trained, 15) == outcome(
+        tmp_path / "second", 3, SCRIPTS[script].trained, 15
+    )
 
 
 def test_full_and_lora_runs_share(train, whole, tmp_path):
@@ -239,7 +248,7 @@ def test_stopped_while_encoding(train, command, server, tmp_path, monkeypatch, n
     whole = train("sd", tmp_path / "whole", cache_encodings=True)
     out, program = tmp_path / "out", tmp_path / "program.py"
     program.write_text(SLOWLY)
-    tokens = command("sd", output_dir=out, cache_encodings=True, **RUN | DRAWS["sd"] | VIEWS["sd"])
+    tokens = command("sd", output_dir=out, cache_encodings=True, **RUN | SCRIPTS["sd"].draws | VIEWS["sd"])
     run = server.start(tokens, tmp_path, program)
     written = wait_until(lambda: len(shards(out)) >= 2 and shards(out))
     run.kill(number)
@@ -251,7 +260,7 @@ def test_stopped_while_encoding(train, command, server, tmp_path, monkeypatch, n
     assert committed <= shards(out), "files of before are as they were"
     assert (count(out, "pictures"), count(out, "captions")) == (12, 7), "and nothing is there twice"
     assert [path for path in out.glob("encodings/*/*") if path.suffix != ".safetensors"] == []
-    assert outcome(out, 3, TRAINED["sd"], 15) == outcome(whole, 3, TRAINED["sd"], 15)
+    assert outcome(out, 3, SCRIPTS["sd"].trained, 15) == outcome(whole, 3, SCRIPTS["sd"].trained, 15)
 
 
 def flip(path):
@@ -280,7 +289,7 @@ def test_damaged_cache_is_encoded_again(train, whole, tmp_path, caplog, damage):
     second = train("sd", tmp_path / "second", cache_encodings=True, encodings_dir=tmp_path / "shared")
     assert ("is damaged" in caplog.text) is (damage not in ("not there", "another's content"))
     assert count(tmp_path / "shared", "pictures") == 12
-    assert outcome(first, 3, TRAINED["sd"], 15) == outcome(second, 3, TRAINED["sd"], 15)
+    assert outcome(first, 3, SCRIPTS["sd"].trained, 15) == outcome(second, 3, SCRIPTS["sd"].trained, 15)
 
 
 def test_unwritable_folder(train, tmp_path):
@@ -354,7 +363,7 @@ def test_encoders_that_overflow_in_fp16(train, script, model, decoder_model, tmp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("script", DRAWS)
+@pytest.mark.parametrize("script", TORCH)
 def test_encoders_leave_the_device(train, script, tmp_path, monkeypatch):
     module, seen = load_script(script), []
     compute_loss = module.compute_loss

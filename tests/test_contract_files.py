@@ -21,9 +21,10 @@ from diffusers import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from runs import ADAPTERS, DRAWS, outcome
+from runs import ADAPTERS, outcome
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts import SCRIPTS
 
 from t2i_training.run import manifest
 
@@ -236,7 +237,7 @@ def write_as_before(checkpoint) -> None:
 @pytest.mark.parametrize("layout", ["of today", "of before"])
 def test_checkpoints_of_either_layout_resume(layout, command, tmp_path):
     """Bit for bit."""
-    options = {**RUN, **DRAWS["sd_lora"], "save_kohya": True}
+    options = {**RUN, **SCRIPTS["sd_lora"].draws, "save_kohya": True}
     load_script("sd_lora").main(command("sd_lora", output_dir=tmp_path / "whole", **options))
     pieces = shutil.copytree(tmp_path / "whole", tmp_path / "pieces")
     if layout == "of before":

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import load_script
 from PIL import Image
-from runs import TRAINED, checkpoints, interrupt, outcome
+from runs import checkpoints, interrupt, outcome
+from scripts import SCRIPTS
 
 from t2i_training import files
 from t2i_training.encodings.store import Store
@@ -187,9 +188,9 @@ def test_a_users_file_in_an_exported_folder(run, tmp_path, case):
 def test_resume_of_a_finished_run(run, tmp_path, case, script):
     case(f"{script}: resume of a finished run", "exits 0, everything equal")
     out = run(script, tmp_path / "out")
-    before = outcome(out, 2, TRAINED[script], 15)
+    before = outcome(out, 2, SCRIPTS[script].trained, 15)
     run(script, out, resume_from_checkpoint="latest")
-    assert outcome(out, 2, TRAINED[script], 15) == before
+    assert outcome(out, 2, SCRIPTS[script].trained, 15) == before
     case.seen("equal")
 
 
@@ -197,10 +198,13 @@ def test_resume_of_a_finished_run(run, tmp_path, case, script):
 def test_damaged_newest_adapters_are_passed_over(run, tmp_path, case, script, caplog):
     case(f"{script}: newest checkpoint truncated", "falls back to the one before, says so, same result")
     out = run(script, tmp_path / "out")
-    before, file = outcome(out, 2, TRAINED[script], 15), out / "checkpoint-2" / TRAINED[script]
+    before, file = outcome(out, 2, SCRIPTS[script].trained, 15), out / "checkpoint-2" / SCRIPTS[script].trained
     os.truncate(file, file.stat().st_size - 1)
     caplog.clear()
     run(script, out, resume_from_checkpoint="latest")
-    assert f"{out / 'checkpoint-2'} is not usable ({TRAINED[script]} is damaged); trying the one before" in caplog.text
-    assert outcome(out, 2, TRAINED[script], 15) == before
+    assert (
+        f"{out / 'checkpoint-2'} is not usable ({SCRIPTS[script].trained} is damaged); trying the one before"
+        in caplog.text
+    )
+    assert outcome(out, 2, SCRIPTS[script].trained, 15) == before
     case.seen(next(record.message for record in caplog.records if "not usable" in record.message))

@@ -6,9 +6,9 @@ That --max_grad_norm acts is in each script's own tests.
 import json
 
 import pytest
-import tiny
 import torch
 from conftest import load_script
+from scripts import TORCH
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from t2i_training.run import checkpoint
@@ -25,7 +25,7 @@ def bad_gradient(loss, network):
 
 
 @pytest.mark.parametrize("spoil", [bad_loss, bad_gradient])
-@pytest.mark.parametrize("script", tiny.SCRIPTS)
+@pytest.mark.parametrize("script", TORCH)
 def test_no_number_ends_the_run(script, spoil, command, pictures, tmp_path, monkeypatch):
     """The third update of four; its loss is read at the end of the run's only logging interval, or before a save."""
     module, out, updates, seen = load_script(script), tmp_path / "out", [], []

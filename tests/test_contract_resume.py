@@ -10,7 +10,8 @@ import signal
 import pytest
 import torch
 from conftest import flags, load_script, short_run
-from runs import ALL_DRAWS, checkpoints, interrupt, outcome, rows, wait_until
+from runs import checkpoints, interrupt, outcome, rows, wait_until
+from scripts import SCRIPTS
 
 from t2i_training.run import lifecycle
 
@@ -33,7 +34,7 @@ SCENARIOS = {  # of three updates each
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_interrupted_after_every_update(train, tmp_path, scenario):
-    options = {"checkpointing_steps": 3, **ALL_DRAWS, **SCENARIOS[scenario]}
+    options = {"checkpointing_steps": 3, **SCRIPTS["sd"].draws, **SCENARIOS[scenario]}
     whole = train(output_dir=tmp_path / "whole", **options)
     pieces = tmp_path / "pieces"
     for update in (1, 2, 3):  # the last signal comes in the last update: that run exports, too
@@ -72,7 +73,7 @@ def test_metrics_after_the_checkpoint_are_taken_back(train, tmp_path):
 
 
 def test_resume_from_a_name(train, tmp_path):
-    options = {"max_train_steps": 6, "checkpointing_steps": 2, "use_ema": True, **ALL_DRAWS}
+    options = {"max_train_steps": 6, "checkpointing_steps": 2, "use_ema": True, **SCRIPTS["sd"].draws}
     whole = train(output_dir=tmp_path / "whole", **options)
     pieces = shutil.copytree(whole, tmp_path / "pieces")
     shutil.rmtree(pieces / "checkpoint-6")
@@ -82,7 +83,7 @@ def test_resume_from_a_name(train, tmp_path):
 
 def test_resume_from_a_path_elsewhere(train, tmp_path):
     """An absolute path outside the output folder, under any name."""
-    options = {"max_train_steps": 6, "checkpointing_steps": 3, "use_ema": True, **ALL_DRAWS}
+    options = {"max_train_steps": 6, "checkpointing_steps": 3, "use_ema": True, **SCRIPTS["sd"].draws}
     whole = train(output_dir=tmp_path / "whole", **options)
     elsewhere = shutil.copytree(whole / "checkpoint-3", tmp_path / "elsewhere" / "the good one")
     pieces = train(output_dir=tmp_path / "pieces", resume_from_checkpoint=str(elsewhere), **options)
@@ -104,7 +105,7 @@ def test_resume_after_the_end(train, tmp_path):
 
 def test_drawn_seed_survives(train, tmp_path):
     """Without --seed one is drawn; the checkpoint keeps it."""
-    options = {"max_train_steps": 4, "checkpointing_steps": 4, **ALL_DRAWS}
+    options = {"max_train_steps": 4, "checkpointing_steps": 4, **SCRIPTS["sd"].draws}
     pieces = tmp_path / "pieces"
     with interrupt(2):
         train(output_dir=pieces, seed=None, **options)
@@ -160,7 +161,7 @@ KILL_WHEN = {  # glob in the output folder -> a moment inside a save
 }
 
 
-KILLED = {"use_ema": True, **ALL_DRAWS, "max_train_steps": 12}
+KILLED = {"use_ema": True, **SCRIPTS["sd"].draws, "max_train_steps": 12}
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from pathlib import Path
 import hub_server
 import huggingface_hub
 import pytest
-import tiny
 from conftest import load_quick_flax_script, load_script
 from huggingface_hub import constants
+from scripts import SCRIPTS
 
 FLAG, VARIABLE, OLD_VARIABLE, STORED = (f"hf_{word * 4}" for word in ("FromTheFlag", "Variable", "OldName", "Stored"))
 TOKENS = (FLAG, VARIABLE, OLD_VARIABLE, STORED)
@@ -91,11 +91,7 @@ def test_a_planted_token_is_found(tmp_path):
 SHORT = {"max_train_steps": 2, "checkpointing_steps": 1}
 
 
-def prompts(script) -> dict:
-    return {"validation_prompts": "a cat"} if not script.endswith("_lora") else {"validation_prompt": "a cat"}
-
-
-@pytest.mark.parametrize("script", tiny.ALL_SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_with_all_trackers_whose_upload_fails(script, run, planted):
     """The server repeats, in its refusal, the token that it was sent."""
 
@@ -107,7 +103,7 @@ def test_a_run_with_all_trackers_whose_upload_fails(script, run, planted):
 
     planted.setattr(huggingface_hub, "create_repo", lambda **options: Made)
     planted.setattr(huggingface_hub, "upload_folder", refuse)
-    ended, everything = run(script, report_to="all", push_to_hub=True, **SHORT, **prompts(script))
+    ended, everything = run(script, report_to="all", push_to_hub=True, **SHORT, **SCRIPTS[script].validates)
     assert str(ended).startswith("error: --push_to_hub: RuntimeError: 401 for Authorization: Bearer ***; ")
     names = ["tfevents", "README.md", "run_config.yaml", "metrics.jsonl", "checkpoint-2/manifest.json"]
     names += [".wandb"] if importlib.util.find_spec("wandb") else []
@@ -117,7 +113,7 @@ def test_a_run_with_all_trackers_whose_upload_fails(script, run, planted):
     assert found(everything) == []
 
 
-@pytest.mark.parametrize("script", tiny.ALL_SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_an_error_in_the_middle_of_a_run(script, run, planted):
     """With a token on the command line, and a traceback."""
     from t2i_training.report.progress import Progress

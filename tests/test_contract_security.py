@@ -14,6 +14,7 @@ import torch
 from conftest import load_script
 from PIL import Image
 from safetensors.torch import save_file
+from scripts import SCRIPTS
 
 from t2i_training import errors, files, sanitize, stopping
 from t2i_training.data import inspection
@@ -199,7 +200,8 @@ def load(command, tmp_path):
     """load(script, folder, part): have the script load its models, of which that in the flag of `part` lies there."""
 
     def call(script, folder, part=None):
-        flag = "model" if script.startswith("sd") else f"{part or script.removesuffix('_lora')}_model"
+        base = part or SCRIPTS[script].base
+        flag = "model" if base == "model" else f"{base}_model"
         flag = f"pretrained_{flag}_name_or_path"
         args = load_script(script).parse_args(command(script, output_dir=tmp_path / "out", **{flag: folder}))
         lifecycle.settle_seed(args, {})

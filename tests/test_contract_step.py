@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_script
-from runs import ALL_DRAWS, outcome
+from runs import outcome
+from scripts import SCRIPTS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2i_training.report import flops
 
-EVERYTHING = {**ALL_DRAWS, "use_ema": True, "dream_training": True, "snr_gamma": 5.0, "gradient_accumulation_steps": 2}
+EVERYTHING = {
+    **SCRIPTS["sd"].draws,
+    "use_ema": True,
+    "dream_training": True,
+    "snr_gamma": 5.0,
+    "gradient_accumulation_steps": 2,
+}
 
 
 def seed_globals(seed: int) -> None:

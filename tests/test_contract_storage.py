@@ -12,7 +12,8 @@ import subprocess
 import pytest
 import torch
 from conftest import load_quick_flax_script, load_script
-from runs import TRAINED, checkpoints, outcome, rows, weights
+from runs import checkpoints, outcome, rows, weights
+from scripts import SCRIPTS
 
 from t2i_training.encodings import cache
 from t2i_training.report.progress import Progress
@@ -101,7 +102,7 @@ def test_full_during_a_checkpoint(run, disk, tmp_path, case, script):
     assert [checkpoint.verify(out / name) for name in checkpoints(out)] == [None, None]
     free(disk)
     run(script, out, resume_from_checkpoint="latest")
-    assert outcome(out, 4, TRAINED[script], 15) == outcome(tmp_path / "whole", 4, TRAINED[script], 15)
+    assert outcome(out, 4, SCRIPTS[script].trained, 15) == outcome(tmp_path / "whole", 4, SCRIPTS[script].trained, 15)
     case.seen(message)
 
 
@@ -127,15 +128,15 @@ def test_full_during_the_export(run, disk, tmp_path, case, script):
     out, options = disk / "out", {"checkpointing_steps": 2}
     run(script, tmp_path / "whole", max_train_steps=5, **options)
     run(script, out, **options)
-    before = (out / TRAINED[script]).read_bytes()
+    before = (out / SCRIPTS[script].trained).read_bytes()
     with at_update(1, lambda: fill(disk, 4)):
         message = last_line(run, script, out, max_train_steps=5, resume_from_checkpoint="latest", **options)
     assert message.startswith(f"error: the trained model cannot be saved in {out}, where ")
-    assert ((out / TRAINED[script]).read_bytes(), hidden(out)) == (before, set())
+    assert ((out / SCRIPTS[script].trained).read_bytes(), hidden(out)) == (before, set())
     free(disk)
     run(script, out, max_train_steps=5, resume_from_checkpoint="latest", **options)
-    assert outcome(out, 4, TRAINED[script], 15)["export"] == outcome(
-        tmp_path / "whole", 4, TRAINED[script], 15
+    assert outcome(out, 4, SCRIPTS[script].trained, 15)["export"] == outcome(
+        tmp_path / "whole", 4, SCRIPTS[script].trained, 15
     )["export"]  # fmt: skip
     case.seen(message)
 

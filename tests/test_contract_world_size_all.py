@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny
 import torch
-from runs import DRAWS, LARGE_EPSILON, LOSS, TRAINED, WEIGHT, rows
+from runs import LARGE_EPSILON, LOSS, WEIGHT, rows
 from safetensors.torch import load_file
+from scripts import SCRIPTS, TORCH
 
 # Six pictures and an effective batch of four: the second update crosses the border of an epoch.
 RUN = {"max_train_steps": 3, "checkpointing_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
@@ -16,7 +16,7 @@ RUN = {"max_train_steps": 3, "checkpointing_steps": 3, "lr_scheduler": "cosine",
 @pytest.fixture
 def whole(finished):
     """whole(script): output folder of one process that takes one batch of four."""
-    return lambda script: finished(script, train_batch_size=4, **RUN | DRAWS[script])
+    return lambda script: finished(script, train_batch_size=4, **RUN | SCRIPTS[script].draws)
 
 
 def assert_close(folder, expected, script):
@@ -24,7 +24,7 @@ def assert_close(folder, expected, script):
     for row, wanted in zip(rows(folder), rows(expected), strict=True):
         assert row == pytest.approx(wanted, **LOSS)
     for part in (".", "checkpoint-3"):
-        weights, wanted = (load_file(run / part / TRAINED[script]) for run in (folder, expected))
+        weights, wanted = (load_file(run / part / SCRIPTS[script].trained) for run in (folder, expected))
         torch.testing.assert_close(weights, wanted, **WEIGHT)
     positions = [json.loads((run / "checkpoint-3" / "manifest.json").read_text()) for run in (folder, expected)]
     for name in ("step", "samples_seen", "seed", "effective_batch"):
@@ -35,12 +35,12 @@ SLOW = pytest.mark.slow("a second each: two times two is accumulated as four tim
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), pytest.param(1, 4, marks=SLOW)])
-@pytest.mark.parametrize("script", list(tiny.SCRIPTS)[1:])
+@pytest.mark.parametrize("script", list(TORCH)[1:])
 def test_accumulation(finished, whole, script, batch, accumulation):
     """One batch of four, two times two, and four times one; but not once two."""
     sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    assert_close(finished(script, **sizes, **RUN | DRAWS[script]), whole(script), script)
-    other = finished(script, train_batch_size=2, **RUN | DRAWS[script] | {"max_train_steps": 1})
+    assert_close(finished(script, **sizes, **RUN | SCRIPTS[script].draws), whole(script), script)
+    other = finished(script, train_batch_size=2, **RUN | SCRIPTS[script].draws | {"max_train_steps": 1})
     assert rows(other)[0]["loss"] != pytest.approx(rows(whole(script))[0]["loss"], rel=1e-3)
 
 
@@ -61,12 +61,12 @@ load_script({script!r}).main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("script", list(tiny.SCRIPTS)[1:])
+@pytest.mark.parametrize("script", list(TORCH)[1:])
 def test_two_processes(command, whole, server, script, tmp_path):
     """Under DDP, no parameter is waited for in vain, and what is trained is the same on both ranks."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(folder=str(tmp_path), script=script))
-    tokens = command(script, output_dir=tmp_path / "out", train_batch_size=2, **RUN | DRAWS[script])
+    tokens = command(script, output_dir=tmp_path / "out", train_batch_size=2, **RUN | SCRIPTS[script].draws)
     run = server.start(tokens, tmp_path, driver, processes=2)
     assert run.wait_for_all() == [0, 0], run.output()
     assert_close(tmp_path / "out", whole(script), script)
@@ -75,5 +75,5 @@ def test_two_processes(command, whole, server, script, tmp_path):
     ranks = [rank["parameters"] for rank in ranks]
     assert len(ranks[0]) > 10
     assert all(torch.equal(*pair) for pair in zip(*ranks, strict=True))
-    trained = load_file(tmp_path / "out" / TRAINED[script]).values()
+    trained = load_file(tmp_path / "out" / SCRIPTS[script].trained).values()
     assert all(any(torch.equal(p, tensor) for tensor in trained) for p in ranks[1]), "and the one that is exported"

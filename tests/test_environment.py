@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from scripts import REPOSITORY
 
-FILES = ["environment.sh", "setup.py", "constraints.txt", *(path.name for path in tiny.REPOSITORY.glob("req*.txt"))]
+FILES = ["environment.sh", "setup.py", "constraints.txt", *(path.name for path in REPOSITORY.glob("req*.txt"))]
 # As PYTHON: its environments come without pip, which takes seconds to be copied.
 PYTHON = f"""#!/bin/bash
 [ "$1 $2" != "-m venv" ] || set -- -m venv --without-pip "${{@:3}}"
@@ -27,7 +27,7 @@ echo "$UV_NATIVE_TLS $UV_DEFAULT_INDEX $*" >> asked
 def source(tmp_path):
     """source(**environment): (what uv was asked for, what was said) when it is sourced in a copy of the project."""
     for name in FILES:
-        shutil.copy(tiny.REPOSITORY / name, tmp_path)
+        shutil.copy(REPOSITORY / name, tmp_path)
     for name, text in (("python", PYTHON), ("uv", UV)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -44,12 +44,12 @@ def source(tmp_path):
 
 
 def requirements() -> list[Requirement]:
-    lines = [line for path in tiny.REPOSITORY.glob("req*.txt") for line in path.read_text().splitlines()]
+    lines = [line for path in REPOSITORY.glob("req*.txt") for line in path.read_text().splitlines()]
     return [Requirement(line) for line in lines if line and line[0] not in "#-"]
 
 
 def test_every_requirement_has_its_tested_release():
-    lines = (tiny.REPOSITORY / "constraints.txt").read_text().splitlines()
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines)
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     assert len(requirements()) > 20

@@ -5,18 +5,14 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import flags, free_port, load_script
-from runs import TRAINED, rows
+from runs import rows
 from safetensors.torch import load_file
+from scripts import REPOSITORY, SCRIPTS, TORCH
 
-EXAMPLES = tiny.REPOSITORY / "examples"
-RECIPES = {
-    "sd_full.sh": "sd", "sd_lora.sh": "sd_lora", "sd_flax.sh": "sd_flax", "kandinsky_prior.sh": "prior",
-    "kandinsky_prior_lora.sh": "prior_lora", "kandinsky_decoder.sh": "decoder",
-    "kandinsky_decoder_lora.sh": "decoder_lora",
-}  # fmt: skip
+EXAMPLES = REPOSITORY / "examples"
+RECIPES = {script.recipe: name for name, script in SCRIPTS.items()}
 
 
 @pytest.fixture
@@ -41,13 +37,12 @@ def recipe(tmp_path):
 
 def test_every_recipe_is_known():
     assert sorted(RECIPES) == sorted(path.name for path in (EXAMPLES / "recipes").iterdir())
-    assert sorted(RECIPES.values()) == sorted(tiny.ALL_SCRIPTS)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_launches_its_script(recipe, name, pictures, tmp_path):
     before, script, tokens = recipe(name, pictures, tmp_path / "out", "--seed=3")
-    assert tiny.ALL_SCRIPTS[RECIPES[name]].samefile(script)
+    assert SCRIPTS[RECIPES[name]].path.samefile(script)
     args = load_script(RECIPES[name]).parse_args(tokens)
     assert before == [], "under `accelerate launch` a SIGTERM would not reach the script"
     assert args.mixed_precision == "bf16"
@@ -61,7 +56,7 @@ def test_recipe_with_a_launcher(recipe, pictures, tmp_path):
     """Its words come before the script; the precision is the script's own flag."""
     before, script, tokens = recipe("sd_lora.sh", pictures, tmp_path / "out", LAUNCH="accelerate launch --multi_gpu")
     assert before == ["launch", "--multi_gpu"]
-    assert tiny.SCRIPTS["sd_lora"].samefile(script)
+    assert TORCH["sd_lora"].path.samefile(script)
     assert "--mixed_precision=bf16" in tokens
 
 
@@ -69,14 +64,14 @@ def test_recipe_with_a_launcher(recipe, pictures, tmp_path):
 def test_recipe_trains_and_continues(recipe, name, model, prior_model, decoder_model, pictures, tmp_path):
     script, out = RECIPES[name], tmp_path / "out"
     small = {"resolution": 32, "train_batch_size": 1, "checkpointing_steps": 1, "report_to": "none"}
-    if not script.startswith("sd"):
+    if SCRIPTS[script].base != "model":
         small |= {"pretrained_prior_model_name_or_path": prior_model}
         small |= {"pretrained_decoder_model_name_or_path": decoder_model}
     for steps in (1, 2):
         _, _, tokens = recipe(name, pictures, out, *flags(**small, max_train_steps=steps), MODEL=str(model))
         load_script(script).main(tokens)
         assert [row["step"] for row in rows(out)] == list(range(1, steps + 1))
-    assert all(tensor.isfinite().all() for tensor in load_file(out / TRAINED[script]).values())
+    assert all(tensor.isfinite().all() for tensor in load_file(out / SCRIPTS[script].trained).values())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +94,7 @@ def test_two_processes_without_a_gpu(sd_flags, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
-    command += ["--config_file", str(EXAMPLES / "accelerate" / "two_cpu_processes.yaml"), str(tiny.SCRIPTS["sd"])]
+    command += ["--config_file", str(EXAMPLES / "accelerate" / "two_cpu_processes.yaml"), str(TORCH["sd"].path)]
     run = subprocess.run([*command, *sd_flags(max_train_steps=2)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "4 an update, 2 updates" in run.stderr

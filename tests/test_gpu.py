@@ -9,8 +9,9 @@ import psutil
 import pytest
 import torch
 from conftest import load_script
-from runs import TRAINED, interrupt, rows
+from runs import interrupt, rows
 from safetensors.torch import load_file
+from scripts import SCRIPTS
 
 from t2i_training import errors
 from t2i_training.model import networks
@@ -57,7 +58,7 @@ def test_update_that_the_loss_scaler_skips(command, overflow_at, script, tmp_pat
     options = {"mixed_precision": "fp16", "checkpointing_steps": 1, "lr_scheduler": "linear", **average}
     overflow_at(script, 3)
     folder = run(command, script, tmp_path / "out", **options)
-    weights = [load_file(folder / f"checkpoint-{step}" / TRAINED[script]) for step in (1, 2, 3, 4)]
+    weights = [load_file(folder / f"checkpoint-{step}" / SCRIPTS[script].trained) for step in (1, 2, 3, 4)]
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
     assert same == [False, True, False]
     assert all(tensor.isfinite().all() for tensor in weights[3].values())

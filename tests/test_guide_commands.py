@@ -8,10 +8,10 @@ in `test_train_text_to_image.py`; here its one option is given as the launcher w
 import shlex
 
 import pytest
-import tiny
 from conftest import load_script
-from runs import TRAINED, rows, wait_until
+from runs import rows, wait_until
 from safetensors.torch import load_file
+from scripts import SCRIPTS, TORCH
 from test_trackers import wandb_records
 
 FULL = """
@@ -71,7 +71,7 @@ def written(model, prior_model, decoder_model, pictures):
         tokens = [FOR_THE_CPU.get(t, t) for t in shlex.split(command.replace("$DATASET_NAME", str(pictures)))]
         tokens = [token.replace("$TRAIN_DIR", str(pictures)) for token in tokens]
         script = name.partition(",")[0]
-        assert tokens.pop(0) == tiny.SCRIPTS[script].name
+        assert tokens.pop(0) == TORCH[script].path.name
         if script != "sd_lora":  # these have a default, which is on the hub
             tokens += [f"--pretrained_prior_model_name_or_path={prior_model}"]
             tokens += [f"--pretrained_decoder_model_name_or_path={decoder_model}"]
@@ -93,13 +93,13 @@ def test_command_runs_as_written(written, name, tmp_path, monkeypatch):
         load_script(script).main([token for token in tokens if token != "--push_to_hub"])
     (folder,) = cwd.iterdir()
     assert f"--output_dir={folder.name}" in tokens
-    updates = 6 if script.endswith("lora") else 2
+    updates = 6 if SCRIPTS[script].is_lora else 2
     assert [row["step"] for row in rows(folder)] == [updates]
-    assert rows(folder)[0]["epoch"] == (1.0 if script.endswith("lora") else 1.3333)
-    assert all(tensor.isfinite().all() for tensor in load_file(folder / TRAINED[script]).values())
+    assert rows(folder)[0]["epoch"] == (1.0 if SCRIPTS[script].is_lora else 1.3333)
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / SCRIPTS[script].trained).values())
     assert len(list((folder / "validation").glob("step-*.png"))) == 2
     drawn = len(list((folder / "validation" / "step-000000").iterdir()))
-    assert drawn == (4 if script.endswith("lora") else 1)
+    assert drawn == (4 if SCRIPTS[script].is_lora else 1)
     wait_until(lambda: len(wandb_records(tmp_path)) > 5)  # wandb's service may still be writing
 
 
@@ -120,6 +120,6 @@ def test_readmes_show_the_same_commands():
 
     for name, command in COMMANDS.items():
         script = name.partition(",")[0]
-        path = tiny.SCRIPTS[script]
+        path = TORCH[script].path
         shown = [comparable(block) for block in blocks(path.parent / "README.md", path.name)]
         assert comparable(shlex.split(command)) in shown, f"{name}: {shown}"

@@ -16,16 +16,17 @@ from accelerate import Accelerator
 from conftest import load_script
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, KandinskyV22CombinedPipeline, UNet2DConditionModel
 from PIL import Image
-from runs import ADAPTERS, TRAINED, in_memory
+from runs import ADAPTERS, in_memory
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scripts import SCRIPTS
 from test_kandinsky_prior import draw
 from test_train_text_to_image import LEFT, column, differ, drawn_at, make_loader, optimizer, picture, tree
 
 from t2i_training.data import draws
 from t2i_training.model import lora
 
-SCRIPTS = ("decoder", "decoder_lora")
+BOTH = ("decoder", "decoder_lora")
 EXPORTED = {
     "model_index.json", "movq/config.json", "movq/diffusion_pytorch_model.safetensors",
     "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
@@ -37,7 +38,7 @@ FLAGS = {
 PROMPTS = {"decoder": ["a cat", "a dog"], "decoder_lora": ["a cat"] * 2}
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=BOTH)
 def script(request):
     return request.param
 
@@ -90,7 +91,7 @@ def test_exported_tree(finished, script):
 
 def test_tree_with_checkpoints_and_pictures(trained, script):
     folder, _ = trained(script)
-    weights = ["unet/config.json", TRAINED["decoder"]] if script == "decoder" else [ADAPTERS]
+    weights = ["unet/config.json", SCRIPTS["decoder"].trained] if script == "decoder" else [ADAPTERS]
     saved = {f"checkpoint-3/{name}" for name in ("manifest.json", "optimizer.bin", *weights)}
     names = (".png", *(f"/0{i}.png" for i in range(len(PROMPTS[script]))))
     pictures = {f"validation/step-00000{step}{name}" for step in (0, 3, 4) for name in names}
@@ -109,7 +110,10 @@ def test_movq_is_exported_as_it_was_and_the_whole_unet_is_trained(finished, deco
     folder = finished("decoder")
     movq = "movq/diffusion_pytorch_model.safetensors"
     assert differ(load_file(folder / movq), load_file(decoder_model / movq)) == []
-    before, after = load_file(decoder_model / TRAINED["decoder"]), load_file(folder / TRAINED["decoder"])
+    before, after = (
+        load_file(decoder_model / SCRIPTS["decoder"].trained),
+        load_file(folder / SCRIPTS["decoder"].trained),
+    )
     assert len(differ(before, after)) > 0.95 * len(before)
 
 
@@ -152,7 +156,7 @@ def test_fine_tuned_prior_and_decoder_together(trained, finished):
     prior_components = {"prior_" + k: v for k, v in pipe_prior.components.items()}
     pipe = AutoPipelineForText2Image.from_pretrained(folder, **prior_components)
     assert torch.equal(output(pipe.unet), output(unet))
-    assert differ(dict(pipe.prior_prior.named_parameters()), load_file(tuned / TRAINED["prior"])) == []
+    assert differ(dict(pipe.prior_prior.named_parameters()), load_file(tuned / SCRIPTS["prior"].trained)) == []
     assert not np.array_equal(draw(pipe, "a dog", 4), picture(folder / "validation/step-000004/01.png"))
 
 
@@ -389,7 +393,7 @@ def test_embedding_of_nothing_is_the_prior_pipelines(script, base_prior):
 
 def test_dropout_acts_on_a_run(finished, script):
     plain, dropped = (finished(script, image_embeds_dropout=share) for share in (0, 0.9999))
-    assert differ(load_file(plain / TRAINED[script]), load_file(dropped / TRAINED[script]))
+    assert differ(load_file(plain / SCRIPTS[script].trained), load_file(dropped / SCRIPTS[script].trained))
 
 
 def linear_alpha_bar(timesteps) -> torch.Tensor:
@@ -432,7 +436,9 @@ def test_gradient_checkpointing(objective, finished, script):
         assert len(calls) == int(wanted), "a block is computed again on the way back"
         results.append({name: p.grad for name, p in unet.named_parameters() if p.requires_grad and p.grad is not None})
     assert differ(*results) == []
-    weights = [load_file(finished(script, gradient_checkpointing=wanted) / TRAINED[script]) for wanted in (False, True)]
+    weights = [
+        load_file(finished(script, gradient_checkpointing=wanted) / SCRIPTS[script].trained) for wanted in (False, True)
+    ]
     assert differ(*weights) == []
 
 
@@ -457,7 +463,7 @@ def test_bf16_lora_keeps_adapters_and_optimizer_in_fp32(finished, command):
 
 def test_bf16_exports_fp32(finished, decoder_model):
     folder = finished("decoder", mixed_precision="bf16", **FLAGS["decoder"])
-    weights = load_file(folder / TRAINED["decoder"])
+    weights = load_file(folder / SCRIPTS["decoder"].trained)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
     movq = "movq/diffusion_pytorch_model.safetensors"
@@ -467,7 +473,7 @@ def test_bf16_exports_fp32(finished, decoder_model):
 @pytest.mark.gpu
 def test_fp16_trains_under_its_loss_scaler(finished, script):
     folder = finished(script, mixed_precision="fp16", max_train_steps=8, **FLAGS[script])
-    weights = load_file(folder / TRAINED[script])
+    weights = load_file(folder / SCRIPTS[script].trained)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert all(math.isfinite(loss) for loss in column(folder, "loss"))
@@ -481,9 +487,9 @@ def test_average_is_validated_and_exported(finished, base):
     names = [name for name, _ in base.unet.named_parameters()]
     average = EMAModel(base.unet.parameters())
     for step in (1, 2, 3, 4):
-        saved = load_file(folder / f"checkpoint-{step}" / TRAINED["decoder"])
+        saved = load_file(folder / f"checkpoint-{step}" / SCRIPTS["decoder"].trained)
         average.step([torch.nn.Parameter(saved[name]) for name in names])
-    exported = load_file(folder / TRAINED["decoder"])
+    exported = load_file(folder / SCRIPTS["decoder"].trained)
     assert differ({n: exported[n] for n in names}, dict(zip(names, average.shadow_params, strict=True))) == []
     assert differ(load_file(folder / "checkpoint-4/unet_ema/diffusion_pytorch_model.safetensors"), exported) == []
     assert differ(exported, saved)
@@ -496,7 +502,9 @@ def test_average_is_validated_and_exported(finished, base):
 
 def test_caption_column_is_checked_and_changes_nothing(finished, command, script):
     """The guide passes it, though the decoder sees no caption."""
-    named, plain = (load_file(finished(script, **c) / TRAINED[script]) for c in ({"caption_column": "text"}, {}))
+    named, plain = (
+        load_file(finished(script, **c) / SCRIPTS[script].trained) for c in ({"caption_column": "text"}, {})
+    )
     assert differ(named, plain) == []
     with pytest.raises(SystemExit) as error:
         load_script(script).main(command(script, caption_column="words"))
@@ -513,7 +521,7 @@ def test_pictures_need_no_captions(finished, command, pictures, tmp_path, script
     for cached in (False, True):
         captioned = finished(script, cache_encodings=cached)
         bare = finished(script, train_data_dir=tmp_path / "bare", cache_encodings=cached)
-        assert differ(load_file(bare / TRAINED[script]), load_file(captioned / TRAINED[script])) == []
+        assert differ(load_file(bare / SCRIPTS[script].trained), load_file(captioned / SCRIPTS[script].trained)) == []
 
 
 def test_rank(finished):
@@ -522,10 +530,10 @@ def test_rank(finished):
 
 
 def test_seed(finished, script, tmp_path):
-    first = load_file(finished(script) / TRAINED[script])
+    first = load_file(finished(script) / SCRIPTS[script].trained)
     torch.manual_seed(99)
-    assert differ(load_file(finished(script, output_dir=tmp_path / "again") / TRAINED[script]), first) == []
-    assert differ(load_file(finished(script, seed=4) / TRAINED[script]), first)
+    assert differ(load_file(finished(script, output_dir=tmp_path / "again") / SCRIPTS[script].trained), first) == []
+    assert differ(load_file(finished(script, seed=4) / SCRIPTS[script].trained), first)
 
 
 def test_max_grad_norm(finished, script):

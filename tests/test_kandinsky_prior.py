@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from conftest import load_script
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, PriorTransformer
 from PIL import Image
-from runs import ADAPTERS, TRAINED, in_memory
+from runs import ADAPTERS, in_memory
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scripts import SCRIPTS
 from test_train_text_to_image import LEFT, column, differ, drawn_at, make_loader, optimizer, picture, tree
 
 from t2i_training.data import draws
@@ -26,7 +27,7 @@ from t2i_training.model import lora
 from t2i_training.report import validation
 from t2i_training.run import lifecycle
 
-SCRIPTS = ("prior", "prior_lora")
+BOTH = ("prior", "prior_lora")
 EXPORTED = {
     "image_encoder/config.json", "image_encoder/model.safetensors", "image_processor/preprocessor_config.json",
     "model_index.json", "prior/config.json", "prior/diffusion_pytorch_model.safetensors",
@@ -40,7 +41,7 @@ FLAGS = {
 PROMPTS = {"prior": ["a cat", "a dog"], "prior_lora": ["a cat"] * 2}
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=BOTH)
 def script(request):
     return request.param
 
@@ -102,7 +103,7 @@ def test_exported_tree(finished, script):
 
 def test_tree_with_checkpoints_and_pictures(trained, script):
     folder, _ = trained(script)
-    weights = ["prior/config.json", TRAINED["prior"]] if script == "prior" else [ADAPTERS]
+    weights = ["prior/config.json", SCRIPTS["prior"].trained] if script == "prior" else [ADAPTERS]
     saved = {f"checkpoint-{n}/{name}" for n in (2, 4) for name in ("manifest.json", "optimizer.bin", *weights)}
     steps = (0, 4) if script == "prior" else (0, 3, 4)
     names = (".png", *(f"/0{i}.png" for i in range(len(PROMPTS[script]))))
@@ -130,9 +131,9 @@ def test_frozen_parts_are_exported_as_they_were(finished, prior_model):
 def test_statistics_stay_what_they_are_and_everything_else_is_trained(finished, prior_model):
     """The optimizer does not know them: under DDP it would wait for gradients that never come."""
     folder = finished("prior", adam_weight_decay=0.5, max_train_steps=2, use_ema=True, checkpointing_steps=2)
-    before = load_file(prior_model / TRAINED["prior"])
+    before = load_file(prior_model / SCRIPTS["prior"].trained)
     for part in (folder, folder / "checkpoint-2"):
-        after = load_file(part / TRAINED["prior"])
+        after = load_file(part / SCRIPTS["prior"].trained)
         assert set(before) - set(differ(after, before)) == {"clip_mean", "clip_std"}
     assert len(optimizer(folder / "checkpoint-2")["param_groups"][0]["params"]) == len(before) - 2
     assert before["clip_mean"].std() > 0.1
@@ -217,7 +218,7 @@ def test_first_row_of_the_grid_is_the_base(trained, script, decoder_model):
 def test_resolution_is_the_validation_pictures_and_nothing_else(finished, script):
     drawn = finished(script, resolution=48, **{**FLAGS[script], "max_train_steps": 1})
     assert picture(drawn / "validation/step-000001/00.png").shape == (48, 48, 3)
-    weights = [load_file(finished(script, resolution=side) / TRAINED[script]) for side in (32, 64)]
+    weights = [load_file(finished(script, resolution=side) / SCRIPTS[script].trained) for side in (32, 64)]
     assert differ(*weights) == []
 
 
@@ -322,8 +323,8 @@ def test_dropped_caption_is_the_empty_one(finished, script, tmp_path):
     """A run whose captions are all dropped is the run on a data set without any."""
     empty = finished(script, train_data_dir=write_captions(tmp_path / "data", [""] * 6))
     dropped = finished(script, caption_dropout=0.9999)
-    assert differ(load_file(dropped / TRAINED[script]), load_file(empty / TRAINED[script])) == []
-    assert differ(load_file(finished(script) / TRAINED[script]), load_file(empty / TRAINED[script]))
+    assert differ(load_file(dropped / SCRIPTS[script].trained), load_file(empty / SCRIPTS[script].trained)) == []
+    assert differ(load_file(finished(script) / SCRIPTS[script].trained), load_file(empty / SCRIPTS[script].trained))
 
 
 # -------------------------------------------------------------------------------------------------------- the objective
@@ -426,7 +427,9 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(objective):
 
 
 def test_gradient_checkpointing_of_a_run(finished, script):
-    weights = [load_file(finished(script, gradient_checkpointing=wanted) / TRAINED[script]) for wanted in (False, True)]
+    weights = [
+        load_file(finished(script, gradient_checkpointing=wanted) / SCRIPTS[script].trained) for wanted in (False, True)
+    ]
     assert differ(*weights) == []
 
 
@@ -466,7 +469,7 @@ def test_statistics_are_not_rounded_in_bf16(script, command, base):
 
 def test_bf16_exports_fp32(finished, prior_model):
     folder = finished("prior", mixed_precision="bf16", **FLAGS["prior"])
-    weights = load_file(folder / TRAINED["prior"])
+    weights = load_file(folder / SCRIPTS["prior"].trained)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
     for part in ("image_encoder/model.safetensors", "text_encoder/model.safetensors"):
@@ -476,7 +479,7 @@ def test_bf16_exports_fp32(finished, prior_model):
 @pytest.mark.gpu
 def test_fp16_trains_under_its_loss_scaler(finished, script):
     folder = finished(script, mixed_precision="fp16", max_train_steps=8, **FLAGS[script])
-    weights = load_file(folder / TRAINED[script])
+    weights = load_file(folder / SCRIPTS[script].trained)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert all(math.isfinite(loss) for loss in column(folder, "loss"))
@@ -490,10 +493,10 @@ def test_average_is_validated_and_exported(finished, base, decoder_model):
     names = [name for name, _ in base.prior.named_parameters()]
     average = EMAModel(base.prior.parameters())
     for step in (1, 2, 3, 4):
-        saved = load_file(folder / f"checkpoint-{step}" / TRAINED["prior"])
+        saved = load_file(folder / f"checkpoint-{step}" / SCRIPTS["prior"].trained)
         parameters = [torch.nn.Parameter(saved[n], requires_grad=n not in ("clip_mean", "clip_std")) for n in names]
         average.step(parameters)
-    exported = load_file(folder / TRAINED["prior"])
+    exported = load_file(folder / SCRIPTS["prior"].trained)
     assert differ({n: exported[n] for n in names}, dict(zip(names, average.shadow_params, strict=True))) == []
     stored = load_file(folder / "checkpoint-4/prior_ema/diffusion_pytorch_model.safetensors")
     assert differ(stored, exported) == []
@@ -511,10 +514,10 @@ def test_rank(finished):
 
 
 def test_seed(finished, script, tmp_path):
-    first = load_file(finished(script) / TRAINED[script])
+    first = load_file(finished(script) / SCRIPTS[script].trained)
     torch.manual_seed(99)
-    assert differ(load_file(finished(script, output_dir=tmp_path / "again") / TRAINED[script]), first) == []
-    assert differ(load_file(finished(script, seed=4) / TRAINED[script]), first)
+    assert differ(load_file(finished(script, output_dir=tmp_path / "again") / SCRIPTS[script].trained), first) == []
+    assert differ(load_file(finished(script, seed=4) / SCRIPTS[script].trained), first)
 
 
 def test_max_grad_norm(finished, script):

@@ -9,7 +9,6 @@ import shutil
 import sys
 
 import pytest
-import tiny
 import tiny_kandinsky
 import torch
 from conftest import flags, load_script
@@ -22,6 +21,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from PIL import Image, ImageOps
+from scripts import REPOSITORY
 from torch.nn.functional import cosine_similarity, mse_loss, normalize
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -29,7 +29,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from t2i_training.data import images
 from t2i_training.model import lora, optim
 
-QUICKSTART = tiny.REPOSITORY / "examples" / "quickstart"
+QUICKSTART = REPOSITORY / "examples" / "quickstart"
 BASE = QUICKSTART / "tiny-emoji-diffusion"
 ROWS = [json.loads(line) for line in (QUICKSTART / "pictures" / "metadata.jsonl").read_text().splitlines()]
 sys.path.append(str(QUICKSTART))

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import older_stack
 import pytest
-import tiny
 from runs import ADAPTERS
 from safetensors import safe_open
+from scripts import REPOSITORY
 
 REQUIREMENTS = Path(__file__).with_name("requirements_older_stack.txt")
-BUNDLED = tiny.REPOSITORY / "examples/quickstart/tiny-emoji-diffusion"
+BUNDLED = REPOSITORY / "examples/quickstart/tiny-emoji-diffusion"
 
 
 @pytest.fixture(scope="module")

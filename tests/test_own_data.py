@@ -7,22 +7,22 @@ import sys
 import datasets
 import numpy as np
 import pytest
-import tiny
 import torch
 import yaml
 from conftest import load_script
 from PIL import Image
 from runs import rows
+from scripts import REPOSITORY, SCRIPTS, TORCH
 
 from t2i_training.data.dataset import check_dataset, picture_file
 
-SECTION = (tiny.REPOSITORY / "README.md").read_text().split("## Your own data set, your own changes")[1]
+SECTION = (REPOSITORY / "README.md").read_text().split("## Your own data set, your own changes")[1]
 SNIPPET = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]
 
 
 def edited(script: str, folder, *changes):
     """A module: the README's changes, and these (old, new), made in a copy of a script."""
-    text = tiny.ALL_SCRIPTS[script].read_text()
+    text = SCRIPTS[script].path.read_text()
     line = re.search(r"    flags\.add_data_source_args\(parser\).*\n", text)[0]
     replacements = [
         (line, ""),
@@ -53,7 +53,7 @@ def test_a_data_set_of_ones_own(command, script, cached, tmp_path):
     assert "train_data_dir" not in yaml.safe_load((out / "run_config.yaml").read_text())
 
 
-@pytest.mark.parametrize("script", tiny.ALL_SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_its_flags_go_from_every_script(command, script, tmp_path, capsys):
     if script == "sd_flax":
         pytest.importorskip("jax")
@@ -91,7 +91,7 @@ def test_flags_of_ones_own(command, tmp_path):
     assert (list(again.my_pair), again.my_switch, again.such) == ([3, 4], False, False)
 
 
-@pytest.mark.parametrize("script", tiny.SCRIPTS)
+@pytest.mark.parametrize("script", TORCH)
 def test_small_pictures_are_counted(command, script, pictures, tmp_path, monkeypatch, caplog):
     """Of 40 x 32 pixels; the prior reads none at --resolution."""
     module = load_script(script)

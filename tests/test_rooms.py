@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+from scripts import REPOSITORY
 
-PACKAGE = tiny.REPOSITORY / "src" / "t2i_training"
+PACKAGE = REPOSITORY / "src" / "t2i_training"
 GROUND = ["sanitize", "log", "bar", "distributed", "stopping", "errors", "files"]  # each from those before it alone
 MAY_IMPORT = {  # besides what is in the room itself
     "cli": {"ground", "sources"},

@@ -15,20 +15,15 @@ import sys
 import tokenize
 
 import pytest
-import tiny
+from scripts import REPOSITORY, SCRIPTS, TORCH
 
-COMPARED_WITH = {"prior": "sd", "decoder": "sd", "sd_lora": "sd", "prior_lora": "prior", "decoder_lora": "decoder"}
+COMPARED = [name for name, script in SCRIPTS.items() if script.compared_with]
 REPEATED = ("imports", "draw_picture", "main")  # between models; between a full run and its LoRA all functions are
 ORDER = (
     "parse_args", "load_models", "read_picture", "read_caption", "make_sample", "freeze", "encode_pictures",
-    "encode_captions", "encode", "embed_nothing", "compute_loss", "make_dataloader", "build_drawing_pipeline", "draw_picture", "export",
-    "main",
+    "encode_captions", "encode", "embed_nothing", "compute_loss", "make_dataloader", "build_drawing_pipeline",
+    "draw_picture", "export", "main",
 )  # fmt: skip
-LEFT_OUT = {  # script -> what its story goes without: no "no picture" with captions, and no captions without them
-    "sd": {"embed_nothing"}, "sd_lora": {"embed_nothing"},
-    "prior": {"embed_nothing"}, "prior_lora": {"embed_nothing", "export"},
-    "decoder": {"read_caption", "encode_captions"}, "decoder_lora": {"read_caption", "encode_captions", "export"},
-}  # fmt: skip
 
 KANDINSKY = [
     ("imports", ", spare_parts", "", "training uses all that it loads"),
@@ -155,7 +150,7 @@ def of_the_model(node) -> bool:
 
 
 def read(script: str) -> dict[str, str]:
-    return story(tiny.SCRIPTS[script].read_text(), "prior" if script.startswith("prior") else "unet")
+    return story(SCRIPTS[script].path.read_text(), "prior" if script.startswith("prior") else "unet")
 
 
 def compare(script: str, here: dict[str, str], there: dict[str, str], names, rows) -> None:
@@ -167,24 +162,44 @@ def compare(script: str, here: dict[str, str], there: dict[str, str], names, row
         expected[name] = expected[name].replace(old, new)
     for name in names:
         sides = [text.splitlines() for text in (expected[name], here.get(name, ""))]
-        titles = (f"{COMPARED_WITH[script]}, with the allowed differences", script)
+        titles = (f"{SCRIPTS[script].compared_with}, with the allowed differences", script)
         difference = "\n".join(difflib.unified_diff(*sides, *titles, lineterm="", n=2))
         if difference:
-            pytest.fail(f"{name} differs, and no row of DIFFERENCES says why:\n{difference}", pytrace=False)
+            row = "\n".join(rows_to_add(name, expected[name], here.get(name, "")))
+            message = (
+                f"{name} differs, and no row of DIFFERENCES says why:\n{difference}\n\nIf it is meant, add:\n{row}"
+            )
+            pytest.fail(message, pytrace=False)
+
+
+def rows_to_add(name: str, there: str, here: str) -> list[str]:
+    """Rows for DIFFERENCES that turn `there` into `here`, of whole lines, and as many as make their text unique."""
+    before, after = there.splitlines(keepends=True), here.splitlines(keepends=True)
+    rows = []
+    for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
+        if kind == "equal":
+            continue
+        first, last = start, end
+        while there.count("".join(before[first:last])) != 1 and (first > 0 or last < len(before)):
+            first, last = max(first - 1, 0), min(last + (first == 0), len(before))
+        kept = "".join(before[first:start]), "".join(before[end:last])
+        old, new = "".join(before[first:last]), kept[0] + "".join(after[new_start:new_end]) + kept[1]
+        rows.append(f"        ({name!r}, {old!r},\n         {new!r}, 'WHY'),")
+    return rows
 
 
 def names_to_compare(script: str, here: dict, there: dict):
-    return sorted(here | there) if script.endswith("_lora") else REPEATED
+    return sorted(here | there) if SCRIPTS[script].is_lora else REPEATED
 
 
-@pytest.mark.parametrize("script", COMPARED_WITH)
+@pytest.mark.parametrize("script", COMPARED)
 def test_repeated_parts_are_equal(script):
-    here, there = read(script), read(COMPARED_WITH[script])
+    here, there = read(script), read(SCRIPTS[script].compared_with)
     compare(script, here, there, names_to_compare(script, here, there), DIFFERENCES[script])
 
 
 def changed(script: str, old: str, new: str) -> dict[str, str]:
-    source = tiny.SCRIPTS[script].read_text()
+    source = SCRIPTS[script].path.read_text()
     assert source.count(old) == 1
     return story(source.replace(old, new), "prior" if script.startswith("prior") else "unet")
 
@@ -198,6 +213,8 @@ def test_an_unexplained_difference_is_shown():
     assert "\n-                    optimizer.zero_grad()\n+                    pass\n" in message
     assert "--- sd, with the allowed differences" in message
     assert "+++ prior" in message
+    row = message.partition("If it is meant, add:\n")[2]
+    compare("prior", here, there, REPEATED, [*DIFFERENCES["prior"], *ast.literal_eval(f"[{row}]")])
 
 
 def test_a_row_that_fits_no_longer_is_shown():
@@ -215,21 +232,32 @@ def test_only_the_trained_network_is_renamed():
 
 def comments(script: str) -> list[str]:
     """The comments in a script's main, in order."""
-    source = tiny.SCRIPTS[script].read_text().split("\ndef main(")[1]
+    source = SCRIPTS[script].path.read_text().split("\ndef main(")[1]
     tokens = tokenize.generate_tokens(io.StringIO("def main(" + source).readline)
     return [token.string for token in tokens if token.type == tokenize.COMMENT]
 
 
-@pytest.mark.parametrize("script", COMPARED_WITH)
+@pytest.mark.parametrize("script", COMPARED)
 def test_comments_in_main_are_equal(script):
     assert comments(script) == comments("sd")
     assert len(comments(script)) >= 3
 
 
-@pytest.mark.parametrize("script", tiny.SCRIPTS)
+@pytest.mark.parametrize("script", TORCH)
 def test_the_story_is_told_in_one_order(script):
     names = [name for name in read(script) if name != "imports"]
-    assert names == [name for name in ORDER if name not in LEFT_OUT[script]]
+    assert names == [name for name in ORDER if name not in SCRIPTS[script].without]
+
+
+def test_the_flax_script_tells_the_same_story():
+    """The functions are named and ordered alike; those of the data are equal."""
+    here, there = read("sd_flax"), read("sd")
+    assert [name for name in here if name in there] == [name for name in there if name in here]
+    assert set(there) - set(here) == {"freeze", "build_drawing_pipeline"}
+    assert set(here) - set(there) == {"make_train_step"}
+    for name in ("read_picture", "read_caption", "make_sample"):
+        assert here[name] == there[name]
+    assert f"@torch.no_grad()\n{here['encode']}" == there["encode"]
 
 
 # Sizes
@@ -239,9 +267,9 @@ def functions(path):
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
 
 
-@pytest.mark.parametrize("script", tiny.SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_script_is_short(script):
-    path = tiny.SCRIPTS[script]
+    path = SCRIPTS[script].path
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions(path)}
     assert len(path.read_text().splitlines()) <= 340
     assert lengths.pop("main") <= 80
@@ -249,23 +277,23 @@ def test_script_is_short(script):
 
 
 def test_shared_files_and_their_functions_are_short():
-    paths = list((tiny.REPOSITORY / "src").rglob("*.py"))
+    paths = list((REPOSITORY / "src").rglob("*.py"))
     assert len(paths) >= 15
     assert {path.name: n for path in paths if (n := len(path.read_text().splitlines())) > 350} == {}
     lengths = {f"{path.name}: {f.name}": f.end_lineno - f.lineno + 1 for path in paths for f in functions(path)}
     assert {name: length for name, length in lengths.items() if length > 45} == {}
 
 
-@pytest.mark.parametrize("script", [script for script in tiny.SCRIPTS if script.endswith("_lora")])
+@pytest.mark.parametrize("script", [name for name, script in TORCH.items() if script.is_lora])
 def test_lora_differs_from_the_full_run_in_few_lines(script):
-    command = ["diff", tiny.SCRIPTS[COMPARED_WITH[script]], tiny.SCRIPTS[script]]
+    command = ["diff", SCRIPTS[SCRIPTS[script].compared_with].path, SCRIPTS[script].path]
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
     assert 30 <= sum(line[0] in "<>" for line in lines) <= 60
 
 
 # What stands beside the scripts
 
-FOLDERS = sorted({path.parent for path in tiny.SCRIPTS.values()})
+FOLDERS = sorted({script.path.parent for script in SCRIPTS.values()})
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.parent.name)
@@ -279,6 +307,5 @@ def test_nothing_beside_a_script_shadows_a_library(folder):
 
 
 def test_every_script_is_known_here():
-    scripts = {path for folder in FOLDERS for path in folder.glob("*.py") if not path.stem.endswith("_flax")}
-    assert scripts == set(tiny.SCRIPTS.values())
+    assert {path for folder in FOLDERS for path in folder.glob("*.py")} == {script.path for script in SCRIPTS.values()}
     assert len(FOLDERS) == 2

@@ -24,6 +24,7 @@ from conftest import flags, free_port, load_script
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from scripts import TORCH
 
 from t2i_training import stopping
 from t2i_training.data import captions, draws, inspection
@@ -335,7 +336,7 @@ def test_the_guides_command_from_the_scripts_folder(model, pictures, server, tmp
 
 @pytest.mark.slow("28 s, two interpreters: the test above is the same in two halves")
 def test_the_guides_command_in_one(model, pictures, tmp_path):
-    shutil.copy(tiny.SCRIPTS["sd"], tmp_path)
+    shutil.copy(TORCH["sd"].path, tmp_path)
     done = launch_the_guides_command(model, pictures, tmp_path)
     check_the_guides_run(tmp_path / "sd-pokemon-model", done.stderr)
 

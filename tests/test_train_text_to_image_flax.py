@@ -3,7 +3,6 @@
 Compiling is most of the time here, so nearly all runs are of one program, which a cache on disk keeps.
 """
 
-import ast
 import contextlib
 import json
 import os
@@ -16,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from conftest import flags, load_quick_flax_script, load_script, short_run
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from runs import LARGE_EPSILON, _digest, checkpoints, rows, wait_until, weights
 from safetensors.torch import load_file, save_file
+from scripts import SCRIPTS
 from transformers import CLIPTextModel
 
 jax = pytest.importorskip("jax")
@@ -558,10 +557,10 @@ def test_guides_commands_on_an_old_flax_repository(source, small_model, pictures
 
 
 def test_readme_shows_the_guides_command():
-    readme = (tiny.FLAX_SCRIPT.parent / "README.md").read_text()
+    readme = (SCRIPTS["sd_flax"].path.parent / "README.md").read_text()
     shown = [block.split("```")[0] for block in readme.split("```bash")[1:]]
     wanted = [token for token in shlex.split(GUIDE) if not token.startswith(("--dataset", "--output", "\n"))]
-    blocks = [shlex.split(block.replace("\\\n", " ")) for block in shown if tiny.FLAX_SCRIPT.name in block]
+    blocks = [shlex.split(block.replace("\\\n", " ")) for block in shown if SCRIPTS["sd_flax"].path.name in block]
     assert any(set(wanted) <= set(block) for block in blocks)
 
 
@@ -588,7 +587,7 @@ def test_without_jax(tokens, tmp_path):
     hide = "import importlib.util as u, runpy, sys; find = u.find_spec\n"
     hide += "u.find_spec = lambda name, *rest: None if name == 'jax' else find(name, *rest)\n"
     hide += f"sys.argv = {['x', *tokens(tmp_path / 'out')]!r}\n"
-    hide += f"runpy.run_path({str(tiny.FLAX_SCRIPT)!r}, run_name='__main__')"
+    hide += f"runpy.run_path({str(SCRIPTS['sd_flax'].path)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().endswith("error: jax not installed: pip install -r requirements_flax.txt")
@@ -668,27 +667,3 @@ def test_bfloat16_passes_to_torch_and_back():
 
 
 # Sizes
-
-
-def test_script_is_short():
-    functions = [
-        node for node in ast.walk(ast.parse(tiny.FLAX_SCRIPT.read_text())) if isinstance(node, ast.FunctionDef)
-    ]
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
-    assert len(tiny.FLAX_SCRIPT.read_text().splitlines()) <= 340
-    assert lengths.pop("main") <= 80
-    assert {name: length for name, length in lengths.items() if length > 45} == {}
-
-
-def test_its_story_is_the_torch_scripts():
-    """The functions are named and ordered alike; those of the data are equal."""
-
-    def story(path):
-        return {n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
-
-    here, there = story(tiny.FLAX_SCRIPT), story(tiny.SCRIPTS["sd"])
-    assert [name for name in here if name in there] == [name for name in there if name in here]
-    assert set(there) - set(here) == {"build_drawing_pipeline"}
-    assert set(here) - set(there) == {"make_train_step"}
-    for name in ("read_picture", "read_caption", "make_sample", "encode"):
-        assert ast.unparse(here[name].body) == ast.unparse(there[name].body), name

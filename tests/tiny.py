@@ -7,17 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-REPOSITORY = Path(__file__).parent.parent
-SCRIPTS = {  # the one place that knows where they are
-    "sd": REPOSITORY / "text_to_image" / "train_text_to_image.py",
-    "sd_lora": REPOSITORY / "text_to_image" / "train_text_to_image_lora.py",
-    "prior": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_prior.py",
-    "prior_lora": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_prior_lora.py",
-    "decoder": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_decoder.py",
-    "decoder_lora": REPOSITORY / "kandinsky2_2" / "text_to_image" / "train_text_to_image_decoder_lora.py",
-}
-FLAX_SCRIPT = REPOSITORY / "text_to_image" / "train_text_to_image_flax.py"  # its tests are of its own: JAX is optional
-ALL_SCRIPTS = SCRIPTS | {"sd_flax": FLAX_SCRIPT}
 PICTURES = 6  # of make_pictures; not a multiple of the batch sizes used, so epochs end inside batches
 
 

@@ -187,7 +187,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scripts", nargs="+", default=victims.scripts(), choices=victims.scripts())
+    parser.add_argument("--scripts", nargs="+", default=victims.runnable(), choices=victims.runnable())
     parser.add_argument("--chain", type=int, default=5, help="most kills of one run")
     args = parser.parse_args(argv)
     folder, began = Path(tempfile.mkdtemp(prefix="faults-")), time.monotonic()

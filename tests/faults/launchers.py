@@ -22,6 +22,7 @@ sys.path.insert(0, str(TESTS))
 
 import tiny  # noqa: E402
 from conftest import flags, free_port, short_run  # noqa: E402
+from scripts import TORCH  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -88,7 +89,7 @@ def stop(launcher: str, target: str, number: int, model: Path, pictures: Path, f
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(log, "wb") as file:
         started = subprocess.Popen(
-            [*command, str(tiny.SCRIPTS["sd"]), *tokens], stdout=file, stderr=file, env=environment,
+            [*command, str(TORCH["sd"].path), *tokens], stdout=file, stderr=file, env=environment,
             start_new_session=True,
         )  # fmt: skip
     rows = out / "metrics.jsonl"

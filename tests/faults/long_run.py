@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
+from scripts import TORCH
 
 LINES = 20
 COLUMNS = ("rss_mib", "workers_mib", "tree_mib", "handles", "threads", "processes")
@@ -133,7 +134,7 @@ def command(args, folder: Path) -> list[str]:
     pictures, period = tiny.make_pictures(folder / "pictures", 10), args.updates // 10
     switches = [f"--{name}" for name in ("cache_encodings",) if getattr(args, name)]
     return [
-        str(tiny.SCRIPTS["sd"]), f"--pretrained_model_name_or_path={tiny.make_stable_diffusion(folder / 'model')}",
+        str(TORCH["sd"].path), f"--pretrained_model_name_or_path={tiny.make_stable_diffusion(folder / 'model')}",
         f"--train_data_dir={pictures}", f"--output_dir={folder / 'out'}", "--resolution=32", "--train_batch_size=2",
         f"--max_train_steps={args.updates}", f"--checkpointing_steps={period}", "--checkpoints_total_limit=2",
         "--validation_prompts", "a cat", "a dog", f"--validation_epochs={max(1, period // 5)}", "--use_ema", "--seed=3",

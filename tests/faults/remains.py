@@ -8,6 +8,7 @@ import runs
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from scripts import SCRIPTS
 
 from t2i_training.files import sha256
 from t2i_training.run import checkpoint
@@ -102,7 +103,7 @@ def leftovers(folder: Path, kept: int) -> list[str]:
 
 def left(folder: Path, step: int, script: str) -> dict:
     """All that must not depend on how often a run was killed: `runs.outcome`, and what else a user finds."""
-    return runs.outcome(folder, step, runs.TRAINED[script], 15) | {
+    return runs.outcome(folder, step, SCRIPTS[script].trained, 15) | {
         "pictures": {str(path.relative_to(folder)): _pixels(path) for path in sorted(folder.glob("**/*.png"))},
         "card": (folder / "README.md").read_text(encoding="utf-8"),
         "encodings": _encodings(folder),

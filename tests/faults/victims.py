@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import conftest
-import runs
 import tiny
 import tiny_kandinsky
 import tqdm
 from board import PHASES, Board
+from scripts import SCRIPTS
 
 from t2i_training.sd_flax import flags
 
@@ -33,17 +33,6 @@ EVERY = {  # script -> its flags besides those of conftest.short_run
     "max_train_steps": STEPS, "train_batch_size": 4, "checkpointing_steps": 1, "checkpoints_total_limit": KEPT,
     "logging_steps": 2, "validation_epochs": 2, "resume_from_checkpoint": "latest", "resolution": 16,
 }  # fmt: skip
-FULL = {"use_ema": True, "validation_prompts": ["a"]}
-LORA = {"validation_prompt": "a", "num_validation_images": 1, "learning_rate": 1e-2}
-SCRIPTS = {  # the one table: script -> its own flags
-    "sd": {**FULL, **runs.DRAWS["sd"]},
-    "sd_lora": {**LORA, **runs.DRAWS["sd_lora"], "save_kohya": True},
-    "prior": {**FULL, **runs.DRAWS["prior"]},
-    "prior_lora": {**LORA, **runs.DRAWS["prior_lora"]},
-    "decoder": {**FULL, **runs.DRAWS["decoder"]},
-    "decoder_lora": {**LORA, **runs.DRAWS["decoder_lora"]},
-    "sd_flax": {**FULL, **runs.ALL_DRAWS},
-}
 JAX = {  # JAX's settings: programs are compiled quickly, and by the first run alone
     "jax_platforms": "cpu", "jax_disable_most_optimizations": True, "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -53,7 +42,7 @@ HUNG, STOPS = "hung", (signal.SIGTERM, signal.SIGINT)
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
-def scripts() -> list[str]:
+def runnable() -> list[str]:
     """Those that can be run here: JAX is optional."""
     jax = all(importlib.util.find_spec(package) for package in flags.PACKAGES)
     return [name for name in SCRIPTS if jax or name != "sd_flax"]
@@ -89,10 +78,12 @@ def make_models(folder: Path) -> dict:
 def command(script: str, models: dict, output_dir: Path, **changes) -> list[str]:
     """The tokens of a run."""
     values = conftest.short_run(models["sd"], models["pictures"], output_dir)
-    if script in ("prior", "prior_lora", "decoder", "decoder_lora"):
+    if SCRIPTS[script].base != "model":
         values |= {f"pretrained_{part}_model_name_or_path": models[part] for part in ("prior", "decoder")}
         del values["pretrained_model_name_or_path"]
-    values |= EVERY | SCRIPTS[script] | changes
+    known = SCRIPTS[script]
+    values |= EVERY | known.draws | known.validates | known.resumed | ({"learning_rate": 1e-2} if known.is_lora else {})
+    values |= changes
     return conftest.flags(**{name: value for name, value in values.items() if f"--{name} " in _help(script)})
 
 
