@@ -26,6 +26,15 @@ UPRIGHT = [[RED, GREEN, BLUE], [WHITE, (9, 9, 9), (99, 50, 1)]]  # 2 rows, 3 col
 _NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
 
+def data_args(**changes) -> SimpleNamespace:
+    """What opening and inspecting a data set reads of a run's flags."""
+    defaults = {
+        "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "cache_dir": None,
+        "image_column": "image", "caption_column": "text", "max_train_samples": None, "skip_bad_samples": False,
+    }  # fmt: skip
+    return SimpleNamespace(**defaults | changes)
+
+
 def _stored(picture: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(np.ascontiguousarray(picture))
@@ -229,10 +238,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as root:
         cases = build(Path(root, "pictures"))
-        args = SimpleNamespace(
-            dataset_name=None, train_data_dir=f"{root}/pictures", image_column="image", max_train_samples=None,
-            output_dir=root, skip_bad_samples=True,
-        )  # fmt: skip
+        args = data_args(train_data_dir=f"{root}/pictures", output_dir=root, skip_bad_samples=True)
         dataset, _ = inspection.inspect(args, Accelerator(), open_dataset(args), "text")
         seen = dict.fromkeys(dataset["_line"], TRAINS)
         for line in Path(root, inspection.SKIPPED).read_text().splitlines():

@@ -44,9 +44,9 @@ def inspect(tmp_path):
     (tmp_path / "out").mkdir(exist_ok=True)
 
     def run(source, caption_column="text", skip=False, image_column="image", process=ONE_PROCESS):
-        args = SimpleNamespace(
-            dataset_name=None, train_data_dir=str(source), image_column=image_column, max_train_samples=None,
-            output_dir=str(tmp_path / "out"), skip_bad_samples=skip, cache_dir=None,
+        args = bad_samples.data_args(
+            train_data_dir=str(source), image_column=image_column, caption_column=caption_column,
+            output_dir=str(tmp_path / "out"), skip_bad_samples=skip,
         )  # fmt: skip
         dataset = source if isinstance(source, datasets.Dataset) else open_dataset(args)
         return inspection.inspect(args, process, dataset, caption_column)
@@ -301,9 +301,8 @@ def test_pictures_within_a_data_set_are_not_read_again(inspect, tmp_path, monkey
     """As long as the data set is the same by its fingerprint; captions are looked at at every start."""
 
     def opened():
-        options = {"dataset_name": str(tmp_path / "data"), "dataset_config_name": None, "train_data_dir": None}
-        options |= {"cache_dir": str(tmp_path / "cache"), "image_column": "image", "max_train_samples": None}
-        return open_dataset(SimpleNamespace(**options))
+        options = {"dataset_name": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache")}
+        return open_dataset(bad_samples.data_args(**options))
 
     (tmp_path / "data").mkdir()
     stored = embedded(text=["a", None, "c"]).cast_column("image", datasets.Image())
@@ -369,9 +368,7 @@ def test_ten_thousand_remembered_pictures_are_not_opened(inspect, tmp_path, monk
     tiny.make_pictures(folder, count=1)
     line = '{"file_name": "0.png", "text": "caption %d"}\n'
     (folder / "metadata.jsonl").write_text("".join(line % i for i in range(10_000)))
-    dataset = open_dataset(
-        SimpleNamespace(dataset_name=None, train_data_dir=str(folder), image_column="image", max_train_samples=None)
-    )
+    dataset = open_dataset(bad_samples.data_args(train_data_dir=str(folder)))
     inspect(dataset.select(range(1)))
     monkeypatch.setattr(images, "decode_with_size", never)
     assert len(inspect(dataset)[1]) == 10_000

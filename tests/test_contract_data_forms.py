@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
-from bad_samples import _stored
+from bad_samples import _stored, data_args
 from conftest import load_script
 from PIL import Image
 
@@ -40,10 +40,9 @@ def samples(tmp_path, caplog):
     def read(place, caption_column="text", skip=False, image_column="image"):
         outcomes = []
         for flag in ("train_data_dir", "dataset_name"):
-            args = SimpleNamespace(
-                **{"dataset_name": None, "train_data_dir": None} | {flag: str(place)}, image_column=image_column,
-                caption_column=caption_column, max_train_samples=None, output_dir=str(tmp_path / "out"),
-                skip_bad_samples=skip, cache_dir=str(tmp_path / "cache"),
+            args = data_args(
+                **{flag: str(place)}, image_column=image_column, caption_column=caption_column,
+                output_dir=str(tmp_path / "out"), skip_bad_samples=skip, cache_dir=str(tmp_path / "cache"),
             )  # fmt: skip
             try:
                 if fault := data_files.refusal(str(place), caption_column is not None):
@@ -501,10 +500,7 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
     texts = ["short", "x" * 14, "y" * 15, "many words " * 30, "many words " * 30, "", "a b c d"]
     folder = fill(tmp_path / "set", *(f"{i}.png" for i in range(len(texts))))
     (folder / "metadata.jsonl").write_text(lines(*({"file_name": f"{i}.png", "text": t} for i, t in enumerate(texts))))
-    args = SimpleNamespace(
-        dataset_name=None, train_data_dir=str(folder), caption_column="text", image_column="image",
-        max_train_samples=None,
-    )  # fmt: skip
+    args = data_args(train_data_dir=str(folder))
     dataset = open_dataset(args)
     assert captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS) is base_tokenizer
     (said,) = [line for line in caplog.messages if "captions are longer" in line]
@@ -602,9 +598,7 @@ def test_a_fault_of_the_code_is_not_put_on_the_sample(error, pictures):
         picture_file(row["image"])
         raise error
 
-    args = SimpleNamespace(
-        dataset_name=None, train_data_dir=str(pictures), image_column="image", max_train_samples=None
-    )
+    args = data_args(train_data_dir=str(pictures))
     with pytest.raises(type(error)) as raised:
         loader(open_dataset(args), make_sample)[(0, 1)]
     assert raised.value is error
@@ -615,9 +609,7 @@ def test_a_fault_of_the_disk_ends_a_run_without_blaming_the_image(pictures):
     def make_sample(row, draw):
         raise OSError(5, "Input/output error")
 
-    args = SimpleNamespace(
-        dataset_name=None, train_data_dir=str(pictures), image_column="image", max_train_samples=None
-    )
+    args = data_args(train_data_dir=str(pictures))
     with pytest.raises(BadSample, match=r"row 1 \(.*could not be read: OSError: .*the fault is the machine's"):
         loader(open_dataset(args), make_sample)[(0, 1)]
 
