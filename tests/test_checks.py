@@ -170,7 +170,8 @@ def numbers(monkeypatch) -> dict:
     monkeypatch.setattr(checks, "parse", lambda parser, *_: parser)
     parser = load_script("sd").parse_args()
     monkeypatch.undo()
-    return {action.dest: action.type for action in parser._actions if action.type in (int, float)}
+    kinds = {action.dest: getattr(action.type, "kind", action.type) for action in parser._actions}
+    return {name: kind for name, kind in kinds.items() if kind in (int, float)}
 
 
 def test_every_number_has_a_lower_bound(numbers, parse, refused):

@@ -44,8 +44,9 @@ def actions(script: str, monkeypatch) -> dict:
 
 
 def facts(action) -> dict:
+    kind = getattr(action.type, "kind", action.type)  # of those that take a range
     entry = {
-        "type": None if action.nargs == 0 else TYPES[action.type], "default": action.default,
+        "type": None if action.nargs == 0 else TYPES[kind], "default": action.default,
         "choices": action.choices, "nargs": action.nargs, "required": action.required or None,
     }  # fmt: skip
     return {name: value for name, value in entry.items() if value is not None or name in ("type", "default")}

@@ -20,13 +20,13 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture
 def resume(command, tmp_path):
-    """resume(updates): the output folder of a run that goes on from the stored checkpoint, up to so many updates."""
+    """resume(updates, ...): the output folder of a run that goes on from the stored checkpoint to so many updates."""
 
-    def run(updates: int) -> Path:
+    def run(updates: int, **changes) -> Path:
         out = tmp_path / f"until-{updates}"
         shutil.copytree(STORED, out / "checkpoint-2")
         options = {"rank": 1, "seed": None, "max_train_steps": updates, "resume_from_checkpoint": "latest"}
-        load_script("sd_lora").main(command("sd_lora", output_dir=out, **options))
+        load_script("sd_lora").main(command("sd_lora", output_dir=out, **options | changes))
         return out
 
     return run
@@ -51,3 +51,11 @@ def test_optimizer_and_position(resume):
     for number, state in stored["state"].items():
         assert all(torch.equal(restored["state"][number][name], tensor) for name, tensor in state.items())
     assert [(row["step"], row["epoch"]) for row in rows(out)] == [(3, 1.0)]
+
+
+def test_another_optimizer(resume):
+    """The manifest of that time does not tell which it was."""
+    pytest.importorskip("bitsandbytes", exc_type=ImportError)
+    with pytest.raises(SystemExit) as stop:
+        resume(3, use_8bit_adam=True)
+    assert "the checkpoint was made with AdamW, and this run's optimizer is AdamW8bit" in stop.value.code

@@ -101,7 +101,8 @@ def one_clear_line(stop: SystemExit, printed: str = "") -> None:
 def types() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "parse", lambda parser, *_: parser)
-        return {action.dest: (type(action.default), action.type) for action in load_script("sd").parse_args()._actions}
+        actions = load_script("sd").parse_args()._actions
+        return {a.dest: (type(a.default), getattr(a.type, "kind", a.type)) for a in actions}
 
 
 FLAGS = st.sampled_from([

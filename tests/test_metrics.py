@@ -18,6 +18,7 @@ from runs import rows as untimed
 from t2i_training import errors, log, stopping
 from t2i_training.data import inspection, loading
 from t2i_training.data.dataset import open_dataset
+from t2i_training.model import optim
 from t2i_training.report import curves, flops, throughput
 from t2i_training.report.progress import Progress
 from t2i_training.run import lifecycle, output_folder
@@ -40,8 +41,9 @@ def started(sd_flags, tmp_path):
         accelerator = lifecycle.start(args)
         samples = inspection.inspect(args, accelerator, open_dataset(args))
         progress = Progress(args, accelerator, *samples, position or {})
+        rate = optim.make_rate(args, progress.total)
         output_folder.take_over(args, accelerator, progress.step)
-        progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean())
+        progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean(), rate)
         opened.append(progress)
         return progress
 
@@ -305,9 +307,30 @@ def test_position(started):
     position = progress.position()
     assert set(position.pop("data")) == {"images", "captions", "samples", "order"}
     assert position == {
-        "step": 3, "samples_seen": 12, "seed": 3, "effective_batch": 4, "dataset_size": 6, "unreported": [],
+        "step": 3, "samples_seen": 12, "seed": 3, "effective_batch": 4, "total": 10, "dataset_size": 6,
+        "unreported": [],
     }  # fmt: skip
     assert (progress.total, progress.effective_batch) == (10, 4)
+
+
+@pytest.mark.parametrize(
+    ("planned", "said"),
+    [
+        (8, "the learning rate is 0.0005 in the next update, 3.81e-05 in the last, number 8 (--lr_scheduler cosine)"),
+        (None, "the learning rate is 0.0005 in the next update, 3.81e-05 in the last"),  # by an older version
+        (4, "the run is now 8 updates long, not 4, and --lr_scheduler cosine with it: the learning rate is 0.0005 in"),
+    ],
+)
+def test_what_the_learning_rate_will_be(started, caplog, planned, said):
+    """A schedule stretched over more updates goes up again."""
+    position = {"step": 4, "samples_seen": 8, "seed": 3} | ({"total": planned} if planned else {})
+    started(position, max_train_steps=8, lr_scheduler="cosine", lr_warmup_steps=0)
+    assert said in caplog.text
+
+
+def test_nothing_is_said_of_a_constant_rate(started, caplog):
+    started(max_train_steps=8)
+    assert "learning rate" not in caplog.text
 
 
 def test_validation_is_due_when_an_epoch_is_complete(started):

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from t2i_training.model import ema, networks, optim
+from t2i_training.run import checkpoint
 
 CUDA = torch.device("cuda")  # its name alone: nothing below runs on it
 
@@ -109,10 +110,8 @@ def trained(start, options, *, there: str, here: str):
     for layout in (there, here):
         kernel = torch.nn.Parameter(value.to(memory_format=layouts[layout], copy=True))
         optimizer = optim.make_optimizer(options, [kernel], SimpleNamespace(device=torch.device("cpu")))
-        schedule = optim.make_schedule(options, optimizer, 9)
         if state is not None:
-            optimizer.load_state_dict(state)
-        optim.set_position(options, schedule, 0 if state is None else 2)
+            checkpoint.load_optimizer(optimizer, state)
         for _ in range(2):
             kernel.square().mul(torch.arange(kernel.numel()).view(kernel.shape)).sum().backward()
             optimizer.step()
@@ -176,22 +175,38 @@ def test_the_device_is_lent_to_what_is_not_on_it():
     assert trained.moves == []
 
 
-def test_state_in_eight_bits_is_left_as_it_is(options):
+class EightBits(torch.optim.AdamW):
+    """Takes its state as it is, as bitsandbytes' optimizers do."""
+
+    def load_state_dict(self, state_dict):
+        for parameter, state in zip(self.param_groups[0]["params"], state_dict["state"].values(), strict=True):
+            self.state[parameter] = state
+
+
+def test_state_in_eight_bits_is_left_as_it_is():
     """bitsandbytes counts steps in a plain number, and keeps bytes in blocks."""
     parameter = torch.nn.Parameter(torch.zeros(4, 2, 3, 3).to(memory_format=torch.channels_last))
-    optimizer = torch.optim.AdamW([parameter])
-    blocks = torch.zeros(4, 2, 3, 3, dtype=torch.uint8)
-    optimizer.state[parameter] = {"step": 3, "state1": blocks}
-    args = options()
-    optim.set_position(args, optim.make_schedule(args, optimizer, 4), 3, eight_bit=True)
+    optimizer, blocks = EightBits([parameter]), torch.zeros(4, 2, 3, 3, dtype=torch.uint8)
+    saved = {"state": {0: {"step": 3, "state1": blocks}}, "param_groups": optimizer.state_dict()["param_groups"]}
+    checkpoint.load_optimizer(optimizer, saved)
     assert optimizer.state[parameter]["step"] == 3
     assert optimizer.state[parameter]["state1"] is blocks
 
 
-@pytest.mark.parametrize(("eight_bit", "name", "was"), [(True, "exp_avg", "without"), (False, "state1", "with")])
-def test_state_of_the_other_optimizer_is_refused(options, eight_bit, name, was):
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer, args = torch.optim.AdamW([parameter]), options()
-    optimizer.state[parameter] = {"step": torch.tensor(3.0), name: torch.zeros(2)}
-    with pytest.raises(SystemExit, match=f"the checkpoint's optimizer ran {was} --use_8bit_adam"):
-        optim.set_position(args, optim.make_schedule(args, optimizer, 4), 3, eight_bit)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_settings_stay_those_of_the_flags(kind):
+    """Of any optimizer, whatever its settings are called."""
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    before, after = kind([parameter], lr=0.5, weight_decay=0.25), kind([parameter], lr=0.125, weight_decay=0.75)
+    parameter.sum().backward()
+    before.step()
+    saved = before.state_dict()
+    checkpoint.load_optimizer(after, saved)
+    assert (after.param_groups[0]["lr"], after.param_groups[0]["weight_decay"]) == (0.125, 0.75)
+    assert str(after.state_dict()["state"]) == str(saved["state"])
+
+
+def test_a_state_of_another_number_of_parameters_is_refused():
+    one, two = ([torch.nn.Parameter(torch.ones(2)) for _ in range(count)] for count in (1, 2))
+    with pytest.raises(ValueError, match=r"its optimizer has \[2\] parameters, and this run's \[1\]"):
+        checkpoint.load_optimizer(torch.optim.AdamW(one), torch.optim.AdamW(two).state_dict())

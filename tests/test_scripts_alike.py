@@ -34,7 +34,7 @@ KANDINSKY = [
      "two networks draw a picture"),
     ("main", "ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema)", "ema.make_ema(unet)",
      "no --non_ema_revision, so the average starts from what is trained; it is not placed elsewhere"),
-    ("main", "accelerator, scale_lr=args.scale_lr)", "accelerator)", "no --scale_lr"),
+    ("main", ", progress.effective_batch if args.scale_lr else 1)", ")", "no --scale_lr"),
 ]  # fmt: skip
 LORA = [
     ("imports", "import ema,", "import lora,", "the method; no --use_ema"),
@@ -44,8 +44,8 @@ LORA = [
      "a checkpoint holds the adapters alone"),
     ("main", "partial(ema.load_networks, 'unet', network, average)", "partial(lora.load_networks, network)",
      "a checkpoint holds the adapters alone"),
-    ("main", "progress.begin(network, objective, average, args.tracker_project_name)",
-     "progress.begin(network, objective)", "no --use_ema, no --tracker_project_name"),
+    ("main", "progress.begin(network, objective, rate, average, args.tracker_project_name)",
+     "progress.begin(network, objective, rate)", "no --use_ema, no --tracker_project_name"),
     ("main", ", ema.averaged(average if progress.step else None, network):", ":", "no --use_ema"),
     ("main", "            if average is not None:\n                ema.update(average, network)\n", "", "no --use_ema"),
     ("main", "        with ema.averaged(average, network):\n    ", "", "no --use_ema"),

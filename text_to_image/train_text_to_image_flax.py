@@ -243,19 +243,18 @@ def main(argv=None):
     progress = Progress(args, accelerator, dataset, pictures, position, *flax_devices.describe(mesh))
     loader = make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh)
 
-    schedule = train_state.make_schedule(args, mesh, progress.total)
+    rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
     trained = train_state.Trained(args, pipeline.unet, mesh)
     pipeline.unet = None  # it lives on in `trained`
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
+        accelerator, None, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
     )
     checkpoints.restore(folder)
     train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
     trained.begin(train_step)
-    optim.set_position(args, schedule, progress.step)
     output_folder.take_over(args, accelerator, progress.step)
     gauge = flax_devices.Gauge(args, mesh, trained.sample_flops)
-    progress.begin(None, None, project=args.tracker_project_name, gauge=gauge, size=trained.nbytes())
+    progress.begin(None, None, rate, project=args.tracker_project_name, gauge=gauge, size=trained.nbytes())
     stream = loading.batches(loader, accelerator)
 
     def validate():
@@ -271,11 +270,9 @@ def main(argv=None):
     with checkpoints:
         while progress.step < progress.total and not stopped_by:
             micro_batches = [next(stream) for _ in range(args.gradient_accumulation_steps)]
-            rate = schedule.get_last_lr()[0]
-            loss, grad_norm = trained.step(flax_devices.place_batch(micro_batches, mesh), frozen, rate)
+            loss, grad_norm = trained.step(flax_devices.place_batch(micro_batches, mesh), frozen, rate(progress.step))
             progress.add(loss, {"index": torch.cat([batch["index"] for batch in micro_batches])})
-            progress.update(grad_norm, rate)
-            schedule.step()
+            progress.update(grad_norm, rate(progress.step))
             stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
                 progress.save(checkpoints, versions=train_state.VERSIONS)

@@ -232,21 +232,20 @@ def main(argv=None):
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = lora.add_adapters(unet, args, accelerator)
 
-    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator, scale_lr=args.scale_lr)
-    schedule = optim.make_schedule(args, optimizer, progress.total)
+    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
+    rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, args.output_dir, args.checkpoints_total_limit,
+        accelerator, optimizer, args.output_dir, args.checkpoints_total_limit,
         lambda folder: export(args, network, folder, progress.step), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_position(args, schedule, progress.step, args.use_8bit_adam)
     output_folder.take_over(args, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
-    progress.begin(network, objective)
+    progress.begin(network, objective, rate)
     stream = loading.batches(loader, accelerator)
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
@@ -261,6 +260,8 @@ def main(argv=None):
     stopped_by = 0
     with checkpoints:
         while progress.step < progress.total and not stopped_by:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(unet):
                     batch = next(stream)
@@ -273,8 +274,7 @@ def main(argv=None):
                         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            progress.update(grad_norm, schedule.get_last_lr()[0])
-            schedule.step()
+            progress.update(grad_norm, rate(progress.step))
             stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
                 progress.save(checkpoints)

@@ -223,20 +223,19 @@ def main(argv=None):
     unet = lora.add_adapters(unet, args, accelerator, lora.ADDED_KV_ATTENTION)
 
     optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
-    schedule = optim.make_schedule(args, optimizer, progress.total)
+    rate = optim.make_rate(args, progress.total)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, args.output_dir, args.checkpoints_total_limit,
+        accelerator, optimizer, args.output_dir, args.checkpoints_total_limit,
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_position(args, schedule, progress.step, args.use_8bit_adam)
     output_folder.take_over(args, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
-    progress.begin(network, objective)
+    progress.begin(network, objective, rate)
     stream = loading.batches(loader, accelerator)
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
@@ -251,6 +250,8 @@ def main(argv=None):
     stopped_by = 0
     with checkpoints:
         while progress.step < progress.total and not stopped_by:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(unet):
                     batch = next(stream)
@@ -263,8 +264,7 @@ def main(argv=None):
                         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            progress.update(grad_norm, schedule.get_last_lr()[0])
-            schedule.step()
+            progress.update(grad_norm, rate(progress.step))
             stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
                 progress.save(checkpoints)

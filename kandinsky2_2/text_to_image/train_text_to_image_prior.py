@@ -227,20 +227,19 @@ def main(argv=None):
     average = ema.make_ema(prior) if args.use_ema else None
 
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
-    schedule = optim.make_schedule(args, optimizer, progress.total)
+    rate = optim.make_rate(args, progress.total)
     prior, optimizer = distributed.prepare(accelerator, prior, optimizer)
     network = networks.unwrap(prior, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, args.output_dir, args.checkpoints_total_limit,
+        accelerator, optimizer, args.output_dir, args.checkpoints_total_limit,
         partial(ema.save_networks, "prior", network, average), partial(ema.load_networks, "prior", network, average),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_position(args, schedule, progress.step, args.use_8bit_adam)
     output_folder.take_over(args, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
-    progress.begin(network, objective, average, args.tracker_project_name)
+    progress.begin(network, objective, rate, average, args.tracker_project_name)
     stream = loading.batches(loader, accelerator)
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
@@ -255,6 +254,8 @@ def main(argv=None):
     stopped_by = 0
     with checkpoints:
         while progress.step < progress.total and not stopped_by:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(prior):
                     batch = next(stream)
@@ -269,8 +270,7 @@ def main(argv=None):
                     optimizer.zero_grad()
             if average is not None:
                 ema.update(average, network)
-            progress.update(grad_norm, schedule.get_last_lr()[0])
-            schedule.step()
+            progress.update(grad_norm, rate(progress.step))
             stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
                 progress.save(checkpoints)

@@ -219,20 +219,19 @@ def main(argv=None):
     prior = lora.add_adapters(prior, args, accelerator)
 
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
-    schedule = optim.make_schedule(args, optimizer, progress.total)
+    rate = optim.make_rate(args, progress.total)
     prior, optimizer = distributed.prepare(accelerator, prior, optimizer)
     network = networks.unwrap(prior, accelerator)
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, args.output_dir, args.checkpoints_total_limit,
+        accelerator, optimizer, args.output_dir, args.checkpoints_total_limit,
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
-    optim.set_position(args, schedule, progress.step, args.use_8bit_adam)
     output_folder.take_over(args, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
-    progress.begin(network, objective)
+    progress.begin(network, objective, rate)
     stream = loading.batches(loader, accelerator)
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
@@ -247,6 +246,8 @@ def main(argv=None):
     stopped_by = 0
     with checkpoints:
         while progress.step < progress.total and not stopped_by:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(prior):
                     batch = next(stream)
@@ -259,8 +260,7 @@ def main(argv=None):
                         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            progress.update(grad_norm, schedule.get_last_lr()[0])
-            schedule.step()
+            progress.update(grad_norm, rate(progress.step))
             stopped_by = stopping.stop_requested(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stopped_by:
                 progress.save(checkpoints)

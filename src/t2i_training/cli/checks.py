@@ -7,7 +7,6 @@ flag and the way out. A flag is never parsed and ignored: a combination that a s
 import argparse
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
@@ -19,16 +18,6 @@ from ..sources import data_files, model_kind, names
 from . import config_file, packages
 from .flags import LR_SCHEDULERS, TRACKERS
 
-_POSITIVE = (
-    "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "rank",
-    "max_train_samples", "checkpointing_steps", "checkpoints_total_limit", "validation_epochs", "logging_steps",
-    "snr_gamma", "adam_epsilon", "max_grad_norm", "cache_crops",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "input_perturbation", "seed",
-    "adam_weight_decay", "dream_detail_preservation", "num_validation_images",
-)  # fmt: skip
-_BELOW_ONE = ["adam_beta1", "adam_beta2", "caption_dropout", "image_embeds_dropout"]
 _NEEDS = {  # flag -> the flag without which it would do nothing
     "offload_ema": "use_ema", "foreach_ema": "use_ema",
     "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
@@ -64,7 +53,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, trained: mode
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, trained: model_kind.Trained) -> None:
     """Refuse what cannot work, through `parser.error`. Opens no model and no data set."""
     _check_texts(parser, args)
-    _check_numbers(parser, args)
     _check_combinations(parser, args)
     _check_compiler(parser, args)
     _check_objective(parser, args)
@@ -91,24 +79,6 @@ def _check_texts(parser, args):
         args.hub_token = args.hub_token.strip()
         if not re.fullmatch("[!-~]+", args.hub_token):
             parser.error("--hub_token holds characters that no token has")
-
-
-def _check_numbers(parser, args):
-    flags = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
-    for name in _POSITIVE:
-        if name in flags and not flags[name] > 0:
-            parser.error(f"--{name} must be positive, not {flags[name]}")
-    for name in _NOT_NEGATIVE:
-        if name in flags and not 0 <= flags[name] < math.inf:
-            parser.error(f"--{name} must be finite and not negative, not {flags[name]}")
-    for name in _BELOW_ONE:
-        if name in flags and not 0 <= flags[name] < 1:
-            parser.error(f"--{name} must be at least 0 and below 1, not {flags[name]}")
-    if flags.get("resolution", 8) % 8:
-        nearest = max(8, round(args.resolution / 8) * 8)
-        parser.error(f"--resolution must be a multiple of 8, not {args.resolution}; the nearest is {nearest}")
-    if flags.get("seed", 0) >= 2**63:
-        parser.error("--seed must be below 2**63")
 
 
 def _check_combinations(parser, args):

@@ -1,12 +1,14 @@
 """The flags, in groups that a script picks from. Nothing heavier than argparse is imported.
 
-Names, types and defaults are those of the published training scripts; what differs is listed in the README. What the
-flags may hold, and how they go together, is checked in `checks.py`.
+Names, types and defaults are those of the published training scripts; what differs is listed in the README. Which
+numbers a flag takes stands beside it; how flags go together is checked in `checks.py`.
 """
 
 import argparse
 import difflib
+import math
 import re
+from collections.abc import Callable
 
 from .. import sanitize
 
@@ -15,6 +17,49 @@ LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 TRACKERS = [
     "tensorboard", "wandb", "comet_ml", "all", "none", "aim", "clearml", "dvclive", "mlflow", "swanlab", "trackio",
 ]  # fmt: skip
+
+
+def _ranged(kind: type, holds: Callable, range_: str) -> Callable:
+    """A type for argparse: numbers of a `kind` for which `holds` is true; of others it says what they must be."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {range_}, not {value}")
+        return value
+
+    parse.kind, parse.__name__ = kind, kind.__name__  # argparse itself says: invalid int value
+    return parse
+
+
+def positive(kind: type) -> Callable:
+    return _ranged(kind, lambda value: value > 0, "positive")
+
+
+def not_negative(kind: type) -> Callable:
+    return _ranged(kind, lambda value: 0 <= value < math.inf, "finite and not negative")
+
+
+share = _ranged(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+
+def seed(text: str) -> int:
+    """Torch and NumPy take numbers of 63 bits."""
+    if (value := not_negative(int)(text)) >= 2**63:
+        raise argparse.ArgumentTypeError("must be below 2**63")
+    return value
+
+
+def multiple_of_8(text: str) -> int:
+    """A side in pixels: VAEs and UNets halve it three times."""
+    if (value := positive(int)(text)) % 8:
+        nearest = max(8, round(value / 8) * 8)
+        raise argparse.ArgumentTypeError(f"must be a multiple of 8, not {value}; the nearest is {nearest}")
+    return value
+
+
+for each in (seed, multiple_of_8):
+    each.kind, each.__name__ = int, "int"
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -29,6 +74,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):  # argparse would print a usage of some forty lines in front of it
+        message = re.sub(r"argument (--\w+): must\b", r"\1 must", message)
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if message.startswith("the following arguments are required"):  # perhaps an abbreviation of one of them
             names = [token.partition("=")[0] for token in self.given if token.startswith("--")]
@@ -82,7 +128,9 @@ def add_data_source_args(parser):
         "--train_data_dir",
         help="Folder of images with a metadata.jsonl (file_name, text); with --dataset_name, its data_dir.",
     )
-    group.add_argument("--max_train_samples", type=int, help="Train on this many samples only, chosen by the seed.")
+    group.add_argument(
+        "--max_train_samples", type=positive(int), help="Train on this many samples only, chosen by the seed."
+    )
 
 
 def add_data_args(parser):
@@ -94,7 +142,7 @@ def add_data_args(parser):
     group.add_argument("--cache_dir", help="Folder where downloaded models and data sets are kept.")
     group.add_argument(
         "--dataloader_num_workers",
-        type=int,
+        type=not_negative(int),
         help="Number of loader processes; results do not depend on it. Default: all cores but one, at most 8.",
     )
 
@@ -104,7 +152,7 @@ def add_caption_args(parser):
     text = "Column that holds a caption, or a list of captions of which one is drawn each time."
     group.add_argument("--caption_column", default="text", help=text)
     text = "Share of samples trained with the empty caption; about 0.1 keeps classifier-free guidance working."
-    group.add_argument("--caption_dropout", type=float, default=0.0, help=text)
+    group.add_argument("--caption_dropout", type=share, default=0.0, help=text)
 
 
 def add_decoder_condition_args(parser):
@@ -112,18 +160,18 @@ def add_decoder_condition_args(parser):
     text = "Column of captions, checked if given; the decoder is conditioned on the image itself."
     group.add_argument("--caption_column", help=text)
     text = "Share of samples trained with the empty embedding; about 0.1 keeps classifier-free guidance working."
-    group.add_argument("--image_embeds_dropout", type=float, default=0.0, help=text)
+    group.add_argument("--image_embeds_dropout", type=share, default=0.0, help=text)
 
 
 def add_resolution_arg(parser, text: str):
     group = parser.add_argument_group("images")
-    group.add_argument("--resolution", type=int, default=512, help=text)
+    group.add_argument("--resolution", type=multiple_of_8, default=512, help=text)
 
 
 def add_image_args(parser):
     group = parser.add_argument_group("images")
     text = "Side of the square training images, in pixels."
-    group.add_argument("--resolution", type=int, default=512, help=text)
+    group.add_argument("--resolution", type=multiple_of_8, default=512, help=text)
     group.add_argument("--center_crop", action="store_true", help="Crop the centre square instead of a random one.")
     group.add_argument("--random_flip", action="store_true", help="Mirror each image left to right half of the time.")
     group.add_argument(
@@ -135,11 +183,17 @@ def add_training_args(parser):
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", default="sd-model-finetuned", help="Folder for everything that the run writes.")
     text = "Random seed; if unset a random one is chosen, logged and stored in the checkpoints."
-    group.add_argument("--seed", type=int, help=text)
-    group.add_argument("--train_batch_size", type=int, default=16, help="Samples per micro-batch and process.")
-    group.add_argument("--num_train_epochs", type=int, default=100, help="Number of passes over the data.")
-    group.add_argument("--max_train_steps", type=int, help="Number of weight updates; overrides --num_train_epochs.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-batches per weight update.")
+    group.add_argument("--seed", type=seed, help=text)
+    group.add_argument(
+        "--train_batch_size", type=positive(int), default=16, help="Samples per micro-batch and process."
+    )
+    group.add_argument("--num_train_epochs", type=positive(int), default=100, help="Number of passes over the data.")
+    group.add_argument(
+        "--max_train_steps", type=positive(int), help="Number of weight updates; overrides --num_train_epochs."
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps", type=positive(int), default=1, help="Micro-batches per weight update."
+    )
     text = "Precision of the arithmetic; trained weights are fp32. Default: what accelerate is set to."
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help=text)
     text = "Use TF32 for matrix products on Ampere and later GPUs: faster, less exact."
@@ -167,7 +221,9 @@ def add_gradient_checkpointing_arg(group):
 
 def add_optimizer_args(parser, *, eight_bit=True, scale_lr=False):
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate after the warm-up.")
+    group.add_argument(
+        "--learning_rate", type=not_negative(float), default=1e-4, help="Learning rate after the warm-up."
+    )
     if scale_lr:
         text = "Multiply the learning rate by processes x batch size x accumulation."
         group.add_argument("--scale_lr", action="store_true", help=text)
@@ -175,32 +231,34 @@ def add_optimizer_args(parser, *, eight_bit=True, scale_lr=False):
         "--lr_scheduler", default="constant", help=", ".join([*LR_SCHEDULERS, "piecewise_constant:RULES"])
     )
     text = "Length of the warm-up, in updates; constant has none."
-    group.add_argument("--lr_warmup_steps", type=int, default=500, help=text)
+    group.add_argument("--lr_warmup_steps", type=not_negative(int), default=500, help=text)
     if eight_bit:
         text = "AdamW with 8-bit state, from the package bitsandbytes: less memory."
         group.add_argument("--use_8bit_adam", action="store_true", help=text)
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay rate of the first moment.")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay rate of the second moment.")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Added to AdamW's denominator.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    group.add_argument("--adam_beta1", type=share, default=0.9, help="Decay rate of the first moment.")
+    group.add_argument("--adam_beta2", type=share, default=0.999, help="Decay rate of the second moment.")
+    group.add_argument("--adam_weight_decay", type=not_negative(float), default=1e-2, help="Decoupled weight decay.")
+    group.add_argument("--adam_epsilon", type=positive(float), default=1e-8, help="Added to AdamW's denominator.")
+    group.add_argument("--max_grad_norm", type=positive(float), default=1.0, help="Gradients are clipped to this norm.")
 
 
 def add_loss_args(parser, *, noise=False):
     group = parser.add_argument_group("training objective")
     text = "Min-SNR weights of the loss with this gamma (arXiv:2303.09556); 5.0 is usual."
-    group.add_argument("--snr_gamma", type=float, help=text)
+    group.add_argument("--snr_gamma", type=positive(float), help=text)
     if not noise:
         return
     text = "What the network predicts: epsilon or v_prediction. Default: as the model was trained."
     group.add_argument("--prediction_type", help=text)
     text = "Random offset of the noise per channel, for very dark and very bright images; 0.1 is usual."
-    group.add_argument("--noise_offset", type=float, default=0, help=text)
+    group.add_argument("--noise_offset", type=not_negative(float), default=0, help=text)
     text = "More noise on the input than in the target (arXiv:2301.11706); 0.1 is usual."
-    group.add_argument("--input_perturbation", type=float, default=0, help=text)
+    group.add_argument("--input_perturbation", type=not_negative(float), default=0, help=text)
     text = "Train with DREAM (arXiv:2312.00210), at the cost of one more forward pass."
     group.add_argument("--dream_training", action="store_true", help=text)
-    group.add_argument("--dream_detail_preservation", type=float, default=1.0, help="The exponent p of DREAM.")
+    group.add_argument(
+        "--dream_detail_preservation", type=not_negative(float), default=1.0, help="The exponent p of DREAM."
+    )
 
 
 def add_ema_args(parser, *, placement=True):
@@ -225,14 +283,18 @@ def add_encoding_args(parser, *, crops=False):
     group.add_argument("--encodings_dir", help=text)
     if crops:
         text = "Number of random crops to cache of each image that is not square."
-        group.add_argument("--cache_crops", type=int, default=4, help=text)
+        group.add_argument("--cache_crops", type=positive(int), default=4, help=text)
 
 
 def add_checkpoint_args(parser):
     group = parser.add_argument_group("checkpoints")
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="Save one every this many updates.")
     group.add_argument(
-        "--checkpoints_total_limit", type=int, help="Keep this many, and remove older ones. Default: all are kept."
+        "--checkpointing_steps", type=positive(int), default=500, help="Save one every this many updates."
+    )
+    group.add_argument(
+        "--checkpoints_total_limit",
+        type=positive(int),
+        help="Keep this many, and remove older ones. Default: all are kept.",
     )
     group.add_argument(
         "--resume_from_checkpoint", help="latest, the name of a checkpoint in the output folder, or a path."
@@ -243,18 +305,22 @@ def add_validation_args(parser, *, single=False):
     group = parser.add_argument_group("validation")
     if single:
         group.add_argument("--validation_prompt", help="Prompt to make images of before, during and after training.")
-        group.add_argument("--num_validation_images", type=int, default=4, help="Number of images of it.")
-        group.add_argument("--validation_epochs", type=int, default=1, help="Make them every this many epochs.")
+        group.add_argument("--num_validation_images", type=not_negative(int), default=4, help="Number of images of it.")
+        group.add_argument(
+            "--validation_epochs", type=positive(int), default=1, help="Make them every this many epochs."
+        )
     else:
         names = ("--validation_prompts", "--validation_prompt")  # by either name in the guides
         text = "Prompts to make images of before, during and after training."
         group.add_argument(*names, nargs="+", help=text)
-        group.add_argument("--validation_epochs", type=int, default=5, help="Make them every this many epochs.")
+        group.add_argument(
+            "--validation_epochs", type=positive(int), default=5, help="Make them every this many epochs."
+        )
 
 
 def add_lora_args(parser, *, kohya=False):
     group = parser.add_argument_group("LoRA adapters")
-    group.add_argument("--rank", type=int, default=4, help="Rank of the low-rank matrices.")
+    group.add_argument("--rank", type=positive(int), default=4, help="Rank of the low-rank matrices.")
     if kohya:
         text = "Also write a file for A1111, ComfyUI and kohya, at the end and with each checkpoint."
         group.add_argument("--save_kohya", action="store_true", help=text)
@@ -264,7 +330,9 @@ def add_reporting_args(parser, *, project=True):
     group = parser.add_argument_group("logging and hub")
     group.add_argument("--logging_dir", default="logs", help="Folder of tracker logs, in the output folder.")
     group.add_argument("--log_file", help="File that all messages, and a line each --logging_steps, are appended to.")
-    group.add_argument("--logging_steps", type=int, default=10, help="Read and log the loss every this many updates.")
+    group.add_argument(
+        "--logging_steps", type=positive(int), default=10, help="Read and log the loss every this many updates."
+    )
     group.add_argument("--report_to", default="tensorboard", help=f"{', '.join(TRACKERS)}; or several: a,b.")
     if project:
         group.add_argument(

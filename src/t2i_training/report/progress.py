@@ -54,6 +54,7 @@ class Progress:
         self._skipped = 0  # updates in a row whose gradients were not finite
         # (loss, gradient norm) of each update that is read, but in no row yet
         self._unreported = list(position.get("unreported", []))
+        self._planned = position.get("total")  # updates, when the checkpoint was made
         self._file = Path(args.output_dir) / METRICS
         self._bar = self._saved_step = None
 
@@ -64,6 +65,7 @@ class Progress:
             "samples_seen": self.samples_seen,
             "seed": self.args.seed,
             "effective_batch": self.effective_batch,
+            "total": self.total,
             "dataset_size": len(self.dataset),
             "data": self._data,
             "unreported": self._unreported,
@@ -90,12 +92,13 @@ class Progress:
         self,
         network,
         objective: Callable | None,
+        rate: Callable[[int], float],
         average=None,
         project: str = PROJECT,
         gauge=None,
         size: int | None = None,
     ) -> None:
-        """Open bar and trackers: the run is ready to take steps on `objective(network, batch)`.
+        """Open bar and trackers: the run is ready to take steps on `objective(network, batch)`, at `rate(step)`.
 
         With a `gauge` of other devices than PyTorch's, and a checkpoint's `size` in bytes, network and objective may be
         None. `average` is that of the weights, if there is one; `project` is the run's project in the trackers.
@@ -114,6 +117,7 @@ class Progress:
             f"({self.total * self.effective_batch / len(self.dataset):.1f} epochs); "
             f"{self.devices} x {self.device}, mixed precision {self.args.mixed_precision}"
         )
+        self._announce_rate(rate)
         if main:
             size = checkpoint.size_of(self.args, network, average) if size is None else size
             checkpoint.announce_space(self.args, size, self.step, self.total)
@@ -125,6 +129,22 @@ class Progress:
         gauge = gauge or throughput.Gauge(network, objective, self.args, self.accelerator)
         self._speed = throughput.Speedometer(gauge, self.accelerator)
         self.restart_clock()
+
+    def _announce_rate(self, rate: Callable[[int], float]) -> None:
+        """Say what the learning rate will be, where it is not the same in all updates that are left to make."""
+        name = self.args.lr_scheduler.partition(":")[0]
+        if name == "constant" or self.step >= self.total:
+            return
+        course = (
+            f"{rate(self.step):.3g} in the next update, {rate(self.total - 1):.3g} in the last, number {self.total}"
+        )
+        if self._planned not in (None, self.total):
+            logger.warning(
+                f"the run is now {self.total} updates long, not {self._planned}, and --lr_scheduler {name} with it: "
+                f"the learning rate is {course}"
+            )
+        else:
+            logger.info(f"the learning rate is {course} (--lr_scheduler {name})")
 
     def restart_clock(self) -> None:
         """Leave out what just happened (a checkpoint, validation) from the readouts of speed."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from ..distributed import wait
@@ -23,6 +24,7 @@ from ..stopping import end_loop, fail_after_step, heed_early_stop
 from .export import forget_local_paths
 from .manifest import MANIFEST, read_manifest, verify, write_manifest
 
+OPTIMIZER, SCALER = "optimizer.bin", "scaler.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|removed)")
 
@@ -31,25 +33,22 @@ class CheckpointManager:
     """Saves, restores and rotates the checkpoints of one run.
 
     `save_models(folder)` is called on the main process and writes the trained networks; `load_models(folder)` is called
-    on every process and reads them back in place. Optimizer and gradient scaler go through accelerate, which unpickles
-    nothing without `weights_only`.
+    on every process and reads them back in place. The state of a PyTorch `optimizer`, and of fp16's gradient scaler, is
+    written beside them; with None, `save_models` and `load_models` see to all that there is.
     """
 
-    def __init__(self, accelerator, output_dir, total_limit: int | None, save_models: Callable, load_models: Callable):
-        self.accelerator, self.output_dir, self.total_limit = accelerator, Path(output_dir), total_limit
-        self.save_models, self._commit = save_models, None
-
-        def before_save(_models, weights, folder):
-            weights.clear()  # or accelerate would write model.safetensors next to ours
-            if accelerator.is_main_process:
-                save_models(Path(folder))
-
-        def before_load(models, folder):
-            models.clear()
-            load_models(Path(folder))
-
-        accelerator.register_save_state_pre_hook(before_save)
-        accelerator.register_load_state_pre_hook(before_load)
+    def __init__(
+        self,
+        accelerator,
+        optimizer,
+        output_dir,
+        total_limit: int | None,
+        save_models: Callable[[Path], None],
+        load_models: Callable[[Path], None],
+    ):
+        self.accelerator, self.optimizer = accelerator, optimizer
+        self.output_dir, self.total_limit = Path(output_dir), total_limit
+        self.save_models, self.load_models, self._commit = save_models, load_models, None
         if accelerator.is_main_process:
             for leftover in self.output_dir.glob(".checkpoint-*"):
                 if _LEFTOVER.fullmatch(leftover.name):
@@ -68,12 +67,12 @@ class CheckpointManager:
             with saving(target.name, partial):
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                if accelerator._models:
-                    accelerator.save_state(str(partial))
-                else:  # nothing is PyTorch's, on whose GPU accelerate would look for random numbers, and take memory
-                    self.save_models(partial)
-                for random_state in partial.glob("random_states_*.pkl"):
-                    random_state.unlink()  # no draw comes from a global generator
+                self.save_models(partial)
+                if self.optimizer is not None:
+                    position = position | {"optimizer": _class_name(self.optimizer)}
+                    torch.save(self.optimizer.state_dict(), partial / OPTIMIZER)
+                    if accelerator.scaler is not None:
+                        torch.save(accelerator.scaler.state_dict(), partial / SCALER)
                 forget_local_paths(partial)
                 make_readable(partial)
             pool = ThreadPoolExecutor(1)
@@ -124,17 +123,57 @@ class CheckpointManager:
         """Read networks, optimizer and scaler from the checkpoint that `find_checkpoint` returned, if there is one."""
         if folder is None:
             return
-        scaler = self.accelerator.scaler
-        if not (folder / "scaler.pt").is_file():  # it was saved in another precision: the scale begins anew
-            self.accelerator.scaler = None
         with readable_errors("checkpoint", str(folder)):
-            self.accelerator.load_state(str(folder))
-        self.accelerator.scaler = scaler
+            self.load_models(folder)
+            if self.optimizer is not None:
+                self._load_optimizer(folder)
         if self.accelerator.is_main_process and folder.resolve().parent == self.output_dir.resolve():
             _abandon_later_ones(folder)
             self._rotate(keep=folder)  # which a run that was killed after its last save has not done
-        self.accelerator.step = 0  # accelerate counts micro-batches, and a checkpoint stands between two updates
         logger.info(f"resumed from {folder}")
+
+    def _load_optimizer(self, folder: Path) -> None:
+        if not (folder / OPTIMIZER).is_file():
+            raise SystemExit(f"error: {folder} was not saved by this script: there is no {OPTIMIZER}")
+        # A GPU's is read to where it stays: host memory would have to hold it once for each process.
+        device = self.accelerator.device if self.accelerator.device.type == "cuda" else "cpu"
+        state = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
+        names = {name for tensors in state["state"].values() for name in tensors}
+        older = "AdamW8bit" if names and "exp_avg" not in names else "AdamW"  # whose manifest does not tell
+        was, now = read_manifest(folder).get("optimizer", older), _class_name(self.optimizer)
+        if was != now:
+            raise SystemExit(
+                f"error: the checkpoint was made with {was}, and this run's optimizer is {now}: "
+                "go on with or without --use_8bit_adam, as the run began"
+            )
+        load_optimizer(self.optimizer, state)
+        scaler = self.accelerator.scaler
+        if scaler is not None and (folder / SCALER).is_file():  # else it was saved in another precision: it begins anew
+            scaler.load_state_dict(torch.load(folder / SCALER, weights_only=True))
+
+
+def _class_name(optimizer) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wrapper has it within
+
+
+def load_optimizer(optimizer, saved: dict) -> None:
+    """Take over the state in `saved`, what `state_dict` gave. Settings (learning rate, betas, ...) stay as they are.
+
+    Moments take the memory layout of their parameters: fused AdamW goes through both as they lie, and a checkpoint
+    written on CUDA (channels-last) and read on a CPU, or the other way round, would be updated with another weight's
+    moments. ValueError if it is of another number of parameters.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    sizes = [[len(group["params"]) for group in each] for each in (groups, saved["param_groups"])]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"its optimizer has {sizes[1]} parameters, and this run's {sizes[0]}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        for name, moment in state.items():
+            # Of bitsandbytes' state neither the count, a plain number, nor the bytes, which are in blocks.
+            is_moment = isinstance(moment, torch.Tensor) and moment.is_floating_point()
+            if is_moment and moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def find_checkpoint(output_dir, wanted: str | None, accelerator) -> tuple[Path | None, dict]:

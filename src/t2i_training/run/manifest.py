@@ -11,7 +11,7 @@ from ..files import sha256, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_COUNTS = ("samples_seen", "seed", "effective_batch", "dataset_size")
+_COUNTS = ("samples_seen", "seed", "effective_batch", "dataset_size", "total")
 
 
 def read_manifest(folder: Path) -> dict:

@@ -11,12 +11,10 @@ import jaxlib
 import numpy as np
 import optax
 import safetensors.numpy
-import torch
 from diffusers.training_utils import EMAModel
 from jax.sharding import Mesh
 
 from .. import sanitize
-from ..model import optim
 from ..run import checkpoint
 from . import flops, networks
 from .devices import fetch, place
@@ -45,12 +43,6 @@ class NoiseScheduler:
         """arXiv:2202.00512, appendix D."""
         signal, sigma = self._scales(timesteps)
         return signal * noise - sigma * latents
-
-
-def make_schedule(args, mesh: Mesh, num_updates: int):
-    """The other scripts' learning rate schedule, of an optimizer that has nothing to optimise."""
-    rate = optim.scaled_rate(args, mesh.size) if args.scale_lr else args.learning_rate
-    return optim.make_schedule(args, torch.optim.SGD([torch.zeros(())], lr=rate), num_updates)
 
 
 def make_optimizer(args):
