@@ -21,9 +21,9 @@ def time_caching() -> list[float]:
 
     cached, seconds = cache.cached, []
 
-    def timed(*args):
+    def timed(*args, **options):
         began = time.perf_counter()
-        result = cached(*args)
+        result = cached(*args, **options)
         seconds.append(time.perf_counter() - began)
         return result
 

@@ -1,4 +1,4 @@
-"""Captioned pictures: opening and checking a data set, and what a sample is made of."""
+"""Opening and checking a data set of captioned images; naming its samples, and reading their files."""
 
 import contextlib
 import json

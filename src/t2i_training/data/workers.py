@@ -1,4 +1,4 @@
-"""What the machine offers to a process of the run, CPU cores and memory; what is said where it is too little."""
+"""How many loader workers a process starts, by the CPU cores and the shared memory that there are."""
 
 import os
 import shutil

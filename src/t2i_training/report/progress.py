@@ -1,4 +1,4 @@
-"""What a run reports while it trains: progress bar, metrics.jsonl, trackers, curves.
+"""Where a run stands, and what it reports while it trains: progress bar, rows of metrics.jsonl, trackers.
 
 Losses stay on the device and are read once a logging interval.
 """

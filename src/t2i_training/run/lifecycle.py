@@ -1,4 +1,4 @@
-"""What surrounds a run: the accelerator, the output folder's lock, the seed, stop signals, precision."""
+"""The start and the end of a run: accelerator, precision, seed; exit status."""
 
 import datetime
 import logging
