@@ -40,8 +40,6 @@ LARGE_EPSILON = {"adam_epsilon": 1e-2}
 LOSS = {"rel": 1e-5}
 WEIGHT = {"rtol": 0, "atol": 5e-7}
 
-ADAPTERS = "pytorch_lora_weights.safetensors"
-
 
 @contextlib.contextmanager
 def interrupt(update: int, number: int = signal.SIGTERM, last: bool = False):

@@ -5,11 +5,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 _SD, _KANDINSKY = REPOSITORY / "text_to_image", REPOSITORY / "kandinsky2_2" / "text_to_image"
-_ADAPTERS = "pytorch_lora_weights.safetensors"
+ADAPTERS = "pytorch_lora_weights.safetensors"
 _SD_DRAWS = {"random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "input_perturbation": 0.1}
-_OURS = {  # of every script
-    "config", "log_file", "logging_steps", "skip_bad_samples", "cache_encodings", "encodings_dir",
-}  # fmt: skip
+_OURS = {"config", "log_file", "logging_steps", "skip_bad_samples", "cache_encodings", "encodings_dir"}
 _SD_OURS = _OURS | {"caption_dropout", "cache_crops"}
 _DREAM = {"input_perturbation", "dream_training", "dream_detail_preservation"}
 
@@ -32,7 +30,7 @@ class Script:
 
     @property
     def is_lora(self) -> bool:
-        return self.trained == _ADAPTERS
+        return self.trained == ADAPTERS
 
     @property
     def validates(self) -> dict:
@@ -50,7 +48,7 @@ TORCH = {
         graphs=(1, 8), resumed={"use_ema": True}, tensors=50,
     ),
     "sd_lora": Script(
-        _SD / "train_text_to_image_lora.py", "model", _ADAPTERS, _SD_DRAWS, "sd_lora.sh",
+        _SD / "train_text_to_image_lora.py", "model", ADAPTERS, _SD_DRAWS, "sd_lora.sh",
         ours=_SD_OURS | {"torch_compile", "save_kohya", *_DREAM},  # the objective is the full run's
         compared_with="sd", without={"embed_nothing"},
         graphs=(1, 9), resumed={"snr_gamma": 5.0, "save_kohya": True}, tensors=60,
@@ -63,7 +61,7 @@ TORCH = {
         graphs=(1, 1), resumed={"use_ema": True, "snr_gamma": 5.0}, tensors=20,
     ),
     "prior_lora": Script(
-        _KANDINSKY / "train_text_to_image_prior_lora.py", "prior", _ADAPTERS,
+        _KANDINSKY / "train_text_to_image_prior_lora.py", "prior", ADAPTERS,
         {"caption_dropout": 0.5}, "kandinsky_prior_lora.sh",
         ours=_OURS | {"torch_compile", "caption_dropout", "gradient_checkpointing"},
         compared_with="prior", without={"embed_nothing", "export"},
@@ -77,7 +75,7 @@ TORCH = {
         graphs=(1, 11), resumed={"use_ema": True}, tensors=100,
     ),
     "decoder_lora": Script(
-        _KANDINSKY / "train_text_to_image_decoder_lora.py", "decoder", _ADAPTERS,
+        _KANDINSKY / "train_text_to_image_decoder_lora.py", "decoder", ADAPTERS,
         {"image_embeds_dropout": 0.5}, "kandinsky_decoder_lora.sh",
         ours=_OURS | {"torch_compile", "caption_column", "image_embeds_dropout"},
         compared_with="decoder", without={"read_caption", "encode_captions", "export"},

@@ -1,6 +1,5 @@
 """Where processes meet. NCCL gives up after a while, gloo's `distributed.wait` does not: it comes before what was long.
 
-
 Each collective on the device is named here, with what bounds the time that the others may come earlier.
 """
 

@@ -9,7 +9,8 @@ import shutil
 import pytest
 import tiny
 from conftest import load_script
-from runs import ADAPTERS, checkpoints, interrupt, outcome, rows
+from runs import checkpoints, interrupt, outcome, rows
+from scripts import ADAPTERS
 
 from t2i_training.run.checkpoint import read_manifest
 

@@ -21,10 +21,10 @@ from diffusers import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from runs import ADAPTERS, outcome
+from runs import outcome
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scripts import SCRIPTS
+from scripts import ADAPTERS, SCRIPTS
 
 from t2i_training.run import manifest
 

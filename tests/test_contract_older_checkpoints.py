@@ -12,10 +12,10 @@ import torch
 from conftest import load_script
 from runs import rows
 from safetensors.torch import load_file
+from scripts import ADAPTERS
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 STORED = Path(__file__).parent / "data" / "lora_checkpoint"
-WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def resume(command, tmp_path):
 
 def test_weights(resume):
     """A run that has no update left to make exports them as they are."""
-    exported, stored = load_file(resume(2) / WEIGHTS), load_file(STORED / WEIGHTS)
+    exported, stored = load_file(resume(2) / ADAPTERS), load_file(STORED / ADAPTERS)
     assert exported.keys() == stored.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in stored.items())
 

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 from conftest import load_script
-from runs import ADAPTERS, checkpoints, interrupt, outcome, rows
-from scripts import SCRIPTS, TORCH
+from runs import checkpoints, interrupt, outcome, rows
+from scripts import ADAPTERS, SCRIPTS, TORCH
 
 # Six pictures, two times two an update: the first and the third of three updates end in the middle of an epoch.
 RUN = {

@@ -6,8 +6,8 @@ import test_guide_commands
 import torch
 from conftest import flags
 from hub_server import COMMIT, TOKEN
-from runs import ADAPTERS
 from safetensors.torch import load, load_file
+from scripts import ADAPTERS
 
 EXPORTED = {
     "model_index.json",

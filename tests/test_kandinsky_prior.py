@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from conftest import load_script
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, PriorTransformer
 from PIL import Image
-from runs import ADAPTERS, in_memory
+from runs import in_memory
 from safetensors import safe_open
 from safetensors.torch import load_file
-from scripts import SCRIPTS
+from scripts import ADAPTERS, SCRIPTS
 from test_train_text_to_image import LEFT, column, differ, drawn_at, make_loader, optimizer, picture, tree
 
 from t2i_training.data import draws

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load_script
 
-from t2i_training import errors
+from t2i_training import errors, stopping
 from t2i_training.data.workers import loader_workers
+from t2i_training.run import lifecycle
 
 
 @pytest.mark.parametrize(
@@ -122,3 +124,12 @@ def test_other_errors_keep_their_trace(monkeypatch, capsys):
     except ZeroDivisionError as error:
         sys.excepthook(type(error), error, error.__traceback__)
     assert capsys.readouterr().err.splitlines()[0] == "Traceback (most recent call last):"
+
+
+def test_a_run_forgets_where_an_earlier_one_in_this_process_stood(sd_flags, monkeypatch):
+    """It has taken no step, and the bar of the earlier one is none of its own."""
+    monkeypatch.setattr(errors, "steps", (3, 5))
+    monkeypatch.setattr(errors, "progress_bar", object())
+    lifecycle.start(load_script("sd").parse_args(sd_flags()))
+    stopping.default_signals()
+    assert (errors.steps, errors.progress_bar) == (None, None)

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import older_stack
 import pytest
-from runs import ADAPTERS
 from safetensors import safe_open
-from scripts import REPOSITORY
+from scripts import ADAPTERS, REPOSITORY
 
 REQUIREMENTS = Path(__file__).with_name("requirements_older_stack.txt")
 BUNDLED = REPOSITORY / "examples/quickstart/tiny-emoji-diffusion"

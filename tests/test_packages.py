@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import launch, load_script
-from runs import ADAPTERS, interrupt, outcome
+from runs import interrupt, outcome
+from scripts import ADAPTERS
 
 from t2i_training.cli import packages
 

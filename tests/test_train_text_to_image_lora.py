@@ -13,9 +13,10 @@ import torch
 from conftest import load_script
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from runs import ADAPTERS, in_memory
+from runs import in_memory
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scripts import ADAPTERS
 from test_train_text_to_image import LEFT, column, differ, draw, drawn_at, optimizer, picture, tree
 
 KOHYA = "kohya_lora_weights.safetensors"

@@ -58,10 +58,10 @@ def load_models(args, accelerator):
     """The base pipeline, unrounded on the CPU; the UNet to train, in fp32; the training scheduler."""
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
     with errors.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        spare_parts.fetch(args)
         pipeline = StableDiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.NOT_LOADED
         )
-        spare_parts.fetch(args)
         networks.standardize(pipeline)
         unet = pipeline.unet
         if args.non_ema_revision is not None:

@@ -87,12 +87,11 @@ PHASES = {  # function on the stack, the outermost first -> (what the run was do
     "restore": ("reading the checkpoint", STEP_ADVICE),
     "validate": ("drawing validation pictures", "lower --resolution, or draw none: leave --validation_prompt(s) out"),
     "publish": ("exporting the model", "free memory; --resume_from_checkpoint=latest exports again"),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 
 
 def explain_out_of_memory() -> None:
     """Have this process end with one line, and no stack trace, where the GPU's or the host's memory is used up."""
-
     before = sys.excepthook
     if before.__module__ == __name__:  # of an earlier run in this process
         return

@@ -1,4 +1,4 @@
-"""Putting files and folders in place so that a crash leaves the old or the new, and exporting the trained model."""
+"""Putting files and folders in place so that a crash leaves the old or the new."""
 
 import contextlib
 import ctypes

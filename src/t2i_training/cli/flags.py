@@ -19,13 +19,13 @@ TRACKERS = [
 ]  # fmt: skip
 
 
-def _ranged(kind: type, holds: Callable, range_: str) -> Callable:
-    """A type for argparse: numbers of a `kind` for which `holds` is true; of others it says what they must be."""
+def _number(kind: type, fault: Callable[[int | float], str]) -> Callable[[str], int | float]:
+    """A type for argparse: numbers of a `kind`. `fault` says what a number must be, and "" if it is that."""
 
     def parse(text: str):
         value = kind(text)
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {range_}, not {value}")
+        if wanted := fault(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}")
         return value
 
     parse.kind, parse.__name__ = kind, kind.__name__  # argparse itself says: invalid int value
@@ -33,33 +33,26 @@ def _ranged(kind: type, holds: Callable, range_: str) -> Callable:
 
 
 def positive(kind: type) -> Callable:
-    return _ranged(kind, lambda value: value > 0, "positive")
+    return _number(kind, lambda n: "" if n > 0 else f"positive, not {n}")
 
 
 def not_negative(kind: type) -> Callable:
-    return _ranged(kind, lambda value: 0 <= value < math.inf, "finite and not negative")
+    return _number(kind, lambda n: "" if 0 <= n < math.inf else f"finite and not negative, not {n}")
 
 
-share = _ranged(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+def _seed_fault(n: int) -> str:
+    return "below 2**63" if n >= 2**63 else "" if n >= 0 else f"finite and not negative, not {n}"
 
 
-def seed(text: str) -> int:
-    """Torch and NumPy take numbers of 63 bits."""
-    if (value := not_negative(int)(text)) >= 2**63:
-        raise argparse.ArgumentTypeError("must be below 2**63")
-    return value
+def _side_fault(n: int) -> str:
+    """VAEs and UNets halve a side, in pixels, three times."""
+    if n <= 0:
+        return f"positive, not {n}"
+    return f"a multiple of 8, not {n}; the nearest is {max(8, round(n / 8) * 8)}" if n % 8 else ""
 
 
-def multiple_of_8(text: str) -> int:
-    """A side in pixels: VAEs and UNets halve it three times."""
-    if (value := positive(int)(text)) % 8:
-        nearest = max(8, round(value / 8) * 8)
-        raise argparse.ArgumentTypeError(f"must be a multiple of 8, not {value}; the nearest is {nearest}")
-    return value
-
-
-for each in (seed, multiple_of_8):
-    each.kind, each.__name__ = int, "int"
+share = _number(float, lambda n: "" if 0 <= n < 1 else f"at least 0 and below 1, not {n}")
+seed, multiple_of_8 = _number(int, _seed_fault), _number(int, _side_fault)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

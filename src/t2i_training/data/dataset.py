@@ -9,6 +9,7 @@ from .. import errors, sanitize
 from ..log import logger
 from ..sources import data_files, names
 from . import image_folder, images
+from .image_folder import FAULTS, LINE
 
 ROW = 0  # a row's number in itself, under a key that no column has
 
@@ -43,14 +44,13 @@ def _read_folder(place: str, args) -> tuple:
     import datasets
 
     where = f"--{'train_data_dir' if args.dataset_name is None else 'dataset_name'} {place}"
-    captions = args.caption_column
     if fault := data_files.refusal(place, captions=False):
         raise SystemExit(f"error: {where} {fault}")
     if any(os.path.exists(os.path.join(place, name)) for name in data_files.STORED):
         stored = datasets.load_from_disk(place)
         splits = stored if isinstance(stored, dict) else {"train": stored}
         return _training_split(where, splits, "save_to_disk")
-    found = None if data_files.declares_configs(place) else image_folder.read(place, captions)
+    found = None if data_files.declares_configs(place) else image_folder.read(place, args.caption_column)
     return found or _read_splits(where, place, args)
 
 
@@ -59,8 +59,7 @@ def _read_splits(where: str, name: str, args) -> tuple:
     import datasets
 
     options = {"data_dir": args.train_data_dir} if args.dataset_name == name else {}
-    configuration = args.dataset_config_name
-    splits = datasets.load_dataset(name, configuration, cache_dir=args.cache_dir, **options)
+    splits = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir, **options)
     return _training_split(where, splits, next(iter(splits.values())).builder_name)
 
 
@@ -160,15 +159,15 @@ def _named_images(dataset, column: str, place: str):
     if not _holds_names(dataset, column):
         return dataset
     entries, faults = image_folder.find(place, dataset[column][:])
-    kinds = datasets.Features({column: datasets.Image(decode=False), image_folder.FAULTS: datasets.Value("string")})
+    kinds = datasets.Features({column: datasets.Image(decode=False), FAULTS: datasets.Value("string")})
     faults = [json.dumps({column: fault}) if fault else None for fault in faults]
-    found = datasets.Dataset.from_dict({column: entries, image_folder.FAULTS: faults}, kinds)
+    found = datasets.Dataset.from_dict({column: entries, FAULTS: faults}, kinds)
     return datasets.concatenate_datasets([dataset.remove_columns(column), found], axis=1)
 
 
 def check_caption_column(dataset, column: str) -> None:
     """Exit with one line unless `column` is one of strings, or of lists of strings."""
-    own = [name for name in dataset.column_names if name not in (image_folder.LINE, image_folder.FAULTS)]
+    own = [name for name in dataset.column_names if name not in (LINE, FAULTS)]
     likely = image_folder.likely_captions([name for name in own if _is_text(dataset.features[name])])
     _check_column(dataset, "caption_column", column, likely)
     kind = _kind(dataset, column).replace("large_string", "string")
@@ -182,7 +181,7 @@ def _is_text(kind) -> bool:
 
 def _check_column(dataset, flag: str, column: str, likely: str | None) -> None:
     if column not in dataset.column_names:
-        names = ", ".join(name for name in dataset.column_names if name not in (image_folder.LINE, image_folder.FAULTS))
+        names = ", ".join(name for name in dataset.column_names if name not in (LINE, FAULTS))
         advice = f"; did you mean --{flag}={sanitize.printable(likely)[:100]}?" if likely else ""
         names = sanitize.printable(names)[:1000]
         raise SystemExit(f"error: --{flag} {column!r} is not a column; there are: {names}{advice}")
@@ -254,6 +253,6 @@ def picture_source(row: dict, args) -> bytes | str | int:
 def describe(dataset, image_column: str, index: int) -> str:
     """Row number, counted from 0, and where the data set knows them, file name and line of a sample."""
     row = dataset[int(index)]
-    known = [(row[image_column] or {}).get("path"), row.get(image_folder.LINE)]
+    known = [(row[image_column] or {}).get("path"), row.get(LINE)]
     known = ", ".join(filter(None, known))
     return f"row {int(index)} ({sanitize.printable(known)})" if known else f"row {int(index)}"

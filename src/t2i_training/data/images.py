@@ -145,10 +145,7 @@ def _decode(source: bytes | str | Path, min_side: int | None) -> tuple[Image.Ima
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-_TURNED = (
-    b"XML:com.adobe.xmp\0\0",
-    b"Raw profile type exif\0",
-)  # texts that may hold the orientation; XMP is not packed
+_TURNED = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")  # texts that may hold it; XMP's is not packed
 _LONGEST_TEXT = 2**16  # bytes
 
 

@@ -24,8 +24,9 @@ from .. import distributed, files, sanitize
 from ..bar import Bar
 from ..log import logger
 from ..sources import data_files
-from . import image_folder, images, workers
+from . import images, workers
 from .dataset import check_caption_column, check_dataset, describe, not_the_images_fault
+from .image_folder import FAULTS, LINE
 
 MEMO = ".inspected_pictures.json"
 BAD, SKIPPED = "bad_samples.jsonl", "skipped_samples.jsonl"
@@ -71,18 +72,14 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None, small
     if accelerator.is_main_process:
         _warn_of_small_ones(pictures, smallest_side)
         _warn_of_repeats(args, dataset, pictures, caption_column)
-    return dataset.remove_columns(
-        [image_folder.FAULTS] if image_folder.FAULTS in dataset.column_names else []
-    ), pictures
+    return dataset.remove_columns([FAULTS] if FAULTS in dataset.column_names else []), pictures
 
 
 def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tuple[str | None, Picture, str | None]]:
     """(key in the memo, picture, why the row cannot be used) of each row of this process's share."""
     rank, world_size, size = accelerator.process_index, accelerator.num_processes, len(dataset)
     first, end = size * rank // world_size, size * (rank + 1) // world_size
-    columns = [
-        name for name in (args.image_column, caption_column, image_folder.FAULTS) if name in dataset.column_names
-    ]
+    columns = [name for name in (args.image_column, caption_column, FAULTS) if name in dataset.column_names]
     rows, stored, found = dataset.select_columns(columns).with_format("arrow"), _stored(dataset), []
     texts_alone = dataset.select_columns(columns[1:]).with_format("arrow") if columns[1:] else None
     PIL.Image.init()  # or it loads its rarer kinds when first met, and another thread's picture goes unrecognised
@@ -102,7 +99,7 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
                     entries = [row[args.image_column] for row in chunk]
                     looked_at = pool.map(functools.partial(_look, known=known), entries, keys)
                 for row, (key, picture) in zip(chunk, looked_at, strict=True):
-                    fault = _metadata_fault(row.get(image_folder.FAULTS), args.image_column, caption_column)
+                    fault = _metadata_fault(row.get(FAULTS), args.image_column, caption_column)
                     reason = fault or picture.error or (caption_column and caption_fault(row[caption_column]))
                     found.append((key, picture, reason or None))
                     bar.update()
@@ -199,11 +196,7 @@ def _report(args, dataset, bad: dict[int, str]) -> None:
     lines = []
     for row, reason in bad.items():
         sample = dataset[row]
-        place = {
-            "row": row,
-            "file": (sample[args.image_column] or {}).get("path"),
-            "line": sample.get(image_folder.LINE),
-        }
+        place = {"row": row, "file": (sample[args.image_column] or {}).get("path"), "line": sample.get(LINE)}
         lines.append(json.dumps(place | {"reason": reason}, ensure_ascii=False) + "\n")
         if len(lines) <= SHOWN:
             logger.warning(f"{describe(dataset, args.image_column, row)}: {reason}")

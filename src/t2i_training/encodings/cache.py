@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from .. import __version__, bar, distributed, errors, log
+from .. import __version__, distributed, errors
+from ..bar import Bar
 from ..data import captions, draws, images, inspection, loading
 from ..data.dataset import describe, naming_the_sample, picture_bytes
+from ..log import logger
 from .fingerprint import fingerprint
 from .store import Store
 
@@ -113,7 +115,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
         plan = store.folder.name, store.missing(wanted)
     distributed.wait(accelerator)  # the hashing of terabytes takes long
     name, missing = broadcast_object_list([plan])[0]
-    log.logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
+    logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
     with readable():
         store = Store(folder / name)
     if missing:
@@ -173,8 +175,8 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
         parts.clear()
 
     loader = loading.loader(_Reading(items, read), args, accelerator, size, batch_size=size)
-    shown = bar.Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
-    with shown, torch.no_grad():
+    bar = Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
+    with bar, torch.no_grad():
         try:
             for first, batch in zip(range(0, len(items), size), loading.on_device(loader, accelerator), strict=True):
                 keys = [key for key, _ in items[first : first + size]]
@@ -183,8 +185,8 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
                 parts.append((keys, encoded))
                 if len(parts) * size >= SHARD:
                     commit()
-                shown.update(len(keys))
+                bar.update(len(keys))
         finally:
             commit()
-            if shown.n < len(items):
-                log.logger.info(f"{kind}: {shown.n} of the {len(items)} that were missing are encoded, and kept")
+            if bar.n < len(items):
+                logger.info(f"{kind}: {bar.n} of the {len(items)} that were missing are encoded, and kept")

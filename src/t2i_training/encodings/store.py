@@ -17,7 +17,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .. import errors, files, log
+from .. import errors, files
+from ..log import logger
 
 
 class Store:
@@ -65,7 +66,7 @@ class Store:
         return vars(self) | {"_files": {}}  # of a spawned worker, which opens them anew
 
     def _discard(self, name: str, reason) -> None:
-        log.logger.warning(f"{self.folder / name} is damaged ({reason}): what it holds is encoded again")
+        logger.warning(f"{self.folder / name} is damaged ({reason}): what it holds is encoded again")
         self._files.pop(name, None)
         (self.folder / name).unlink(missing_ok=True)
 

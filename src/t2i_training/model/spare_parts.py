@@ -21,13 +21,11 @@ NOT_LOADED = {**dict.fromkeys(PARTS), "requires_safety_checker": False}  # optio
 _CLASSES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # the name of today
 
 
-def fetch(args) -> None:
-    """Of a hub's base, download all that the run will export, so that hours later nothing is missing."""
-    _base_folder(args)
+def fetch(args, **options) -> Path:
+    """The base's folder; of a hub's repository that in the cache, into which all of the pipeline is downloaded.
 
-
-def _base_folder(args, **options) -> Path:
-    """The base's folder; of a hub's repository that in the cache, into which all of the pipeline is downloaded."""
+    A full run calls it before it trains: hours later nothing that it exports is missing.
+    """
     name = args.pretrained_model_name_or_path
     if Path(name).is_dir():
         return Path(name)
@@ -39,7 +37,7 @@ def save(pipeline: StableDiffusionPipeline, args, folder: Path) -> None:
     """Write a pipeline that was loaded without them, and add them."""
     pipeline.save_pretrained(folder)
     try:
-        base = _base_folder(args, local_files_only=True)
+        base = fetch(args, local_files_only=True)
     except (OSError, ValueError):  # the cache has been cleared meanwhile
         base = Path(args.pretrained_model_name_or_path)
     carry_over(base, args.variant, folder)

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from .. import sanitize
-from ..cli.config_file import public_config
 from ..files import free_name, write_text
 from ..log import logger
 from ..sanitize import is_hub_name
@@ -113,7 +112,7 @@ def write_card(
         "inference": True,
         "tags": [*tags, *TAGS],
     } | head
-    for key, value in (("base_model", base_model), ("datasets", public_config(args).get("dataset_name"))):
+    for key, value in (("base_model", base_model), ("datasets", vars(args).get("dataset_name"))):
         if value and is_hub_name(value):
             head[key] = [value] if key == "datasets" else value
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _settings(args, base_model, steps))
@@ -158,13 +157,12 @@ def _settings(args, base_model: str, steps: int) -> list[tuple]:
         ("mixed precision", args.mixed_precision or "accelerate's"),
         ("seed", args.seed),
     ]
-    given = public_config(args)
-    rows += [(flag.replace("_", " "), given[flag]) for flag in OBJECTIVE if given.get(flag)]
+    rows += [(flag.replace("_", " "), value) for flag in OBJECTIVE if (value := vars(args).get(flag))]
     return rows
 
 
 def _data_name(args) -> str | None:
-    given = public_config(args)  # a script that opens a data set of its own has neither flag
+    given = vars(args)  # a script that opens a data set of its own has neither flag
     source = given.get("dataset_name") or given.get("train_data_dir")
     return _public_name(source) if source else None
 

@@ -33,8 +33,7 @@ COLLECTIVE_LIMIT = datetime.timedelta(hours=1)
 
 def start(args) -> Accelerator:
     """Accelerator, logging, lock on the output folder, stop signals. Call once, before anything is loaded."""
-    global progress_bar, steps
-    progress_bar = steps = None  # an earlier run's, in the same process
+    errors.progress_bar = errors.steps = None  # an earlier run's, in the same process
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are tokenized one by one, in forked workers
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))

@@ -126,9 +126,8 @@ def _networks(kind: str) -> list[str]:
 
 
 def _check_weights(kind: str, files, folder: Path | None, args, trained: Trained) -> None:
-    variant, choose = None, False  # Kandinsky's scripts have no --variant, and take what is there: `source`
-    if trained.kind == "model":
-        variant, choose = args.variant, True
+    choose = trained.kind == "model"  # Kandinsky's scripts have no --variant, and take what is there: `source`
+    variant = args.variant if choose else None
     weight_files.check(_networks(kind), files, folder, trained.weights, variant, choose)
 
 

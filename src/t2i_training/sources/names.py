@@ -125,6 +125,7 @@ def hub_errors(args, flag: str, cached: bool = False):
 
 
 def cached_file(file: str, **source) -> str | None:
+    """Where the cache has a repository's file, if it has it."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(filename=file, **source)
