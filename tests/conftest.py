@@ -31,6 +31,8 @@ from scripts import REPOSITORY, SCRIPTS
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
 
+STOP_SIGNALS = [getattr(signal, f"SIG{name}") for name in ("TERM", "INT", "HUP", "USR1", "USR2", "XCPU")]
+
 SAMPLING_STEPS = 2  # of a validation image, in all tests but those that are about it
 
 # The longest first, so that no worker is left with one of them when the others have nothing to do.
@@ -170,18 +172,12 @@ def device(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_run_under_way(monkeypatch):
-    """What an earlier test's run in this process has left: which tests share one depends on the machine's speed."""
-    from t2i_training import errors, stopping
-
-    for module, name in (
-        (errors, "progress_bar"),
-        (errors, "steps"),
-        (stopping, "_stop_signal"),
-        (stopping, "_failure"),
-    ):
-        monkeypatch.setattr(module, name, None)
-    monkeypatch.setattr(stopping, "_phase", "before the loop")
+def signals_as_before():
+    """A run that an error ends in this process leaves its handlers, as its process would have ended with it."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ ON_DEVICE = {"gather_object", "broadcast_object_list", "gather", "gather_for_met
 WAITS = {"wait", "largest", "main_first"}
 SHORT = {  # function -> why no process comes there much later than another, although it does not wait for all before
     "settle_seed": "find_checkpoint, just before, has waited",
-    "read": "stop_requested, at the end of the update before, has met all, and DDP's gradients in this one",
+    "read": "StopRequest.agree, at the end of the update before, has met all, and DDP's gradients in this one",
     "_end": "read, which calls it, has just reduced the losses",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scripts import SCRIPTS
 
-from t2i_training import errors, files, sanitize, stopping
+from t2i_training import errors, files, library_errors, sanitize
 from t2i_training.data import inspection
 from t2i_training.data.dataset import check_caption_column, open_dataset
 from t2i_training.encodings.store import Store
@@ -202,12 +202,9 @@ def load(command, tmp_path):
         flag = f"pretrained_{flag}_name_or_path"
         args = load_script(script).parse_args(command(script, output_dir=tmp_path / "out", **{flag: folder}))
         lifecycle.settle_seed(args, {})
-        try:
-            accelerator = lifecycle.start(args)
-            pipeline, *_ = load_script(script).load_models(args, accelerator)
-            load_script(script).freeze(args, pipeline, accelerator)
-        finally:
-            stopping.default_signals()
+        accelerator = lifecycle.start(args)
+        pipeline, *_ = load_script(script).load_models(args, accelerator)
+        load_script(script).freeze(args, pipeline, accelerator)
 
     return call
 
@@ -286,7 +283,6 @@ def lines(folder, *rows) -> None:
 def inspect(command, tmp_path, folder):
     args = load_script("sd").parse_args(command("sd", train_data_dir=folder, output_dir=tmp_path / "out"))
     accelerator = lifecycle.start(args)
-    stopping.default_signals()
     return inspection.inspect(args, accelerator, open_dataset(args), args.caption_column)
 
 
@@ -329,11 +325,11 @@ def test_columns_of_our_own_cannot_be_forged(command, tmp_path):
 
 
 def test_a_library_s_colours_do_not_reach_the_terminal():
-    with pytest.raises(SystemExit) as stop, errors.readable_errors("--flag", "value"):
+    with pytest.raises(SystemExit) as stop, library_errors.readable_errors("--flag", "value"):
         raise ValueError(f"\x1b[1mbold\x1b[0m{ANSI}")
     assert str(stop.value).isprintable()
     with pytest.raises(SystemExit) as stop:
-        errors.fail(f"a\nb{ANSI}")
+        raise errors.RunError(f"a\nb{ANSI}")
     assert str(stop.value).isprintable()
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from t2i_training.data import captions, draws, loading
 from t2i_training.data.dataset import ROW, BadSample, describe, open_dataset, picture_file, picture_source
 from t2i_training.report.progress import plan_updates
+from t2i_training.stopping import StopRequest
 
 
 def options(**changes):
@@ -259,7 +260,9 @@ def visit_record(row, draw):
 
 
 def record(dataset, count: int, **changes) -> list:
-    stream = loading.batches(loading.make_loader(dataset, visit_record, options(**changes), CPU, start=3), CPU)
+    stream = loading.batches(
+        loading.make_loader(dataset, visit_record, options(**changes), CPU, start=3), CPU, StopRequest()
+    )
     return [{name: tensor.tolist() for name, tensor in next(stream).items()} for _ in range(count)]
 
 
@@ -295,7 +298,7 @@ def test_bad_picture_is_named_in_one_line(tmp_path, workers):
         return {"pixels": images.square(images.decode(picture_file(row["image"])), 8, "nearest")}
 
     loader = loading.make_loader(dataset, make_sample, args, CPU, start=0)
-    message = refusal(list, loading.batches(loader, accumulating(100)))
+    message = refusal(list, loading.batches(loader, accumulating(100), StopRequest()))
     assert message.startswith(f"error: row 4 ({folder / '4.png'}, metadata.jsonl line 5): not a picture but a text")
 
 
@@ -319,36 +322,36 @@ def accumulating(steps: int):
 
 @pytest.mark.parametrize("accumulation", [1, 3, 200])
 def test_batches_come_in_order_and_all(accumulation):
-    numbers = [int(batch["number"]) for batch in loading.batches(Source(), accumulating(accumulation))]
+    numbers = [int(batch["number"]) for batch in loading.batches(Source(), accumulating(accumulation), StopRequest())]
     assert numbers == list(range(100))
 
 
 def test_no_more_is_held_back_than_an_update_and_not_without_limit():
     for accumulation, held in ((1, 1), (3, 3), (5000, loading.MOST_HELD)):
         source = Source()
-        next(loading.batches(source, accumulating(accumulation)))
+        next(loading.batches(source, accumulating(accumulation), StopRequest()))
         assert source.taken == held + 1
 
 
 @pytest.mark.parametrize(("bad", "updates"), [(0, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 2), (7, 2), (8, 2), (9, 3)])
-def test_updates_before_a_bad_sample_are_finished(bad, updates, monkeypatch):
+def test_updates_before_a_bad_sample_are_finished(bad, updates):
     """Of three batches each. The bad sample is known before the last of them begins to be given out."""
-    told, stream = [], loading.batches(Source(bad), accumulating(3))
-    monkeypatch.setattr(loading.stopping, "fail_after_step", told.append)
-    given = []
+    stop, given = StopRequest(), []
+    stream = loading.batches(Source(bad), accumulating(3), stop)
     if updates == 0:
         assert refusal(next, stream) == "error: row 7 (7.png): gone"
-    while len(told) == 0 and updates:
+        return
+    while not stop.failure:
         given += [int(next(stream)["number"]) for _ in range(3)]
     assert given == list(range(3 * updates))
-    assert told == ["row 7 (7.png): gone"] * (updates > 0)
+    assert str(stop.failure) == "error: row 7 (7.png): gone"
 
 
 def test_loader_ends_with_the_last_update(pictures):
     dataset = open_dataset(options(train_data_dir=str(pictures)))
     args = options(gradient_accumulation_steps=2)
     loader = loading.make_loader(dataset, visit_record, args, accumulating(2), start=3, updates=4)
-    assert len(list(loading.batches(loader, accumulating(2)))) == 8
+    assert len(list(loading.batches(loader, accumulating(2), StopRequest()))) == 8
 
 
 def test_loader_workers_are_counted_for_the_batch_of_all_devices(monkeypatch):
@@ -370,6 +373,7 @@ CRASH = """
 from types import SimpleNamespace
 import torch
 from t2i_training.data import loading
+from t2i_training.stopping import StopRequest
 
 def make_sample(row, draw):
     return {}
@@ -380,7 +384,8 @@ def main():
     cpu = SimpleNamespace(
         process_index=0, num_processes=1, device=torch.device("cpu"), gradient_accumulation_steps=1
     )
-    stream = loading.batches(loading.make_loader([{"image": None}], make_sample, args, cpu, start=0), cpu)
+    loader = loading.make_loader([{"image": None}], make_sample, args, cpu, start=0)
+    stream = loading.batches(loader, cpu, StopRequest())
     next(stream)
     raise RuntimeError("out of memory")
 

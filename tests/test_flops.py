@@ -9,7 +9,6 @@ from conftest import load_script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2i_training import stopping
 from t2i_training.report import flops, throughput
 from t2i_training.run import lifecycle
 
@@ -160,7 +159,6 @@ def test_mfu_by_hand(sd_flags, monkeypatch):
     """60 FLOPs a sample, 10 samples in 2 s: 3e-10 TFLOP/s, of a device that could do 1e-9."""
     args = load_script("sd").parse_args(sd_flags())
     accelerator = lifecycle.start(args)
-    stopping.default_signals()
     meter = throughput.Speedometer(throughput.Gauge(torch.nn.Linear(3, 5), linear, args, accelerator), accelerator)
     meter.gauge.peak = 1e-9
     now = iter([0.0, 5.0, 5.0, 2.0, 2.0])

@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load_script
 
-from t2i_training import errors, stopping
+from t2i_training import library_errors
 from t2i_training.data.workers import loader_workers
 from t2i_training.run import lifecycle
 
@@ -38,6 +36,17 @@ def test_automatic_number_of_workers(cores, processes, free, workers, monkeypatc
     assert loader_workers(SimpleNamespace(dataloader_num_workers=5), 1) == 5
 
 
+def ending(error: BaseException) -> str:
+    """What a script whose `main` raises this error prints before it exits with status 1."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        lifecycle.run(main)
+    return stop.value.code
+
+
 def too_much() -> RuntimeError:
     with pytest.raises(RuntimeError) as stopped:
         torch.empty(10**15)
@@ -53,13 +62,11 @@ def too_much() -> RuntimeError:
     ],
     ids=repr,
 )
-def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    errors.explain_out_of_memory()
-    sys.excepthook(type(error), error, None)
-    (line,) = capsys.readouterr().err.splitlines()
+def test_too_little_memory_is_one_line(error):
+    line = ending(error)
     assert line.startswith("error: out of memory, starting: lower --train_batch_size (and raise ")
     assert f"({type(error).__name__}: " in line
+    assert len(line.splitlines()) == 1
 
 
 def raised(function: str, error: Exception):
@@ -82,7 +89,7 @@ def raised(function: str, error: Exception):
 )
 def test_what_the_run_was_doing_is_named(function, said):
     error = raised(function, torch.OutOfMemoryError("CUDA out of memory."))
-    line = errors.out_of_memory(type(error), error, error.__traceback__)
+    line = library_errors.out_of_memory(error)
     assert line.startswith(said)
     assert line.endswith("(OutOfMemoryError: CUDA out of memory.)")
 
@@ -98,38 +105,25 @@ def test_what_the_run_was_doing_is_named(function, said):
     ids=repr,
 )
 def test_host_memory(error):
-    line = errors.out_of_memory(type(error), error, None)
+    line = library_errors.out_of_memory(error)
     assert line.startswith("out of memory, host memory, starting: lower --dataloader_num_workers, or give the")
 
 
 def test_step_and_process_are_named(monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory.")
-    monkeypatch.setattr(errors, "steps", (3, 3))
-    line = errors.out_of_memory(type(error), error, None)
-    assert line.startswith("out of memory, step 4: lower --train_batch_size")
+    library_errors.note_step(error, 4, trained=False)
+    line = ending(error)
+    assert line.startswith("error: out of memory, step 4: lower --train_batch_size")
     assert "--resume" not in line, "nothing has been trained yet"
-    monkeypatch.setattr(errors, "steps", (3, 5))
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    library_errors.note_step(error, 6, trained=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    line = errors.out_of_memory(type(error), error, None)
-    assert line.startswith("out of memory (process 1), step 6: lower --train_batch_size")
+    line = ending(error)
+    assert line.startswith("error: out of memory (process 1), step 6: lower --train_batch_size")
     assert "; --resume_from_checkpoint=latest continues from the last checkpoint (OutOfMemoryError: " in line
 
 
-def test_other_errors_keep_their_trace(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    errors.explain_out_of_memory()
-    try:
-        1 / 0  # noqa: B018
-    except ZeroDivisionError as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    assert capsys.readouterr().err.splitlines()[0] == "Traceback (most recent call last):"
-
-
-def test_a_run_forgets_where_an_earlier_one_in_this_process_stood(sd_flags, monkeypatch):
-    """It has taken no step, and the bar of the earlier one is none of its own."""
-    monkeypatch.setattr(errors, "steps", (3, 5))
-    monkeypatch.setattr(errors, "progress_bar", object())
-    lifecycle.start(load_script("sd").parse_args(sd_flags()))
-    stopping.default_signals()
-    assert (errors.steps, errors.progress_bar) == (None, None)
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(ZeroDivisionError):
+        lifecycle.run(lambda: 1 / 0)

@@ -1,5 +1,6 @@
 """What a run reports: rows, counts and curves; and that it stops at the first number that is none."""
 
+import contextlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ from PIL import Image
 from runs import TIMED
 from runs import rows as untimed
 
-from t2i_training import errors, log, stopping
+from t2i_training import log
 from t2i_training.data import inspection, loading
 from t2i_training.data.dataset import open_dataset
 from t2i_training.model import optim
@@ -32,7 +33,6 @@ def drawn_each_time(draw_curves_once, monkeypatch):
 @pytest.fixture
 def started(sd_flags, tmp_path):
     """started(**flags): a Progress over the six test pictures, ready to count; its files are below tmp_path / "out"."""
-    opened = []
 
     def start(position=None, **changes) -> Progress:
         if position:
@@ -44,13 +44,11 @@ def started(sd_flags, tmp_path):
         rate = optim.make_rate(args, progress.total)
         output_folder.take_over(args, accelerator, progress.step)
         progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean(), rate)
-        opened.append(progress)
-        return progress
+        stack.callback(progress.close)
+        return stack.enter_context(progress)
 
-    yield start
-    for progress in opened:
-        progress.close()
-    stopping.default_signals()
+    with contextlib.ExitStack() as stack:
+        yield start
 
 
 def batch(indices) -> dict:
@@ -203,7 +201,7 @@ def test_a_narrow_terminal_cuts_off_what_matters_least(started, clock, monkeypat
     for _ in range(4):
         clock.now += 2.0
         update(progress, 1.0)
-    errors.progress_bar.refresh()
+    progress.__exit__(None, None, None)
     bar = terminal.getvalue().split("\r")[-1]
     assert "| 4/15000 [" in bar
     assert "left=8:19:52, loss=1.0000, lr=" in bar

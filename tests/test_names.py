@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import load_script
 
-from t2i_training import errors
+from t2i_training import library_errors
 from t2i_training.sources import names
 
 MODEL, DATA = "pretrained_model_name_or_path", "dataset_name"
@@ -136,5 +136,5 @@ def test_a_cache_that_cannot_be_written(number, tmp_path, monkeypatch):
     assert fail(args, error).endswith(hint)
     wrapped = RuntimeError("of a library")
     wrapped.__cause__ = error
-    assert errors.cache_hint(wrapped) == hint
-    assert errors.cache_hint(OSError(number, os.strerror(number), "/data/mine.csv")) == ""
+    assert library_errors.cache_hint(wrapped) == hint
+    assert library_errors.cache_hint(OSError(number, os.strerror(number), "/data/mine.csv")) == ""

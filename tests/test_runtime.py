@@ -10,7 +10,7 @@ import yaml
 from conftest import held, load_script
 from diffusers.optimization import get_scheduler
 
-from t2i_training import errors, stopping
+from t2i_training import library_errors, stopping
 from t2i_training.model import networks, optim
 from t2i_training.run import lifecycle, output_folder
 
@@ -28,8 +28,7 @@ def start(parse):
         args = parse(**changes)
         return args, lifecycle.start(args)
 
-    yield run
-    stopping.default_signals()
+    return run
 
 
 # --- schedules
@@ -213,7 +212,7 @@ def test_run_config_can_be_passed_back(start, tmp_path):
 
 
 def test_failure_while_loading_names_the_flag(capsys):
-    with pytest.raises(SystemExit) as stop, errors.readable_errors("--revision", "v9"):
+    with pytest.raises(SystemExit) as stop, library_errors.readable_errors("--revision", "v9"):
         raise OSError("no\nsuch   revision " + "x" * 1000)
     message = str(stop.value)
     assert message.startswith("error: --revision v9: OSError: no such revision xxx")
@@ -303,56 +302,67 @@ def test_folder_that_cannot_be_written(start, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_asks_to_stop_the_second_is_pythons(start, number):
     _, accelerator = start()
-    stopping.begin_loop()
-    assert stopping.stop_requested(accelerator) == 0
-    os.kill(os.getpid(), number)
-    assert stopping.stop_requested(accelerator) == number
-    os.kill(os.getpid(), number)  # within a second: a launcher that was stopped as well passes its own on
-    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    with pytest.raises(SystemExit) as stop:
-        lifecycle.finish(number)
-    assert stop.value.code == 128 + number
+    stop = stopping.StopRequest()
+    with stop.after_step():
+        assert (stop.pending, stop.agree(accelerator)) == (False, 0)
+        os.kill(os.getpid(), number)
+        assert (stop.pending, stop.agreed) == (True, 0)
+        assert (stop.agree(accelerator), stop.agreed) == (number, number)
+        os.kill(os.getpid(), number)  # within a second: a launcher that was stopped as well passes its own on
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    with pytest.raises(SystemExit) as ending:
+        lifecycle.finish(stop, complete=False)
+    assert ending.value.code == 128 + number
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_an_announcement_may_come_many_times(start, monkeypatch, number):
     """At a soft limit of CPU time SIGXCPU comes once a second; Slurm's SIGUSR1 is followed by a SIGTERM."""
     _, accelerator = start()
-    stopping.begin_loop()
-    for now in (100.0, 105.0, 110.0):
-        monkeypatch.setattr(stopping.time, "monotonic", lambda now=now: now)
-        os.kill(os.getpid(), number)
-        assert stopping.stop_requested(accelerator) == number
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stopping.stop_requested(accelerator) == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "which would abort"
+    stop = stopping.StopRequest()
+    with stop.after_step():
+        for now in (100.0, 105.0, 110.0):
+            monkeypatch.setattr(stopping.time, "monotonic", lambda now=now: now)
+            os.kill(os.getpid(), number)
+            assert stop.agree(accelerator) == number
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agree(accelerator) == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "which would abort"
+
+
+def test_a_failure_after_the_step_comes_before_any_signal(start):
+    """The other processes, which do not know of it, take its number for the largest; this one says what it was."""
+    _, accelerator = start()
+    stop = stopping.StopRequest()
+    with stop.after_step():
+        stop.fail_after_step("row 7 (7.png): gone")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.pending, stop.agree(accelerator)) == (True, 127)
+    with pytest.raises(SystemExit, match=r"^error: row 7 \(7.png\): gone$"):
+        lifecycle.finish(stop, complete=True)
 
 
 def test_a_signal_that_other_code_handles_is_left_to_it(start, caplog):
     """wandb's sweeps, submitit, torch's debuggers: a stack dump on SIGUSR1 must not stop the run."""
     got = []
     signal.signal(signal.SIGUSR1, lambda number, _: got.append(number))
-    try:
-        _, accelerator = start()
-        stopping.begin_loop()
+    _, accelerator = start()
+    stop = stopping.StopRequest()
+    with stop.after_step():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert got == [signal.SIGUSR1]
-        assert stopping.stop_requested(accelerator) == 0
-        assert "SIGUSR1 does not stop this run: other code handles it" in caplog.text
-        lifecycle.finish(0)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert got == [signal.SIGUSR1] * 2
-    finally:
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        assert stop.agree(accelerator) == 0
+    assert "SIGUSR1 does not stop this run: other code handles it" in caplog.text
+    lifecycle.finish(stop, complete=True)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert got == [signal.SIGUSR1] * 2
 
 
-def test_an_ignored_signal_stays_ignored(start):
+def test_an_ignored_signal_stays_ignored():
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    try:
-        start()
-        assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    stopping.StopRequest()
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
 
 
 def test_platform_without_some_of_the_signals(monkeypatch):
@@ -367,34 +377,55 @@ def test_platform_without_some_of_the_signals(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGXCPU])
 def test_signal_before_the_loop_ends_the_run_at_once(start, number, caplog):
     start()
-    with pytest.raises(SystemExit) as stop:
+    stopping.StopRequest()
+    with pytest.raises(SystemExit) as ending:
         os.kill(os.getpid(), number)
-    assert stop.value.code == 128 + number
+    assert ending.value.code == 128 + number
     kept = "stopped before the first update; saved checkpoints and encodings are kept"
     assert f"{signal.Signals(number).name}: {kept}" in caplog.text
 
 
+def test_a_launcher_that_passes_the_signal_on_changes_nothing():
+    """The process is on its way out: the status is that of the first."""
+    stopping.StopRequest()
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_that_a_library_takes_for_an_error(start, number):
+def test_signal_that_a_library_takes_for_an_error(number):
     """torch's C++, asked for the shape of a list, turns whatever is raised meanwhile into a ValueError."""
 
     def load():
-        with errors.readable_errors("checkpoint", "x"):
+        with library_errors.readable_errors("checkpoint", "x"):
             try:
                 os.kill(os.getpid(), number)
             except SystemExit:
                 raise ValueError("could not determine the shape") from None
 
-    start()
-    with pytest.raises(SystemExit) as stop:
+    stop = stopping.StopRequest()
+    with pytest.raises(SystemExit) as ending:
         load()
-    assert stop.value.code == 128 + number
+    assert ending.value.code == 128 + number
+    with pytest.raises(SystemExit) as ending, stop.after_step():
+        pytest.fail("there is no step to take")
+    assert ending.value.code == 128 + number
+
+
+def test_after_an_error_in_the_loop_signals_are_pythons_again():
+    """A notebook's kernel lives on, and its Ctrl-C is to interrupt whatever runs there next."""
+    with pytest.raises(ZeroDivisionError), stopping.StopRequest().after_step():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_signal_of_an_earlier_run_is_forgotten(start):
-    start()
-    stopping.begin_loop()
-    os.kill(os.getpid(), signal.SIGTERM)
+    with stopping.StopRequest().after_step():
+        os.kill(os.getpid(), signal.SIGTERM)
     _, accelerator = start()
-    assert stopping.stop_requested(accelerator) == 0
-    assert lifecycle.finish(0) is None
+    stop = stopping.StopRequest()
+    assert stop.agree(accelerator) == 0
+    assert lifecycle.finish(stop, complete=True) is None

@@ -27,6 +27,7 @@ ORDER = (
 
 KANDINSKY = [
     ("imports", ", spare_parts", "", "training uses all that it loads"),
+    ("imports", "from t2i_training.errors import RunError\n", "", "no --dream_training"),
     ("main", "partial(export, pipeline, network, args)", "partial(export, pipeline, network)",
      "it exports what it loads"),
     ("draw_picture", "num_inference_steps=validation.STEPS,",

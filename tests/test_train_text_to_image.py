@@ -26,7 +26,6 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import TORCH
 
-from t2i_training import stopping
 from t2i_training.data import captions, draws, inspection
 from t2i_training.data.dataset import open_dataset
 from t2i_training.model import ema
@@ -778,7 +777,6 @@ def test_local_rank(parse, monkeypatch, sd_flags, server, tmp_path):
     assert "LOCAL_RANK" not in os.environ
     lifecycle.start(parse(local_rank=0))
     assert "LOCAL_RANK" not in os.environ  # one process, and no launcher
-    stopping.default_signals()
     launcher = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     run = server.start(sd_flags(local_rank=0, max_train_steps=1), tmp_path, environment=launcher)
     assert run.wait() == 0, run.output()  # which without LOCAL_RANK ends in an error of torch.distributed
@@ -794,7 +792,6 @@ def test_allow_tf32(parse):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
-        stopping.default_signals()
 
 
 # ----------------------------------------------------------------------------------------------------------- precision

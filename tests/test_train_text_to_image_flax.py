@@ -31,7 +31,6 @@ pytest.importorskip("optax")
 import jax.numpy as jnp
 from test_flax_models import old_flax_tree
 
-from t2i_training import stopping
 from t2i_training.report import validation
 from t2i_training.run import lifecycle
 from t2i_training.run.output_folder import read_metrics
@@ -322,7 +321,6 @@ def trained(tokens, tmp_path):
     """trained(network, precision): what a run in that precision would train."""
     args = load_script("sd_flax").parse_args(tokens(tmp_path / "out"))
     _, mesh = devices.start(args)
-    stopping.default_signals()
 
     def make(network, precision="no"):
         args.mixed_precision = precision
@@ -439,7 +437,6 @@ def test_precision_of_products(changes, precision, tokens, tmp_path):
     """In full where the run is; in half precision anything above JAX's default would be slower for nothing."""
     before = dict(os.environ)
     devices.start(load_script("sd_flax").parse_args(tokens(tmp_path / "out", **changes)))
-    stopping.default_signals()
     assert jax.config.jax_default_matmul_precision == precision
     assert os.environ.get("ACCELERATE_USE_CPU") == before.get("ACCELERATE_USE_CPU")
 
@@ -450,7 +447,6 @@ def test_precision_of_the_launcher(tokens, tmp_path, monkeypatch):
     for typed, expected in ((None, "bf16"), ("no", "no")):
         args = load_script("sd_flax").parse_args(tokens(tmp_path / "out", mixed_precision=typed))
         devices.start(args)
-        stopping.default_signals()
         assert args.mixed_precision == expected
 
 

@@ -5,9 +5,9 @@ import pytest
 from conftest import load_script
 from PIL import Image
 
-from t2i_training import stopping
 from t2i_training.report import validation
 from t2i_training.run import lifecycle
+from t2i_training.stopping import StopRequest
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
 PROMPTS = ["a red bird", "a green bird on a very long branch of a very old oak tree beside a river", ""]
@@ -93,8 +93,7 @@ def test_small_pictures_are_enlarged_without_smoothing():
 
 @pytest.fixture
 def accelerator(sd_flags):
-    yield lifecycle.start(load_script("sd").parse_args(sd_flags()))
-    stopping.default_signals()
+    return lifecycle.start(load_script("sd").parse_args(sd_flags()))
 
 
 def test_first_row_is_the_untouched_model(accelerator, tmp_path):
@@ -105,8 +104,8 @@ def test_first_row_is_the_untouched_model(accelerator, tmp_path):
         drawn.append(index)
         return picture(COLOURS[index])
 
-    validation.validate(draw, PROMPTS, 0, tmp_path, accelerator)
-    validation.validate(lambda index: picture((9, 9, 9)), PROMPTS, 40, tmp_path, accelerator)
+    validation.validate(draw, PROMPTS, 0, tmp_path, accelerator, StopRequest())
+    validation.validate(lambda index: picture((9, 9, 9)), PROMPTS, 40, tmp_path, accelerator, StopRequest())
     assert drawn == [0, 1, 2]
     folder = tmp_path / "validation"
     names = ["step-000000", "step-000000.png", "step-000040", "step-000040.png"]
@@ -122,8 +121,8 @@ def test_first_row_is_the_untouched_model(accelerator, tmp_path):
 
 def test_without_the_untouched_model_there_is_one_row(accelerator, tmp_path):
     """Prompts added on resuming: nothing was drawn at step 0, or fewer pictures."""
-    validation.validate(lambda index: picture(COLOURS[0]), ["a"], 0, tmp_path, accelerator)
-    validation.validate(lambda index: picture(COLOURS[index]), ["a", "b"], 7, tmp_path, accelerator)
+    validation.validate(lambda index: picture(COLOURS[0]), ["a"], 0, tmp_path, accelerator, StopRequest())
+    validation.validate(lambda index: picture(COLOURS[index]), ["a", "b"], 7, tmp_path, accelerator, StopRequest())
     with Image.open(tmp_path / "validation" / "step-000007.png") as grid:
         assert grid.size == (110 + 2 * 166, 27 + 166)
 
@@ -136,8 +135,8 @@ def test_pictures_of_nan_are_told(accelerator, tmp_path, caplog):
         pixels = np.full((1, 32, 32, 3), np.nan if index else 0.5, dtype=np.float32)
         return VaeImageProcessor.numpy_to_pil(pixels)[0]
 
-    validation.validate(draw, ["a"], 0, tmp_path, accelerator)
+    validation.validate(draw, ["a"], 0, tmp_path, accelerator, StopRequest())
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    validation.validate(draw, ["a", "b"], 5, tmp_path, accelerator)
+    validation.validate(draw, ["a", "b"], 5, tmp_path, accelerator, StopRequest())
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert record.message.startswith("validation pictures of step 5 are black where a network gave nan; ")

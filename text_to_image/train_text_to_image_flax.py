@@ -52,10 +52,12 @@ import torch  # for the loader, tokens and the sampler's formulas
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from t2i_training import distributed, errors, stopping
+from t2i_training import distributed, stopping
 from t2i_training.data import captions, draws, images, inspection, loading
 from t2i_training.data.dataset import open_dataset, picture_source
 from t2i_training.encodings import cache
+from t2i_training.errors import RunError
+from t2i_training.library_errors import readable_errors
 from t2i_training.model import losses, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
@@ -69,14 +71,14 @@ from t2i_training.sd_flax import train_state
 
 def load_models(args):
     """The base pipeline, unrounded in host memory, with the UNet to train in it; the training scheduler."""
-    with errors.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+    with readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = flax_pipeline.load(args, flax_devices.compute_dtype(args))
     if args.prediction_type is not None:
         # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = train_state.NoiseScheduler(DDPMScheduler.from_config(pipeline.scheduler.config))
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
-        raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
+        raise RunError("--dream_training is defined for epsilon prediction only, which this model does not do")
     return pipeline, noise_scheduler
 
 
@@ -231,6 +233,7 @@ pipe("a caption like those it was trained on").images[0].save("picture.png")
 def main(argv=None):
     args = parse_args(argv)
     accelerator, mesh = flax_devices.start(args)
+    stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     lifecycle.settle_seed(args, position)
 
@@ -247,7 +250,7 @@ def main(argv=None):
     trained = train_state.Trained(args, pipeline.unet, mesh)
     pipeline.unet = None  # it lives on in `trained`
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, None, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
+        accelerator, stop, None, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
     )
     checkpoints.restore(folder)
     train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
@@ -255,30 +258,29 @@ def main(argv=None):
     output_folder.take_over(args, accelerator, progress.step)
     gauge = flax_devices.Gauge(args, mesh, trained.sample_flops)
     progress.begin(None, None, rate, project=args.tracker_project_name, gauge=gauge, size=trained.nbytes())
-    stream = loading.batches(loader, accelerator)
+    stream = loading.batches(loader, accelerator, stop)
 
     def validate():
         vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline), jax.local_devices()[0])
         unet = trained.export(flax_devices.local)
         draw = partial(draw_picture, pipeline=pipeline, unet=unet, vae=vae, text_encoder=text_encoder, args=args)
-        validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+        validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
         validate()
-    stopped_by = 0
-    with checkpoints:
-        while progress.step < progress.total and not stopped_by:
+    with stop.after_step(), progress, checkpoints:
+        while progress.step < progress.total and not stop.agreed:
             micro_batches = [next(stream) for _ in range(args.gradient_accumulation_steps)]
             loss, grad_norm = trained.step(flax_devices.place_batch(micro_batches, mesh), frozen, rate(progress.step))
             progress.add(loss, {"index": torch.cat([batch["index"] for batch in micro_batches])})
             progress.update(grad_norm, rate(progress.step))
-            stopped_by = stopping.stop_requested(accelerator)
-            if progress.step % args.checkpointing_steps == 0 or stopped_by:
+            stop.agree(accelerator)
+            if progress.step % args.checkpointing_steps == 0 or stop.agreed:
                 progress.save(checkpoints, versions=train_state.VERSIONS)
-            if progress.validation_due() and not stopped_by:
+            if progress.validation_due() and not stop.agreed:
                 validate()
-                if stopped_by := stopping.stop_requested(accelerator):  # perhaps in the middle of the validation
+                if stop.agree(accelerator):  # perhaps in the middle of the validation
                     progress.save(checkpoints, versions=train_state.VERSIONS)
 
     if progress.step >= progress.total:
@@ -289,7 +291,7 @@ def main(argv=None):
     flax_devices.leave_hosts()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    lifecycle.finish(stopped_by, complete=progress.step >= progress.total)
+    lifecycle.finish(stop, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,12 @@ if __name__ == "__main__":
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from t2i_training import distributed, errors, stopping
+from t2i_training import distributed, stopping
 from t2i_training.data import captions, draws, images, inspection, loading
 from t2i_training.data.dataset import open_dataset, picture_source
 from t2i_training.encodings import cache
+from t2i_training.errors import RunError
+from t2i_training.library_errors import readable_errors
 from t2i_training.model import lora, losses, networks, optim, spare_parts
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
@@ -59,7 +61,7 @@ from t2i_training.run.export import publish
 def load_models(args, accelerator):
     """The base pipeline, unrounded on the CPU; its UNet, to be given adapters; the training scheduler."""
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
-    with errors.readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+    with readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = StableDiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.NOT_LOADED
         )
@@ -71,7 +73,7 @@ def load_models(args, accelerator):
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
-        raise SystemExit("error: --dream_training is defined for epsilon prediction only, which this model does not do")
+        raise RunError("--dream_training is defined for epsilon prediction only, which this model does not do")
     if args.enable_xformers_memory_efficient_attention:
         networks.use_xformers(unet)
     if args.gradient_checkpointing:
@@ -218,6 +220,7 @@ pipe("a caption like those it was trained on").images[0].save("picture.png")
 def main(argv=None):
     args = parse_args(argv)
     accelerator = lifecycle.start(args)
+    stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     lifecycle.settle_seed(args, position)
 
@@ -239,27 +242,26 @@ def main(argv=None):
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, optimizer, args.output_dir, args.checkpoints_total_limit,
+        accelerator, stop, optimizer, args.output_dir, args.checkpoints_total_limit,
         lambda folder: export(args, network, folder, progress.step), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
     output_folder.take_over(args, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.begin(network, objective, rate)
-    stream = loading.batches(loader, accelerator)
+    stream = loading.batches(loader, accelerator, stop)
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
         draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
         with networks.lend_device(drawing, accelerator):
-            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
         validate()
-    stopped_by = 0
-    with checkpoints:
-        while progress.step < progress.total and not stopped_by:
+    with stop.after_step(), progress, checkpoints:
+        while progress.step < progress.total and not stop.agreed:
             for group in optimizer.param_groups:
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
@@ -275,12 +277,12 @@ def main(argv=None):
                     optimizer.step()
                     optimizer.zero_grad()
             progress.update(grad_norm, rate(progress.step))
-            stopped_by = stopping.stop_requested(accelerator)
-            if progress.step % args.checkpointing_steps == 0 or stopped_by:
+            stop.agree(accelerator)
+            if progress.step % args.checkpointing_steps == 0 or stop.agreed:
                 progress.save(checkpoints)
-            if progress.validation_due() and not stopped_by:
+            if progress.validation_due() and not stop.agreed:
                 validate()
-                if stopped_by := stopping.stop_requested(accelerator):  # perhaps in the middle of the validation
+                if stop.agree(accelerator):  # perhaps in the middle of the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
@@ -290,7 +292,7 @@ def main(argv=None):
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    lifecycle.finish(stopped_by, complete=progress.step >= progress.total)
+    lifecycle.finish(stop, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":

@@ -50,10 +50,11 @@ from diffusers import (
 )
 from transformers import CLIPVisionModelWithProjection
 
-from t2i_training import distributed, errors, stopping
+from t2i_training import distributed, stopping
 from t2i_training.data import draws, images, inspection, loading
 from t2i_training.data.dataset import open_dataset, picture_source
 from t2i_training.encodings import cache
+from t2i_training.library_errors import readable_errors
 from t2i_training.model import lora, losses, networks, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
@@ -63,7 +64,7 @@ from t2i_training.run.export import publish
 
 def load_models(args, accelerator):
     """The base decoder's pipeline, unrounded on the CPU; its UNet, to be given adapters; the training scheduler."""
-    with errors.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
+    with readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         pipeline = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path,
             **model_kind.source(args, "pretrained_decoder_model_name_or_path"),
@@ -101,7 +102,7 @@ def make_sample(row, draw, args, read_picture, empty_embeds, latent_shape, num_t
 
 def freeze(args, pipeline, accelerator):
     """The networks that `encode` takes: MoVQ, and of the prior, which is not trained, the CLIP image encoder."""
-    with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+    with readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         image_encoder = CLIPVisionModelWithProjection.from_pretrained(
             args.pretrained_prior_model_name_or_path, subfolder="image_encoder",
             **model_kind.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
@@ -166,7 +167,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
 
 def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
     """The pipeline that validates: what is in memory, and the rest of the base prior, loaded for this alone."""
-    with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+    with readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         prior = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, image_encoder=image_encoder,
             **model_kind.source(args, "pretrained_prior_model_name_or_path"),
@@ -208,6 +209,7 @@ pipe("a caption").images[0].save("picture.png")
 def main(argv=None):
     args = parse_args(argv)
     accelerator = lifecycle.start(args)
+    stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     lifecycle.settle_seed(args, position)
 
@@ -229,27 +231,26 @@ def main(argv=None):
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, optimizer, args.output_dir, args.checkpoints_total_limit,
+        accelerator, stop, optimizer, args.output_dir, args.checkpoints_total_limit,
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
     output_folder.take_over(args, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.begin(network, objective, rate)
-    stream = loading.batches(loader, accelerator)
+    stream = loading.batches(loader, accelerator, stop)
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
         draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
         with networks.lend_device(drawing, accelerator):
-            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
         validate()
-    stopped_by = 0
-    with checkpoints:
-        while progress.step < progress.total and not stopped_by:
+    with stop.after_step(), progress, checkpoints:
+        while progress.step < progress.total and not stop.agreed:
             for group in optimizer.param_groups:
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
@@ -265,12 +266,12 @@ def main(argv=None):
                     optimizer.step()
                     optimizer.zero_grad()
             progress.update(grad_norm, rate(progress.step))
-            stopped_by = stopping.stop_requested(accelerator)
-            if progress.step % args.checkpointing_steps == 0 or stopped_by:
+            stop.agree(accelerator)
+            if progress.step % args.checkpointing_steps == 0 or stop.agreed:
                 progress.save(checkpoints)
-            if progress.validation_due() and not stopped_by:
+            if progress.validation_due() and not stop.agreed:
                 validate()
-                if stopped_by := stopping.stop_requested(accelerator):  # perhaps in the middle of the validation
+                if stop.agree(accelerator):  # perhaps in the middle of the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
@@ -280,7 +281,7 @@ def main(argv=None):
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    lifecycle.finish(stopped_by, complete=progress.step >= progress.total)
+    lifecycle.finish(stop, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":

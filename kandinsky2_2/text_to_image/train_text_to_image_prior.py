@@ -47,10 +47,11 @@ from diffusers import (
     KandinskyV22PriorPipeline,
 )
 
-from t2i_training import distributed, errors, stopping
+from t2i_training import distributed, stopping
 from t2i_training.data import captions, draws, images, inspection, loading
 from t2i_training.data.dataset import open_dataset, picture_source
 from t2i_training.encodings import cache
+from t2i_training.library_errors import readable_errors
 from t2i_training.model import ema, losses, networks, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
@@ -60,7 +61,7 @@ from t2i_training.run.export import publish
 
 def load_models(args, accelerator):
     """The base prior's pipeline, unrounded on the CPU; the prior to train, in fp32; the training scheduler."""
-    with errors.readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
+    with readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         pipeline = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, **model_kind.source(args, "pretrained_prior_model_name_or_path")
         )
@@ -160,7 +161,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
 
 def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
     """The pipeline that validates: what is in memory, and the base decoder, which is loaded for this alone."""
-    with errors.readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
+    with readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         decoder = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path,
             **model_kind.source(args, "pretrained_decoder_model_name_or_path"),
@@ -211,6 +212,7 @@ pipe("a caption like those it was trained on").images[0].save("picture.png")
 def main(argv=None):
     args = parse_args(argv)
     accelerator = lifecycle.start(args)
+    stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
     lifecycle.settle_seed(args, position)
 
@@ -233,27 +235,26 @@ def main(argv=None):
     parameters = optim.trainable(network)
 
     checkpoints = checkpoint.CheckpointManager(
-        accelerator, optimizer, args.output_dir, args.checkpoints_total_limit,
+        accelerator, stop, optimizer, args.output_dir, args.checkpoints_total_limit,
         partial(ema.save_networks, "prior", network, average), partial(ema.load_networks, "prior", network, average),
     )  # fmt: skip
     checkpoints.restore(folder)
     output_folder.take_over(args, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.begin(network, objective, rate, average, args.tracker_project_name)
-    stream = loading.batches(loader, accelerator)
+    stream = loading.batches(loader, accelerator, stop)
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
         draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
         with networks.lend_device(drawing, accelerator), ema.averaged(average if progress.step else None, network):
-            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator)
+            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
         validate()
-    stopped_by = 0
-    with checkpoints:
-        while progress.step < progress.total and not stopped_by:
+    with stop.after_step(), progress, checkpoints:
+        while progress.step < progress.total and not stop.agreed:
             for group in optimizer.param_groups:
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
@@ -271,12 +272,12 @@ def main(argv=None):
             if average is not None:
                 ema.update(average, network)
             progress.update(grad_norm, rate(progress.step))
-            stopped_by = stopping.stop_requested(accelerator)
-            if progress.step % args.checkpointing_steps == 0 or stopped_by:
+            stop.agree(accelerator)
+            if progress.step % args.checkpointing_steps == 0 or stop.agreed:
                 progress.save(checkpoints)
-            if progress.validation_due() and not stopped_by:
+            if progress.validation_due() and not stop.agreed:
                 validate()
-                if stopped_by := stopping.stop_requested(accelerator):  # perhaps in the middle of the validation
+                if stop.agree(accelerator):  # perhaps in the middle of the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
@@ -287,7 +288,7 @@ def main(argv=None):
     progress.close()
     if progress.step >= progress.total:
         hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
-    lifecycle.finish(stopped_by, complete=progress.step >= progress.total)
+    lifecycle.finish(stop, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":

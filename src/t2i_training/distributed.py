@@ -10,6 +10,8 @@ import os
 import torch
 import torch.distributed
 
+from .errors import RunError
+
 _group = None
 
 
@@ -35,7 +37,7 @@ def never_joined() -> str | None:
     if name and int(os.environ[name]) > 1:
         alone = f"{os.environ[name]} processes were asked for ({name}), and this one is alone: {way_out}"
         if name == "WORLD_SIZE":
-            raise SystemExit(f"error: {alone}")
+            raise RunError(f"{alone}")
         return alone
     if name is None and "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         return f"`accelerate launch` was asked for several processes, and on the CPU it starts one: {way_out}"

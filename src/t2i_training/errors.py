@@ -1,66 +1,17 @@
 """Errors that end a run, each as one line for the user: what failed, and the way out. Imports no torch."""
 
-import contextlib
-import errno
-import os
-import sys
-from traceback import walk_tb
-from typing import NoReturn
+from . import sanitize
 
-from . import sanitize, stopping
 
-progress_bar = None  # of the run under way
-steps = None  # of the run under way, once it trains: those made before it began, and those made by now
-_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+class RunError(SystemExit):
+    """Ends a run with exit status 1 and "error: <message>" on stderr, in --log_file too, and no stack trace."""
+
+    def __init__(self, message: str):
+        super().__init__(f"error: {sanitize.printable(message)}")
 
 
 class Unfit(Exception):
     """Why a model cannot be what a flag asks for: one sentence."""
-
-
-def fail(message: str) -> NoReturn:
-    """End a run under way with one line, below the progress bar as it last stood."""
-    if progress_bar is not None:
-        progress_bar.close()
-    raise SystemExit(f"error: {sanitize.printable(message)}")
-
-
-@contextlib.contextmanager
-def readable_errors(flag: str, value: str):
-    """Loading a model can fail in many ways inside several libraries; say it in one line that names the flag."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        stopping.heed_early_stop()  # torch's C++ makes an error of its own of the exit that a signal raises
-        if isinstance(error, SystemExit):
-            raise
-        # Without diffusers' advice to its callers.
-        reason = sanitize.reason(error)[:500].partition(" If you want to instead")[0]
-        if "ignore_mismatched_sizes" in reason:  # transformers', which names neither
-            reason = "a config.json states other sizes than its weights have"
-        kind = "" if isinstance(error, Unfit) else f"{type(error).__name__}: "
-        line = f"{flag} {sanitize.printable(str(value))}: {kind}{reason}{cache_hint(error)}"
-        raise SystemExit(f"error: {line}") from error
-
-
-def cache_hint(error: BaseException, cache_dir: str | None = None) -> str:
-    """The way out, where what is downloaded or prepared cannot be kept: no right to write, a full disk."""
-    import datasets
-    from huggingface_hub import constants
-
-    roots = [cache_dir, constants.HF_HOME, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
-    while error is not None:
-        number, file = getattr(error, "errno", None), str(getattr(error, "filename", None) or "")
-        full = number in (errno.ENOSPC, errno.EDQUOT)
-        if full or (isinstance(error, OSError) and number in _NO_PLACE):
-            root = next((root for root in roots if root and file.startswith(str(root))), None)
-            if root or (full and not file):
-                root = root or cache_dir or constants.HF_HOME
-                return (
-                    f"; downloads and prepared data are kept in {root}: give --cache_dir a folder with room to write in"
-                )
-        error = error.__cause__ or error.__context__
-    return ""
 
 
 def not_finite(name: str, samples: list[str], precision: str) -> str:
@@ -69,59 +20,3 @@ def not_finite(name: str, samples: list[str], precision: str) -> str:
     if precision == "fp16":  # up to 65504; the VAEs of some models exceed it within their layers
         advice = "a frozen network overflows in fp16: take --mixed_precision=bf16 or no, or a model with another VAE"
     return f"the frozen networks' {name} is not finite for {', '.join(samples)}: {advice}"
-
-
-# Out of memory
-
-STEP_ADVICE = (
-    "lower --train_batch_size (and raise --gradient_accumulation_steps as much), or take --gradient_checkpointing, "
-    "--cache_encodings, --mixed_precision=bf16"
-)
-PHASES = {  # function on the stack, the outermost first -> (what the run was doing, what to change)
-    "inspect": ("looking at the pictures", "free host memory"),
-    "load_models": ("loading the models", "free memory on host and GPU"),
-    "freeze": ("loading the models", "free memory on host and GPU"),
-    "cached": ("encoding", "lower --train_batch_size or --resolution, or leave --cache_encodings out"),
-    "make_ema": ("making the average", "leave --use_ema out, or, for Stable Diffusion, take --offload_ema"),
-    "make_optimizer": ("making the optimizer", STEP_ADVICE),
-    "restore": ("reading the checkpoint", STEP_ADVICE),
-    "validate": ("drawing validation pictures", "lower --resolution, or draw none: leave --validation_prompt(s) out"),
-    "publish": ("exporting the model", "free memory; --resume_from_checkpoint=latest exports again"),
-}  # fmt: skip
-
-
-def explain_out_of_memory() -> None:
-    """Have this process end with one line, and no stack trace, where the GPU's or the host's memory is used up."""
-    before = sys.excepthook
-    if before.__module__ == __name__:  # of an earlier run in this process
-        return
-
-    def hook(kind, error, traceback):
-        line = out_of_memory(kind, error, traceback)
-        if line is None:
-            return before(kind, error, traceback)
-        print(f"error: {line}", file=sys.stderr)
-
-    sys.excepthook = hook
-
-
-def out_of_memory(kind, error, traceback) -> str | None:
-    """What is said of an exception that means too little memory, None for others. Closes the bar, names its step."""
-    reason = sanitize.reason(error)
-    worker = "dataloader worker" in reason.lower() and ("killed" in reason or "exited unexpectedly" in reason)
-    words = ("out of memory", "allocate memory", "resource_exhausted", "shared memory")
-    if not worker and not issubclass(kind, MemoryError) and not any(word in reason.lower() for word in words):
-        return None
-    names = [frame.f_code.co_name for frame, _ in walk_tb(traceback)]
-    doing, advice = next((PHASES[name] for name in names if name in PHASES), ("starting", STEP_ADVICE))
-    if steps and doing == "starting":
-        before, made = steps
-        doing, advice = f"step {made + 1}", STEP_ADVICE
-        if made > before:
-            advice += "; --resume_from_checkpoint=latest continues from the last checkpoint"
-    if progress_bar is not None:
-        progress_bar.close()
-    if worker or issubclass(kind, MemoryError) or "shared memory" in reason:
-        doing, advice = f"host memory, {doing}", "lower --dataloader_num_workers, or give the container more memory"
-    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    return f"out of memory{process}, {doing}: {advice} ({kind.__name__}: {reason[:200]})"

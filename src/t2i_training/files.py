@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import fail
+from .errors import RunError
 
 
 def sync(path: Path) -> None:
@@ -93,7 +93,7 @@ def saving(what: str, partial: Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises the second kind
-        fail(cannot_be_saved(what, partial, error))
+        raise RunError(cannot_be_saved(what, partial, error)) from error
 
 
 def cannot_be_saved(what: str, partial: Path, error: Exception) -> str:

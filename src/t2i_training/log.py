@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 from . import sanitize
+from .errors import RunError
 
 logger = logging.getLogger("t2i_training")  # `run.lifecycle.start` has all processes but the main one say errors alone
 logger.addFilter(lambda record: _make_printable(record))
@@ -58,7 +59,7 @@ def open_file(path: str | None, token: str | None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         _log_file = _LogFile(Path(path), token)
     except OSError as error:
-        raise SystemExit(f"error: --log_file {path} cannot be written: {error.strerror}") from None
+        raise RunError(f"--log_file {path} cannot be written: {error.strerror}") from None
     logging.getLogger().addHandler(_log_file)
 
 

@@ -3,116 +3,120 @@
 Imports no torch.
 """
 
+import contextlib
 import os
 import signal
 import threading
 import time
 
-from . import sanitize
+from .errors import RunError
 from .log import logger
 
 # Those of clusters are announcements: minutes before a time limit (Slurm, LSF, SGE), or at a soft limit, once a second.
 _ANNOUNCEMENTS = tuple(getattr(signal, n) for n in ("SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, n))
 STOP_SIGNALS = (*(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)), *_ANNOUNCEMENTS)
-FAILED = 127  # stands for a stop signal when the run cannot go on; above them all
-_stop_signal = _failure = None
-_phase = "before the loop"  # then "loop", then "after the loop"
+FAILED = 127  # in place of a signal's number where the run cannot go on: larger than any, so that all processes take it
+_SETTING_UP, _IN_LOOP, _DONE = "setting up", "in the loop", "done"
 
 
-def fail_after_step(message: str) -> None:
-    """As `fail`, but as a stop signal would: the processes finish the step under way together, and save."""
-    global _stop_signal, _failure
-    _stop_signal, _failure = FAILED, f"error: {sanitize.printable(message)}"
+class StopRequest:
+    """Whether a run has been asked to stop, by a signal or by a failure that lets it finish its step.
 
-
-def catch_signals() -> None:
-    """A stop signal lets the loop finish its step and save; one before the loop ends the run at once.
-
-    So does a second one that is no announcement. A signal that something else in this process handles is left to it,
-    unless it is one of those by which people and systems stop any program.
+    A script makes one in `main`, and from then on a stop signal ends the run: at once while it is set up, inside
+    `after_step()` once the update under way is made and saved. Later it changes nothing. A second signal that is no
+    announcement aborts. A signal that something else in this process handles is left to it, unless it is one of those
+    by which people and systems stop any program.
     """
-    global _stop_signal, _failure, _phase
-    _stop_signal, _failure, _phase, owner, first = None, None, "before the loop", os.getpid(), 0.0
 
-    def on_stop_signal(number, _frame):
-        global _stop_signal
-        nonlocal first
-        name = signal.Signals(number).name
-        if os.getpid() != owner:  # a forked worker, which a Ctrl-C reaches as well
+    def __init__(self):
+        self.agreed = 0  # number of the signal that all processes know of, 0 for none
+        self.failure = None  # the error to end with, after the step under way
+        self._number = 0  # of the signal that this process got
+        self._since = None  # when it got one that a second one can follow to abort
+        self._phase, self._owner = _SETTING_UP, os.getpid()
+        if threading.current_thread() is not threading.main_thread():  # elsewhere signals are the caller's business
             return
-        if _phase == "before the loop":
-            default_signals()
-            _stop_signal = number
-            logger.warning(f"{name}: stopped before the first update; saved checkpoints and encodings are kept")
-            raise SystemExit(128 + number)
-        if number in _ANNOUNCEMENTS and _stop_signal:
+        for number in STOP_SIGNALS:
+            handler = signal.getsignal(number)
+            if handler == signal.SIG_IGN:  # nohup's SIGHUP
+                continue
+            if number in _ANNOUNCEMENTS and handler != signal.SIG_DFL and not _is_ours(handler):
+                logger.warning(f"{signal.Signals(number).name} does not stop this run: other code handles it")
+                continue
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, _frame) -> None:
+        if os.getpid() != self._owner:  # a forked worker, which a Ctrl-C reaches as well
             return
-        if not first:
-            _stop_signal, first = number, 0.0 if number in _ANNOUNCEMENTS else time.monotonic()
-            logger.warning(f"{name}: {_WHAT_FOLLOWS[_phase]}; {_ABORT}")
-        elif time.monotonic() - first > 1:  # sooner it is the same one, passed on by a launcher that got it too
-            default_signals()
-            os.kill(owner, number)
+        if self._number and number in _ANNOUNCEMENTS:
+            return
+        if self._since is not None:
+            if time.monotonic() - self._since > 1:  # sooner it is the same one, passed on by a launcher that got it too
+                self.restore_signals()
+                os.kill(self._owner, number)
+            return
+        self._number, self._since = number, None if number in _ANNOUNCEMENTS else time.monotonic()
+        logger.warning(f"{signal.Signals(number).name}: {_WHAT_FOLLOWS[self._phase]}")
+        self.exit_if_early()
 
-    if threading.current_thread() is not threading.main_thread():  # elsewhere signals are the caller's business
-        return
-    for number in STOP_SIGNALS:
-        handler = signal.getsignal(number)
-        if handler == signal.SIG_IGN:  # nohup's SIGHUP
-            continue
-        if number in _ANNOUNCEMENTS and handler != signal.SIG_DFL and not _is_ours(handler):
-            logger.warning(f"{signal.Signals(number).name} does not stop this run: other code handles it")
-            continue
-        signal.signal(number, on_stop_signal)
+    def exit_if_early(self) -> None:
+        """Exit if a signal came while the run was set up. Called again where a library has swallowed the exit."""
+        if self._number and self._phase == _SETTING_UP:
+            raise SystemExit(128 + self._number) from None
+
+    @contextlib.contextmanager
+    def after_step(self):
+        """Within, a stop signal waits for the end of the update under way, which the loop then saves."""
+        self.exit_if_early()
+        self._phase = _IN_LOOP
+        try:
+            yield
+        except BaseException:
+            self.restore_signals()  # there is no step to finish any more
+            raise
+        self._phase = _DONE
+
+    def fail_after_step(self, message: str) -> None:
+        """End the run with this line, but let all processes finish and save the update under way. From any thread."""
+        self.failure = RunError(message)
+
+    @property
+    def pending(self) -> bool:
+        """Whether this process has been asked to stop, and has updates left to make; others may not know of it yet."""
+        return bool(self._number or self.failure) and self._phase == _IN_LOOP
+
+    def agree(self, accelerator) -> int:
+        """After each update, on all processes: the number to stop with, if any of them has been asked to; else 0."""
+        from . import distributed  # and with it torch
+
+        self.agreed = distributed.largest(accelerator, FAILED if self.failure else self._number)
+        return self.agreed
+
+    def restore_signals(self) -> None:
+        """Give the signals back to Python: the run is over, or is to be aborted by the next one."""
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if _is_ours(signal.getsignal(number)):
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-_WHAT_FOLLOWS = {"loop": "finishing the step and saving", "after the loop": "all updates are made, finishing the rest"}
-_ABORT = "once more aborts"
+_ABORT = "; once more aborts"
+_WHAT_FOLLOWS = {
+    _SETTING_UP: "stopped before the first update; saved checkpoints and encodings are kept",
+    _IN_LOOP: f"finishing the step and saving{_ABORT}",
+    _DONE: f"all updates are made, finishing the rest{_ABORT}",
+}
 
 
 def _is_ours(handler) -> bool:
-    return getattr(handler, "__module__", None) == __name__
+    return isinstance(getattr(handler, "__self__", None), StopRequest)
 
 
-def begin_loop() -> None:
-    """From here on there is something to save: a stop signal waits for the end of its step."""
-    global _phase
-    heed_early_stop()
-    _phase = "loop"
+def exit_if_stopped_early() -> None:
+    """Exit if a signal came while the run was set up, and a library took the exit for an error of its own.
 
-
-def end_loop() -> None:
-    """From here on nothing is left to save but the result: a first stop signal changes nothing."""
-    global _phase
-    _phase = "after the loop"
-
-
-def heed_early_stop() -> None:
-    """Exit as a stop signal wanted to before the loop, where a library has passed over that."""
-    if _stop_signal and _phase == "before the loop":
-        raise SystemExit(128 + _stop_signal) from None
-
-
-def default_signals() -> None:
-    """Give the signals back to Python: the run is over, or is to be aborted by the next one."""
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            if _is_ours(signal.getsignal(number)):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-def asked_to_stop() -> bool:
-    """Whether this process has been asked to stop, and has updates left to make; others may not know of it yet."""
-    return bool(_stop_signal) and _phase == "loop"
-
-
-def stop_requested(accelerator) -> int:
-    """Number of the signal the run was asked to stop with, 0 for none; equal on all processes."""
-    from . import distributed  # and with it torch
-
-    return distributed.largest(accelerator, _stop_signal or 0)
-
-
-def failure() -> str | None:
-    """The line that `fail_after_step` was given, if it was called."""
-    return _failure
+    For places that no request is handed to: that of the run under way is found in the process's table of signals.
+    """
+    for number in STOP_SIGNALS:
+        if _is_ours(handler := signal.getsignal(number)):
+            handler.__self__.exit_if_early()

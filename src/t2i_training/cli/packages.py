@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 
+from ..errors import RunError
+
 # Kernels, quantisation and parallelism that these scripts have no use for.
 UNUSED = (
     "aiter", "apex", "flash_attn", "flash_attn_3", "flash_attn_interface", "gguf", "hqq", "kernels", "modelopt",
@@ -47,8 +49,8 @@ def try_out(args, device) -> None:
             trials[name](device)
         except Exception as error:  # of a loader, a driver or a compiler
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            line = f"error: --{flag}: {_release(name)} does not work here: leave the flag out"
-            raise SystemExit(f"{line}, or install a release for this torch ({reason})") from error
+            line = f"--{flag}: {_release(name)} does not work here: leave the flag out"
+            raise RunError(f"{line}, or install a release for this torch ({reason})") from error
 
 
 def _release(name: str) -> str:

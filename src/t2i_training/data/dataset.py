@@ -5,7 +5,8 @@ import json
 import os
 import warnings
 
-from .. import errors, sanitize
+from .. import library_errors, sanitize
+from ..errors import RunError
 from ..log import logger
 from ..sources import data_files, names
 from . import image_folder, images
@@ -29,12 +30,12 @@ def open_dataset(args):
     try:
         dataset, said = _read_folder(place, args) if place else _read_splits(where, args.dataset_name, args)
     except Exception as error:  # datasets raises some twenty kinds here, for files, hub, formats and metadata
-        hint = errors.cache_hint(error, args.cache_dir)
+        hint = library_errors.cache_hint(error, args.cache_dir)
         if place and not isinstance(error, data_files.BadData):
             hint = hint or data_files.archives(data_files.list_files(place))
-        raise SystemExit(f"error: {where}: {_one_line(error)}{hint}") from error
+        raise RunError(f"{where}: {_one_line(error)}{hint}") from error
     if len(dataset) == 0:
-        raise SystemExit(f"error: {where} holds no samples")
+        raise RunError(f"{where} holds no samples")
     logger.info(f"{where}: {len(dataset)} samples {said}")
     return _select(_check_images(dataset, args, place), args)
 
@@ -45,7 +46,7 @@ def _read_folder(place: str, args) -> tuple:
 
     where = f"--{'train_data_dir' if args.dataset_name is None else 'dataset_name'} {place}"
     if fault := data_files.refusal(place, captions=False):
-        raise SystemExit(f"error: {where} {fault}")
+        raise RunError(f"{where} {fault}")
     if any(os.path.exists(os.path.join(place, name)) for name in data_files.STORED):
         stored = datasets.load_from_disk(place)
         splits = stored if isinstance(stored, dict) else {"train": stored}
@@ -65,7 +66,7 @@ def _read_splits(where: str, name: str, args) -> tuple:
 
 def _training_split(where: str, splits: dict, form: str | None) -> tuple:
     if "train" not in splits:
-        raise SystemExit(f"error: {where} has no split named train, only: {', '.join(splits)}")
+        raise RunError(f"{where} has no split named train, only: {', '.join(splits)}")
     left_out = [f"{name} ({len(split)})" for name, split in splits.items() if name != "train"]
     said = "of the split train" + (f", read as {form}" if form else "")
     return splits["train"], said + (f"; left out as other splits: {', '.join(left_out)}" if left_out else "")
@@ -87,11 +88,11 @@ def check_dataset(dataset, args):
             way = f"choose one of its splits: {sanitize.printable(', '.join(map(str, dataset)))[:300]}"
         elif isinstance(dataset, datasets.IterableDataset):
             way = f"samples are read in random order: open it without streaming=True; or {way}"
-        raise SystemExit(f"error: the data set is of the type {type(dataset).__name__}, not datasets.Dataset: {way}")
+        raise RunError(f"the data set is of the type {type(dataset).__name__}, not datasets.Dataset: {way}")
     if len(dataset) == 0:
-        raise SystemExit("error: the data set holds no samples")
+        raise RunError("the data set holds no samples")
     if dataset.format["type"] == "custom":
-        raise SystemExit("error: the data set's with_transform would not be used: change read_picture, or use map")
+        raise RunError("the data set's with_transform would not be used: change read_picture, or use map")
     return _check_images(dataset.with_format(None), args, None)
 
 
@@ -106,8 +107,8 @@ def _select(dataset, args):
     if args.max_train_samples is None:
         return dataset
     if args.max_train_samples > len(dataset):
-        raise SystemExit(
-            f"error: --max_train_samples {args.max_train_samples} is more than the {len(dataset)} samples there are"
+        raise RunError(
+            f"--max_train_samples {args.max_train_samples} is more than the {len(dataset)} samples there are"
         )
     return dataset.shuffle(seed=args.seed).select(range(args.max_train_samples))
 
@@ -125,8 +126,8 @@ def _check_images(dataset, args, place: str | None):
     _check_column(dataset, "image_column", column, likely[0] if len(likely) == 1 else None)
     dataset = _as_images(dataset, column, place)
     if not isinstance(dataset.features[column], datasets.Image):
-        raise SystemExit(
-            f"error: --image_column {column!r} holds {_kind(dataset, column)}, not pictures; "
+        raise RunError(
+            f"--image_column {column!r} holds {_kind(dataset, column)}, not pictures; "
             f"columns with pictures: {sanitize.printable(', '.join(found)) or 'none'}"
         )
     # Left encoded: datasets would decode every picture in full, and in the main process.
@@ -172,7 +173,7 @@ def check_caption_column(dataset, column: str) -> None:
     _check_column(dataset, "caption_column", column, likely)
     kind = _kind(dataset, column).replace("large_string", "string")
     if kind not in ("string", "list of string"):
-        raise SystemExit(f"error: --caption_column {column!r} holds {kind}; it must hold strings or lists of strings")
+        raise RunError(f"--caption_column {column!r} holds {kind}; it must hold strings or lists of strings")
 
 
 def _is_text(kind) -> bool:
@@ -184,7 +185,7 @@ def _check_column(dataset, flag: str, column: str, likely: str | None) -> None:
         names = ", ".join(name for name in dataset.column_names if name not in (LINE, FAULTS))
         advice = f"; did you mean --{flag}={sanitize.printable(likely)[:100]}?" if likely else ""
         names = sanitize.printable(names)[:1000]
-        raise SystemExit(f"error: --{flag} {column!r} is not a column; there are: {names}{advice}")
+        raise RunError(f"--{flag} {column!r} is not a column; there are: {names}{advice}")
 
 
 def _columns_of(dataset, feature) -> list[str]:

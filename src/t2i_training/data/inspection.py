@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 
 from .. import distributed, files, sanitize
 from ..bar import Bar
+from ..errors import RunError
 from ..log import logger
 from ..sources import data_files
 from . import images, workers
@@ -65,7 +66,7 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None, small
         logger.info(f"inspected {len(found)} samples in {time.perf_counter() - began:.1f} s")
         _report(args, dataset, bad)
     if bad and (not args.skip_bad_samples or len(bad) == len(found)):
-        raise SystemExit(_last_line(args, dataset, bad) if accelerator.is_main_process else 1)
+        raise RunError(_last_line(args, dataset, bad)) if accelerator.is_main_process else SystemExit(1)
     if bad:
         good = [row for row in range(len(dataset)) if row not in bad]
         dataset, pictures = dataset.select(good), [pictures[row] for row in good]
@@ -145,7 +146,7 @@ def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None,
         return key, Picture(digest, 0, 0, str(error))
     except (OSError, MemoryError) as error:
         line = not_the_images_fault(sanitize.printable(path or "an image within the data"), error)
-        raise SystemExit(f"error: {line}") from error
+        raise RunError(line) from error
 
 
 def caption_fault(caption) -> str | None:
@@ -215,9 +216,9 @@ def _last_line(args, dataset, bad: dict[int, str]) -> str:
     first = next(iter(bad))
     example = f"{describe(dataset, args.image_column, first)}: {bad[first]}"
     if args.skip_bad_samples:
-        return f"error: none of the {len(bad)} samples can be used; {example}"
+        return f"none of the {len(bad)} samples can be used; {example}"
     return (
-        f"error: {len(bad)} of {len(dataset)} samples cannot be used; {example}; all in "
+        f"{len(bad)} of {len(dataset)} samples cannot be used; {example}; all in "
         f"{Path(args.output_dir) / BAD}: mend or remove them, or leave them out with --skip_bad_samples"
     )
 

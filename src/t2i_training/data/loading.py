@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .. import errors, stopping
+from .. import stopping
+from ..errors import RunError
 from . import draws
 from .dataset import ROW, BadSample, naming_the_sample
 from .workers import loader_workers
@@ -102,15 +103,10 @@ def _end_workers(iterator) -> None:
         iterator._shutdown_workers()
 
 
-def batches(loader, accelerator) -> Iterator[dict]:
-    """The loop's batches, on the device. From the first on a stop signal waits for the end of its step.
-
-    So does the end of the run after a bad sample: the update under way is finished, and saved.
-    """
-    stopping.begin_loop()
-    yield from on_device(
-        loader, accelerator, functools.partial(_an_update_ahead, accumulation=accelerator.gradient_accumulation_steps)
-    )
+def batches(loader, accelerator, stop) -> Iterator[dict]:
+    """The loop's batches, on the device. After a bad sample `stop` ends the run once the update under way is saved."""
+    accumulation = accelerator.gradient_accumulation_steps
+    return on_device(loader, accelerator, functools.partial(_an_update_ahead, accumulation=accumulation, stop=stop))
 
 
 def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter) -> Iterator[dict]:
@@ -124,7 +120,7 @@ def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter)
         for batch in order(timed(iterator)):
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     except BadSample as error:
-        errors.fail(_what_happened(error))
+        raise RunError(_what_happened(error)) from error
     finally:
         atexit.unregister(end_workers)
         end_workers()
@@ -142,7 +138,7 @@ def timed(iterator: Iterator) -> Iterator:
         yield item
 
 
-def _an_update_ahead(iterator, accumulation: int) -> Iterator[dict]:
+def _an_update_ahead(iterator, accumulation: int, stop) -> Iterator[dict]:
     """The batches, an update's worth of them being held back: enough to finish an update if a later sample is bad."""
     held, given = collections.deque(), 0
     try:
@@ -154,7 +150,7 @@ def _an_update_ahead(iterator, accumulation: int) -> Iterator[dict]:
     except BadSample as error:
         if len(held) < accumulation - given % accumulation:
             raise
-        stopping.fail_after_step(_what_happened(error))
+        stop.fail_after_step(_what_happened(error))
     yield from held
 
 

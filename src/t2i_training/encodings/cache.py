@@ -19,6 +19,7 @@ from .. import __version__, distributed, errors
 from ..bar import Bar
 from ..data import captions, draws, images, inspection, loading
 from ..data.dataset import describe, naming_the_sample, picture_bytes
+from ..library_errors import readable_errors
 from ..log import logger
 from .fingerprint import fingerprint
 from .store import Store
@@ -104,7 +105,7 @@ def _cached_caption(text: str, store: Store) -> dict:
 def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions: tuple, devices: int) -> Store:
     """The store of `wanted`, {key: what `read` takes}, after those that it lacks have been encoded."""
     folder = Path(args.encodings_dir or Path(args.output_dir, "encodings"))
-    readable = partial(errors.readable_errors, "--encodings_dir", str(folder))
+    readable = partial(readable_errors, "--encodings_dir", str(folder))
     plan = None
     if accelerator.is_main_process:
         identity = " ".join([__version__, str(args.allow_tf32), *map(fingerprint, functions)])
@@ -160,7 +161,7 @@ def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Ca
             sample = f"the caption {item[:80]!r}" if isinstance(item, str) else f"row {item[0]}"
             if "dataset" in known:
                 sample = describe(known["dataset"], known["column"], item[0])
-            errors.fail(errors.not_finite(name, [sample], precision))
+            raise errors.RunError(errors.not_finite(name, [sample], precision))
 
 
 def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read, encode, devices: int) -> None:

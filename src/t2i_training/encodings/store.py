@@ -17,7 +17,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .. import errors, files
+from .. import files
+from ..library_errors import readable_errors
 from ..log import logger
 
 
@@ -92,7 +93,7 @@ class Store:
         tensors = {name: tensor.contiguous() for name, tensor in encodings.items()}
         tensors["keys"] = torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1).copy())
         temporary = self.folder / f".{secrets.token_hex(8)}.partial"
-        with errors.readable_errors("--encodings_dir", str(self.folder)):
+        with readable_errors("--encodings_dir", str(self.folder)):
             try:
                 safetensors.torch.save_file(tensors, temporary)
                 files.make_readable(temporary)

@@ -9,6 +9,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from .. import sanitize
+from ..errors import RunError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 VISIT = 2**28  # bytes of an offloaded average that are on the device at once, while it is updated
@@ -117,12 +118,12 @@ def save_networks(name: str, model, ema: EMAModel | None, folder: Path) -> None:
 def load_networks(name: str, model, ema: EMAModel | None, folder: Path) -> None:
     """Read in place what `save_networks` wrote. Exits with one line if it holds no average, or another network."""
     if ema is not None and not (folder / f"{name}_ema").is_dir():
-        raise SystemExit(f"error: --use_ema: {folder} was saved without it; resume without --use_ema, or start anew")
+        raise RunError(f"--use_ema: {folder} was saved without it; resume without --use_ema, or start anew")
     try:
         model.load_state_dict(safetensors.torch.load_file(folder / name / WEIGHTS_NAME))
         if ema is not None:
             load_ema(ema, model, folder / f"{name}_ema")
     except FileNotFoundError:
-        raise SystemExit(f"error: {folder} is not of this script: it holds no whole {name}") from None
+        raise RunError(f"{folder} is not of this script: it holds no whole {name}") from None
     except (RuntimeError, KeyError) as error:
-        raise SystemExit(f"error: {folder} does not fit this model: {sanitize.reason(error)[:300]}") from error
+        raise RunError(f"{folder} does not fit this model: {sanitize.reason(error)[:300]}") from error

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import SafetensorError
 
 from .. import sanitize
+from ..errors import RunError
 from .networks import inference_dtype
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -60,9 +61,9 @@ def load_networks(model, folder: Path) -> None:
             raise ValueError("its adapters have other names, or another --rank")
         set_peft_model_state_dict(model, weights, adapter_name="default")
     except FileNotFoundError:
-        raise SystemExit(f"error: {folder} is not of this script: it holds no adapters") from None
+        raise RunError(f"{folder} is not of this script: it holds no adapters") from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise SystemExit(f"error: {folder} does not fit this model: {sanitize.reason(error)[:300]}") from error
+        raise RunError(f"{folder} does not fit this model: {sanitize.reason(error)[:300]}") from error
 
 
 def adapter_weights(model) -> dict[str, torch.Tensor]:

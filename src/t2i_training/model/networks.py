@@ -10,7 +10,7 @@ from diffusers import SchedulerMixin
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
-from .. import errors
+from ..errors import RunError, Unfit
 from ..log import logger
 from ..sources import weight_files
 from .optim import trainable
@@ -58,11 +58,11 @@ def to_whole(network: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.n
         lacking = weight_files.absent(network)
     if lacking:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
-        raise errors.Unfit(f"{name} has no weights for {lacking[0]}{more}, which its config.json tells of")
+        raise Unfit(f"{name} has no weights for {lacking[0]}{more}, which its config.json tells of")
     for tensor, value in network.to(dtype=dtype).state_dict().items():
         # The sum is quicker by far; of great values it may be infinite.
         if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
-            raise errors.Unfit(f"{name} holds values that are not finite, in {tensor}: its file is of no use")
+            raise Unfit(f"{name} holds values that are not finite, in {tensor}: its file is of no use")
     return network
 
 
@@ -73,7 +73,7 @@ def tune(network, args, accelerator):
     """
     if args.torch_compile:
         if accelerator.device.type == "cuda" and not has_triton():
-            raise SystemExit("error: --torch_compile: Triton does not work on this GPU: leave the flag out")
+            raise RunError("--torch_compile: Triton does not work on this GPU: leave the flag out")
         # Blocks of a class share a cache, with an entry for each shape; after the default's 8 they would run eagerly.
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         for module in [network] if args.torch_compile == "whole" else _regions(network):
@@ -116,7 +116,7 @@ def use_xformers(network) -> None:
         network.enable_xformers_memory_efficient_attention()
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise SystemExit(f"error: --enable_xformers_memory_efficient_attention: {reason}; leave it out") from error
+        raise RunError(f"--enable_xformers_memory_efficient_attention: {reason}; leave it out") from error
 
 
 def eager():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..errors import RunError
 from ..log import logger
 
 
@@ -54,6 +55,6 @@ def make_rate(args, num_updates: int, scale: float = 1.0) -> Callable[[int], flo
             step_rules=rules or None,
         )
     except ValueError as error:  # of a rate below that which polynomial ends with
-        raise SystemExit(f"error: --lr_scheduler {name}: {error}") from error
+        raise RunError(f"--lr_scheduler {name}: {error}") from error
     (factor,) = schedule.lr_lambdas
     return lambda step: highest * factor(step)

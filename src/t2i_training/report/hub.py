@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from .. import sanitize
+from ..errors import RunError
 from ..files import free_name, write_text
 from ..log import logger
 from ..sanitize import is_hub_name
@@ -31,10 +32,10 @@ def create_repository(args, accelerator) -> str | None:
         raise _failure(args, error) from None
 
 
-def _failure(args, error: Exception, consequence: str = "") -> SystemExit:
+def _failure(args, error: Exception, consequence: str = "") -> RunError:
     """The one line that a failed call to the hub ends the run with, without the token that its text may hold."""
     reason = sanitize.reason(error, args.hub_token).rstrip(".")
-    return SystemExit(f"error: --push_to_hub: {type(error).__name__}: {reason}{consequence}")
+    return RunError(f"--push_to_hub: {type(error).__name__}: {reason}{consequence}")
 
 
 def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: int, card: dict) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .. import distributed, errors, files, log
+from .. import distributed, errors, files, library_errors, log
 from ..cli.config_file import public_config
 from ..data import changes
 from ..data.dataset import describe
@@ -98,7 +98,7 @@ class Progress:
         gauge=None,
         size: int | None = None,
     ) -> None:
-        """Open bar and trackers: the run is ready to take steps on `objective(network, batch)`, at `rate(step)`.
+        """Open the trackers: the run is ready to take steps on `objective(network, batch)`, at `rate(step)`.
 
         With a `gauge` of other devices than PyTorch's, and a checkpoint's `size` in bytes, network and objective may be
         None. `average` is that of the weights, if there is one; `project` is the run's project in the trackers.
@@ -110,7 +110,7 @@ class Progress:
         if main:
             logs.mkdir(parents=True, exist_ok=True)
         wandb = {"dir": os.environ.get("WANDB_DIR", str(logs))}  # by default, its service's working directory
-        with errors.readable_errors("--report_to", self.args.report_to):
+        with library_errors.readable_errors("--report_to", self.args.report_to):
             self.accelerator.init_trackers(project, config=config, init_kwargs={"wandb": wandb})
         logger.info(
             f"{len(self.dataset)} samples, {self.effective_batch} an update, {self.total} updates "
@@ -121,14 +121,24 @@ class Progress:
         if main:
             size = checkpoint.size_of(self.args, network, average) if size is None else size
             checkpoint.announce_space(self.args, size, self.step, self.total)
-        self._bar = errors.progress_bar = tqdm(  # a log file wants lines, not an animation: `_report`
-            total=self.total, initial=self.step, disable=not main or not sys.stderr.isatty(), dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-        )  # fmt: skip
-        errors.steps = self.step, self.step
         gauge = gauge or throughput.Gauge(network, objective, self.args, self.accelerator)
         self._speed = throughput.Speedometer(gauge, self.accelerator)
         self.restart_clock()
+
+    def __enter__(self) -> "Progress":
+        """Show the bar, on a terminal: a log file wants lines, not an animation (`_report`)."""
+        self._began, hidden = self.step, not self.accelerator.is_main_process or not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self.total, initial=self.step, disable=hidden, dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, _kind, error, _traceback):
+        """Leave the bar as it stands. What ends the run is said below it, with the step if it has a stack trace."""
+        self._bar.close()
+        if error is not None:
+            library_errors.note_step(error, self.step + 1, trained=self.step > self._began)
 
     def _announce_rate(self, rate: Callable[[int], float]) -> None:
         """Say what the learning rate will be, where it is not the same in all updates that are left to make."""
@@ -168,7 +178,6 @@ class Progress:
         if self.step % self.args.logging_steps == 0 or self.step == self.total:
             self._report()
         self._bar.update()
-        errors.steps = errors.steps[0], self.step
 
     def read(self) -> None:
         """Read the losses since the last time and stop on a non-finite one. All processes call it."""
@@ -241,16 +250,15 @@ class Progress:
                     bad.setdefault(tensor, []).append(name)
         if bad:
             tensor, samples = next(iter(bad.items()))
-            errors.fail(text + errors.not_finite(tensor, samples, self.args.mixed_precision))
-        errors.fail(
+            raise errors.RunError(text + errors.not_finite(tensor, samples, self.args.mixed_precision))
+        raise errors.RunError(
             f"{text}the step's samples: {'; '.join(names)}. "
             "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"
         )
 
     def close(self) -> None:
-        """End bar, trackers and process group; draw the curves."""
+        """End trackers and process group; draw the curves."""
         distributed.wait(self.accelerator)
-        self._bar.close()
         if self.accelerator.is_main_process:
             curves.draw_curves(self._file.parent)
         self.accelerator.end_training()

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from .. import distributed, stopping
+from .. import distributed
 from ..files import whole
 from ..log import logger
 from ..model.networks import eager
@@ -19,14 +19,14 @@ from ..model.networks import eager
 STEPS = 20  # of the sampler, for a validation image
 
 
-def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], step: int, output_dir, accelerator):
+def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], step: int, output_dir, accelerator, stop):
     """Generate image i for prompts[i], spread over the processes; save, log and lay them out under those of step 0.
 
-    All processes call it. Writes validation/step-<n>/<i>.png and validation/step-<n>.png. A stop signal ends it after
-    the image under way, and nothing is written.
+    All processes call it. Writes validation/step-<n>/<i>.png and validation/step-<n>.png. A request to `stop` ends it
+    after the image under way, and nothing is written.
     """
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    images = _generate(draw_picture, mine, step)
+    images = _generate(draw_picture, mine, step, stop)
     distributed.wait(accelerator)  # without a limit, which gathering has
     generated = dict(gather_object(images))
     if len(generated) < len(prompts):
@@ -39,8 +39,8 @@ def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], ste
         logger.info(f"validation pictures: {grid}")
 
 
-def _generate(draw_picture: Callable[[int], Image.Image], indices, step: int) -> list[tuple[int, Image.Image]]:
-    """(i, image) for each of `indices`, as far as no stop signal has come."""
+def _generate(draw_picture: Callable[[int], Image.Image], indices, step: int, stop) -> list[tuple[int, Image.Image]]:
+    """(i, image) for each of `indices`, until the run is asked to stop."""
     images, not_numbers = [], []
     with (
         eager(),  # other batch sizes: compiling would take longer than generating
@@ -49,7 +49,7 @@ def _generate(draw_picture: Callable[[int], Image.Image], indices, step: int) ->
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of diffusers' pipelines, about their calls of each other
         for i in indices:
-            if not stopping.asked_to_stop():
+            if not stop.pending:
                 images.append((i, draw_picture(i)))
     if not_numbers:
         logger.warning(

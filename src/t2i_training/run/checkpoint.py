@@ -17,10 +17,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..distributed import wait
-from ..errors import fail, readable_errors
+from ..errors import RunError
 from ..files import cannot_be_saved, make_readable, remove_folder, replace_folder, saving, set_aside
+from ..library_errors import readable_errors
 from ..log import logger
-from ..stopping import end_loop, fail_after_step, heed_early_stop
 from .export import forget_local_paths
 from .manifest import MANIFEST, read_manifest, verify, write_manifest
 
@@ -34,19 +34,21 @@ class CheckpointManager:
 
     `save_models(folder)` is called on the main process and writes the trained networks; `load_models(folder)` is called
     on every process and reads them back in place. The state of a PyTorch `optimizer`, and of fp16's gradient scaler, is
-    written beside them; with None, `save_models` and `load_models` see to all that there is.
+    written beside them; with None, `save_models` and `load_models` see to all that there is. Where a
+    checkpoint cannot be put in place, `stop` is told.
     """
 
     def __init__(
         self,
         accelerator,
+        stop,
         optimizer,
         output_dir,
         total_limit: int | None,
         save_models: Callable[[Path], None],
         load_models: Callable[[Path], None],
     ):
-        self.accelerator, self.optimizer = accelerator, optimizer
+        self.accelerator, self.stop, self.optimizer = accelerator, stop, optimizer
         self.output_dir, self.total_limit = Path(output_dir), total_limit
         self.save_models, self.load_models, self._commit = save_models, load_models, None
         if accelerator.is_main_process:
@@ -81,15 +83,14 @@ class CheckpointManager:
         wait(accelerator)
 
     def __enter__(self):
-        heed_early_stop()  # here, for there may be no step left to take
+        pass
 
     def __exit__(self, kind, *_):
         """After the loop, or what ended it, the last checkpoint is in place. Without an error all processes wait."""
         failure = self._finish_commit()
         if kind is None:
-            end_loop()
             if failure:
-                fail(failure)
+                raise RunError(failure)
             wait(self.accelerator)
 
     def _finish_commit(self) -> str | None:
@@ -105,7 +106,7 @@ class CheckpointManager:
             replace_folder(partial, target)
         except OSError as error:
             failure = cannot_be_saved(target.name, partial, error)
-            fail_after_step(failure)
+            self.stop.fail_after_step(failure)
             return failure
         logger.info(f"saved {target}")
         self._rotate(keep=target)
@@ -134,7 +135,7 @@ class CheckpointManager:
 
     def _load_optimizer(self, folder: Path) -> None:
         if not (folder / OPTIMIZER).is_file():
-            raise SystemExit(f"error: {folder} was not saved by this script: there is no {OPTIMIZER}")
+            raise RunError(f"{folder} was not saved by this script: there is no {OPTIMIZER}")
         # A GPU's is read to where it stays: host memory would have to hold it once for each process.
         device = self.accelerator.device if self.accelerator.device.type == "cuda" else "cpu"
         state = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
@@ -142,8 +143,8 @@ class CheckpointManager:
         older = "AdamW8bit" if names and "exp_avg" not in names else "AdamW"  # whose manifest does not tell
         was, now = read_manifest(folder).get("optimizer", older), _class_name(self.optimizer)
         if was != now:
-            raise SystemExit(
-                f"error: the checkpoint was made with {was}, and this run's optimizer is {now}: "
+            raise RunError(
+                f"the checkpoint was made with {was}, and this run's optimizer is {now}: "
                 "go on with or without --use_8bit_adam, as the run began"
             )
         load_optimizer(self.optimizer, state)
@@ -201,8 +202,8 @@ def _latest(output_dir: Path) -> Path | None:
             return folder
         logger.warning(f"{folder} is not usable ({fault}); trying the one before")
     if damaged := _ours(output_dir):
-        raise SystemExit(
-            f"error: none of the {len(damaged)} checkpoints in {output_dir} is usable: move them away to start anew"
+        raise RunError(
+            f"none of the {len(damaged)} checkpoints in {output_dir} is usable: move them away to start anew"
         )
     logger.info(f"no checkpoint in {output_dir}: starting from the beginning")
     return None
@@ -213,7 +214,7 @@ def _named(output_dir: Path, wanted: str) -> Path:
     folder = inside if inside.is_dir() else Path(wanted)
     fault = verify(folder)
     if fault is not None:
-        raise SystemExit(f"error: --resume_from_checkpoint {wanted}: {fault}")
+        raise RunError(f"--resume_from_checkpoint {wanted}: {fault}")
     return folder
 
 

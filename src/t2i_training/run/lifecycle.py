@@ -20,9 +20,10 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from .. import distributed, errors, log, stopping
+from .. import distributed, library_errors, log
 from ..cli import packages
 from ..cli.checks import DefaultSeed
+from ..errors import RunError
 from ..log import logger
 from . import output_folder
 
@@ -32,8 +33,7 @@ COLLECTIVE_LIMIT = datetime.timedelta(hours=1)
 
 
 def start(args) -> Accelerator:
-    """Accelerator, logging, lock on the output folder, stop signals. Call once, before anything is loaded."""
-    errors.progress_bar = errors.steps = None  # an earlier run's, in the same process
+    """Accelerator, logging, lock on the output folder. Call once, before anything is loaded."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are tokenized one by one, in forked workers
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -69,8 +69,6 @@ def start(args) -> Accelerator:
     distributed.wait(accelerator)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")  # cuDNN's convolutions are in TF32 unless told otherwise
-    errors.explain_out_of_memory()
-    stopping.catch_signals()
     packages.try_out(args, accelerator.device)
     return accelerator
 
@@ -83,19 +81,17 @@ def _what_is_trained(args) -> str:
 
 def _refuse_backends(accelerator) -> None:
     if accelerator.distributed_type == DistributedType.XLA:
-        raise SystemExit("error: TPUs are not for this script: train_text_to_image_flax.py runs on them")
+        raise RunError("TPUs are not for this script: train_text_to_image_flax.py runs on them")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         name = accelerator.distributed_type.value
-        raise SystemExit(
-            f"error: {name} shards the weights, which these scripts cannot save yet: use plain --multi_gpu"
-        )
+        raise RunError(f"{name} shards the weights, which these scripts cannot save yet: use plain --multi_gpu")
 
 
 def _possible_precision(wanted: str | None) -> str | None:
     """fp16 needs a GPU; without one the guides' commands still run, in full precision, and say so."""
     precision = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision not in (None, "no", "fp16", "bf16"):  # of `accelerate config`: fp8
-        raise SystemExit(f"error: accelerate is set to mixed precision {precision}: give --mixed_precision=bf16")
+        raise RunError(f"accelerate is set to mixed precision {precision}: give --mixed_precision=bf16")
     if precision == "fp16" and PartialState().device.type == "cpu":
         warnings.warn("fp16 needs a GPU: training in fp32", stacklevel=3)
         return "no"
@@ -120,30 +116,34 @@ def settle_seed(args, position: dict) -> None:
     """Set args.seed, equal on all processes, to the seed of the checkpoint with this manifest, or keep or draw one."""
     stored = position.get("seed")
     if stored is not None and args.seed not in (None, stored) and not isinstance(args.seed, DefaultSeed):
-        raise SystemExit(f"error: --seed {args.seed} differs from the checkpoint's, {stored}: leave it out to continue")
+        raise RunError(f"--seed {args.seed} differs from the checkpoint's, {stored}: leave it out to continue")
     seed = [stored if stored is not None else args.seed if args.seed is not None else secrets.randbelow(2**31)]
     args.seed = int(broadcast_object_list(seed)[0])
     logger.info(f"seed {args.seed}")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`. An error that ends it stands in --log_file too."""
+    """Call a script's `main`. The error that ends it stands in --log_file too; of used-up memory it is one line."""
     try:
         main()
     except BaseException as error:
+        if line := library_errors.out_of_memory(error):
+            ending = RunError(line)
+            log.error_into_file(ending)
+            raise ending from error
         log.error_into_file(error)
         raise
 
 
-def finish(stopped_by: int, complete: bool = False) -> None:
+def finish(stop, complete: bool) -> None:
     """Unlock the output folder. If the run was stopped before it was complete, leave with status 128 + signal.
 
     After an error that let the step be finished, leave with that.
     """
-    stopping.default_signals()
+    stop.restore_signals()
     output_folder.unlock()
-    if stopped_by and (failure := stopping.failure()):
-        raise SystemExit(failure)
-    if stopped_by and not complete:
+    if stop.agreed and stop.failure:
+        raise stop.failure
+    if stop.agreed and not complete:
         logger.info("stopped; the same command with --resume_from_checkpoint=latest continues")
-        raise SystemExit(128 + stopped_by)
+        raise SystemExit(128 + stop.agreed)

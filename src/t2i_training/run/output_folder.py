@@ -13,6 +13,7 @@ from accelerate.state import PartialState
 
 from .. import distributed
 from ..cli.config_file import public_config
+from ..errors import RunError
 from ..files import free_name, write_text
 from ..log import logger
 
@@ -32,11 +33,11 @@ def lock(output_dir: Path) -> None:
     except BlockingIOError:
         alone = distributed.never_joined() if PartialState().num_processes == 1 else None
         reason = f"in use by another run{f': {alone}' if alone else ''}"
-        raise SystemExit(f"error: --output_dir {output_dir} is {reason}") from None
+        raise RunError(f"--output_dir {output_dir} is {reason}") from None
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some cluster file systems
             return logger.warning(f"{output_dir} cannot be locked: do not start a second run on it")
-        raise SystemExit(f"error: --output_dir {output_dir} cannot be written: {error.strerror}") from None
+        raise RunError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
     _locks[output_dir.resolve()] = handle
 
 

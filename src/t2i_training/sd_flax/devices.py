@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list, patch_environment
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .. import errors
+from ..errors import RunError
 from ..report import flops
 from ..run import lifecycle
 from .flags import DefaultPrecision
@@ -32,20 +32,20 @@ def start(args):
     if isinstance(wanted, DefaultPrecision):
         wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of `accelerate launch --mixed_precision`
     if wanted not in ("no", "fp16", "bf16"):
-        errors.fail(f"--mixed_precision {wanted} is not for JAX: take bf16")
+        raise RunError(f"--mixed_precision {wanted} is not for JAX: take bf16")
     with patch_environment(accelerate_use_cpu="true"):
         accelerator = lifecycle.start(args)
     if accelerator.num_processes > 1 and not jax.distributed.is_initialized():
         _join_hosts(accelerator)
     if jax.process_count() != accelerator.num_processes:
-        errors.fail("these devices belong to several hosts: start a process on each with torchrun")
+        raise RunError("these devices belong to several hosts: start a process on each with torchrun")
     args.mixed_precision = _possible_precision(wanted)
     full = args.mixed_precision == "no" and not args.allow_tf32
     jax.config.update("jax_default_matmul_precision", "highest" if full else "default")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.array(devices).reshape(accelerator.num_processes, -1), ("hosts", "devices"))
     if args.shard_parameters and mesh.shape["devices"] == 1:
-        errors.fail("--shard_parameters spreads them over the devices of a host, and here is one: leave it out")
+        raise RunError("--shard_parameters spreads them over the devices of a host, and here is one: leave it out")
     return accelerator, mesh
 
 

@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from jax.sharding import Mesh
 
 from .. import sanitize
+from ..errors import RunError
 from ..run import checkpoint
 from . import flops, networks
 from .devices import fetch, place
@@ -164,11 +165,9 @@ class Trained:
     def load(self, folder: Path) -> None:
         """Read what `save` wrote. Exits with one line if it holds no average, or another network."""
         if "average" in self.state and not (folder / "unet_ema").is_dir():
-            raise SystemExit(
-                f"error: --use_ema: {folder} was saved without it; resume without --use_ema, or start anew"
-            )
+            raise RunError(f"--use_ema: {folder} was saved without it; resume without --use_ema, or start anew")
         if not (folder / OPTIMIZER).is_file():
-            raise SystemExit(f"error: {folder} was not saved by this script: there is no {OPTIMIZER}")
+            raise RunError(f"{folder} was not saved by this script: there is no {OPTIMIZER}")
         try:
             state = {"parameters": networks.split(networks.load_unet(folder / "unet"))[0]}
             if "average" in self.state:
@@ -182,7 +181,7 @@ class Trained:
             if shapes != jax.tree.map(np.shape, {name: self.state[name] for name in state}):
                 raise ValueError("tensors of other shapes")
         except (ValueError, KeyError) as error:
-            raise SystemExit(f"error: {folder} does not fit this model: {sanitize.reason(error)[:300]}") from error
+            raise RunError(f"{folder} does not fit this model: {sanitize.reason(error)[:300]}") from error
         self.updates = checkpoint.read_manifest(folder)["step"]
         self.state = self.state | state
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import sanitize
-from ..errors import Unfit
+from ..errors import RunError, Unfit
 from ..log import logger
 from . import names, stand_ins, weight_files
 
@@ -75,7 +75,7 @@ def check_hub(args, trained: Trained) -> None:
         try:
             _check_repository(args, flag, name, kind, trained)
         except Unfit as error:
-            raise SystemExit(f"error: --{flag} {name} {sanitize.printable(str(error))}") from None
+            raise RunError(f"--{flag} {name} {sanitize.printable(str(error))}") from None
 
 
 def _models(args) -> list[tuple[str, str]]:

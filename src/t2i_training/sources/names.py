@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from .. import sanitize
-from ..errors import cache_hint
+from ..errors import RunError
+from ..library_errors import cache_hint
 from ..sanitize import is_hub_name
 
 _PATHS = ("output_dir", "cache_dir", "encodings_dir", "train_data_dir", "dataset_name", "resume_from_checkpoint")
@@ -121,7 +122,7 @@ def hub_errors(args, flag: str, cached: bool = False):
             reason = "there is no such folder, and no copy in the cache; HF_HUB_OFFLINE keeps from asking the hub"
         else:
             reason = f"there is no such folder, and the hub cannot be asked ({sanitize.reason(error)[:400]})"
-        raise SystemExit(f"error: --{flag} {sanitize.printable(name)}: {reason}{_did_you_mean(name)}") from error
+        raise RunError(f"--{flag} {sanitize.printable(name)}: {reason}{_did_you_mean(name)}") from error
 
 
 def cached_file(file: str, **source) -> str | None:
