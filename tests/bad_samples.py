@@ -239,7 +239,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         cases = build(Path(root, "pictures"))
         args = data_args(train_data_dir=f"{root}/pictures", output_dir=root, skip_bad_samples=True)
-        dataset, _ = inspection.inspect(args, Accelerator(), open_dataset(args), "text")
+        dataset, _ = inspection.inspect(args, Accelerator(), open_dataset(args, seed=0), "text")
         seen = dict.fromkeys(dataset["_line"], TRAINS)
         for line in Path(root, inspection.SKIPPED).read_text().splitlines():
             sample = json.loads(line)

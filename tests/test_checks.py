@@ -83,7 +83,16 @@ def test_config_in_every_spelling(config, parse, spelling):
 
 
 def test_empty_config_changes_nothing(config, parse):
-    assert vars(parse("--config", path := config("# nothing yet\n"))) == vars(parse()) | {"config": path}
+    path, args = config("# nothing yet\n"), parse()
+    assert vars(parse("--config", path)) == vars(args) | {"config": path, "typed": args.typed | {"config"}}
+
+
+def test_what_is_typed_is_known(config, parse):
+    """Be it a default's value, on the command line or in a file: it comes before a launcher and a checkpoint."""
+    assert parse(seed=None).typed == parse("--seed=0").typed - {"seed"}
+    typed = parse("--config", config("use_ema: false\nallow_tf32: true\nlr_scheduler: constant\n"), seed=None).typed
+    assert {"allow_tf32", "lr_scheduler", "pretrained_model_name_or_path"} <= typed
+    assert not {"seed", "use_ema"} & typed
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,7 @@ def test_public_config_holds_everything_but_secrets(config, parse):
     public = config_file.public_config(args)
     assert args.hub_token == "hf_secret"
     assert "hf_secret" not in str(public)
-    assert set(vars(args)) - set(public) == {"hub_token", "config"}
+    assert set(vars(args)) - set(public) == {"hub_token", "config", "typed"}
     assert (public["hub_model_id"], public["validation_prompts"]) == ("me/model", ["a"])
 
 

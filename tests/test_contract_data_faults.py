@@ -48,7 +48,7 @@ def inspect(tmp_path):
             train_data_dir=str(source), image_column=image_column, caption_column=caption_column,
             output_dir=str(tmp_path / "out"), skip_bad_samples=skip,
         )  # fmt: skip
-        dataset = source if isinstance(source, datasets.Dataset) else open_dataset(args)
+        dataset = source if isinstance(source, datasets.Dataset) else open_dataset(args, seed=0)
         return inspection.inspect(args, process, dataset, caption_column)
 
     return run
@@ -302,7 +302,7 @@ def test_pictures_within_a_data_set_are_not_read_again(inspect, tmp_path, monkey
 
     def opened():
         options = {"dataset_name": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache")}
-        return open_dataset(bad_samples.data_args(**options))
+        return open_dataset(bad_samples.data_args(**options), seed=0)
 
     (tmp_path / "data").mkdir()
     stored = embedded(text=["a", None, "c"]).cast_column("image", datasets.Image())
@@ -368,7 +368,7 @@ def test_ten_thousand_remembered_pictures_are_not_opened(inspect, tmp_path, monk
     tiny.make_pictures(folder, count=1)
     line = '{"file_name": "0.png", "text": "caption %d"}\n'
     (folder / "metadata.jsonl").write_text("".join(line % i for i in range(10_000)))
-    dataset = open_dataset(bad_samples.data_args(train_data_dir=str(folder)))
+    dataset = open_dataset(bad_samples.data_args(train_data_dir=str(folder)), seed=0)
     inspect(dataset.select(range(1)))
     monkeypatch.setattr(images, "decode_with_size", never)
     assert len(inspect(dataset)[1]) == 10_000

@@ -47,7 +47,7 @@ def samples(tmp_path, caplog):
             try:
                 if fault := data_files.refusal(str(place), caption_column is not None):
                     raise SystemExit(f"error: --{flag} {place} {fault}")
-                dataset, _ = inspection.inspect(args, ONE_PROCESS, open_dataset(args), caption_column)
+                dataset, _ = inspection.inspect(args, ONE_PROCESS, open_dataset(args, seed=0), caption_column)
                 outcomes.append(dataset.to_list())
             except SystemExit as stop:
                 outcomes.append(stop.code.replace(flag, "FLAG").replace(f"--FLAG {place}", "FLAG"))
@@ -501,7 +501,7 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
     folder = fill(tmp_path / "set", *(f"{i}.png" for i in range(len(texts))))
     (folder / "metadata.jsonl").write_text(lines(*({"file_name": f"{i}.png", "text": t} for i, t in enumerate(texts))))
     args = data_args(train_data_dir=str(folder))
-    dataset = open_dataset(args)
+    dataset = open_dataset(args, seed=0)
     assert captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS) is base_tokenizer
     (said,) = [line for line in caplog.messages if "captions are longer" in line]
     expected = (
@@ -600,7 +600,7 @@ def test_a_fault_of_the_code_is_not_put_on_the_sample(error, pictures):
 
     args = data_args(train_data_dir=str(pictures))
     with pytest.raises(type(error)) as raised:
-        loader(open_dataset(args), make_sample)[(0, 1)]
+        loader(open_dataset(args, seed=0), make_sample)[(0, 1)]
     assert raised.value is error
     assert f"raised while row 1 ({pictures}/1.png, metadata.jsonl line 2) was prepared" in raised.value.__notes__[0]
 
@@ -611,7 +611,7 @@ def test_a_fault_of_the_disk_ends_a_run_without_blaming_the_image(pictures):
 
     args = data_args(train_data_dir=str(pictures))
     with pytest.raises(BadSample, match=r"row 1 \(.*could not be read: OSError: .*the fault is the machine's"):
-        loader(open_dataset(args), make_sample)[(0, 1)]
+        loader(open_dataset(args, seed=0), make_sample)[(0, 1)]
 
 
 def test_a_copy_of_save_to_disk_is_read_by_both_flags(samples, tmp_path, pictures):

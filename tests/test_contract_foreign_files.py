@@ -17,6 +17,7 @@ from t2i_training.encodings.store import Store
 from t2i_training.report import curves, hub, validation
 from t2i_training.run import checkpoint, output_folder
 from t2i_training.run.export import publish
+from t2i_training.stopping import StopRequest
 
 MAIN = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, trackers=[])
 
@@ -41,7 +42,7 @@ def fail(_path):
 
 
 def write_validation(folder):
-    validation.validate(lambda i: Image.new("RGB", (8, 8)), ["a"], 0, folder, MAIN)
+    validation.validate(lambda i: Image.new("RGB", (8, 8)), ["a"], 0, folder, MAIN, StopRequest())
 
 
 def write_curves(folder):
@@ -52,14 +53,14 @@ def write_curves(folder):
 def write_card(folder):
     args = SimpleNamespace(
         output_dir=folder, dataset_name=None, train_data_dir="x", learning_rate=1, lr_scheduler="constant",
-        train_batch_size=1, gradient_accumulation_steps=1, resolution=8, mixed_precision="no", seed=1,
+        train_batch_size=1, gradient_accumulation_steps=1, resolution=8,
         validation_prompts=[],
     )  # fmt: skip
-    hub.write_card(args, title="x", base_model="x", tags=[], usage="x", steps=1)
+    hub.write_card(args, title="x", base_model="x", tags=[], usage="x", steps=1, seed=1, precision="no")
 
 
 def write_config(folder):
-    output_folder.write_config(SimpleNamespace(output_dir=str(folder), seed=1), resumed=True)
+    output_folder.write_config({"output_dir": str(folder), "seed": 1}, resumed=True)
 
 
 WRITERS = {

@@ -247,7 +247,7 @@ def test_code_in_a_model_folder_is_not_run(how, load, model, crater, tmp_path, c
 
 
 def open_data(command, **flags):
-    return open_dataset(load_script("sd").parse_args(command("sd", **flags)))
+    return open_dataset(load_script("sd").parse_args(command("sd", **flags)), seed=0)
 
 
 @pytest.mark.parametrize("flag", ["dataset_name", "train_data_dir"])
@@ -283,7 +283,7 @@ def lines(folder, *rows) -> None:
 def inspect(command, tmp_path, folder):
     args = load_script("sd").parse_args(command("sd", train_data_dir=folder, output_dir=tmp_path / "out"))
     accelerator = lifecycle.start(args)
-    return inspection.inspect(args, accelerator, open_dataset(args), args.caption_column)
+    return inspection.inspect(args, accelerator, open_dataset(args, seed=0), args.caption_column)
 
 
 def test_names_and_captions_drive_no_terminal(command, tmp_path, caplog):

@@ -117,11 +117,11 @@ def test_signals_that_libraries_take_for_something_else(train, monkeypatch, tmp_
             train(max_train_steps=2, resume_from_checkpoint="latest")
     assert stop.value.code == 143
 
-    def open_dataset(args):
+    def open_dataset(args, seed):
         with contextlib.suppress(SystemExit):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
-        return opened(args)
+        return opened(args, seed)
 
     script = load_script("sd")
     opened = script.open_dataset

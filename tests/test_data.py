@@ -22,7 +22,7 @@ from t2i_training.stopping import StopRequest
 def options(**changes):
     defaults = {
         "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "cache_dir": None,
-        "resolution": 32, "image_column": "image", "max_train_samples": None, "seed": 3, "train_batch_size": 2,
+        "resolution": 32, "image_column": "image", "max_train_samples": None, "train_batch_size": 2,
         "dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": None,
         "cache_encodings": False, "caption_column": "text", "caption_dropout": 0.0,
     }  # fmt: skip
@@ -53,12 +53,12 @@ def test_data_set_of_save_to_disk(tmp_path):
     stored.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=stored).save_to_disk(tmp_path / "several")
     for name in ("one", "several"):
-        dataset = open_dataset(options(dataset_name=str(tmp_path / name)))
+        dataset = open_dataset(options(dataset_name=str(tmp_path / name)), seed=0)
         assert dataset["text"][:] == ["a"]
 
 
 def test_folder_of_pictures(pictures):
-    dataset = open_dataset(options(train_data_dir=str(pictures)))
+    dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
     assert dataset["text"][:] == [f"picture {i}" for i in range(tiny.PICTURES)]
     assert picture_file(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
     assert picture_source(dataset[2] | {ROW: 2}, options()) == str(pictures / "2.png")
@@ -66,7 +66,7 @@ def test_folder_of_pictures(pictures):
 
 
 def test_local_folder_as_dataset_name(pictures):
-    dataset = open_dataset(options(dataset_name=str(pictures)))
+    dataset = open_dataset(options(dataset_name=str(pictures)), seed=0)
     assert len(dataset) == tiny.PICTURES
 
 
@@ -76,7 +76,7 @@ def test_pictures_within_a_parquet_file(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
-    dataset = open_dataset(options(dataset_name=str(tmp_path / "set")))
+    dataset = open_dataset(options(dataset_name=str(tmp_path / "set")), seed=0)
     source = picture_source(dataset[0] | {ROW: 0}, options())
     assert source == picture_file(dataset[0]["image"])
     with Image.open(io.BytesIO(source)) as image:
@@ -87,30 +87,30 @@ def test_pictures_within_a_parquet_file(tmp_path):
 def test_subfolders_are_no_splits_unless_named_like_one(tmp_path):
     for name in ("steam_train", "latest", "night"):
         tiny.make_pictures(tmp_path / "set" / name, count=2)
-    assert len(open_dataset(options(train_data_dir=str(tmp_path / "set")))) == 6
+    assert len(open_dataset(options(train_data_dir=str(tmp_path / "set")), seed=0)) == 6
 
 
 def test_folder_without_pictures(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
-    message = refusal(open_dataset, options(train_data_dir=str(tmp_path)))
+    message = refusal(open_dataset, options(train_data_dir=str(tmp_path)), 3)
     assert f"--train_data_dir {tmp_path}" in message
 
 
 def test_missing_split(tmp_path):
     (tmp_path / "set").mkdir()
     table_of(text=["a"]).to_parquet(tmp_path / "set" / "test.parquet")
-    message = refusal(open_dataset, options(dataset_name=str(tmp_path / "set")))
+    message = refusal(open_dataset, options(dataset_name=str(tmp_path / "set")), 3)
     assert "no split named train, only: test" in message
 
 
 def test_unknown_image_column_lists_the_columns(pictures):
-    message = refusal(open_dataset, options(train_data_dir=str(pictures), image_column="photo"))
+    message = refusal(open_dataset, options(train_data_dir=str(pictures), image_column="photo"), 3)
     expected = "--image_column 'photo' is not a column; there are: image, text; did you mean --image_column=image?"
     assert message == f"error: {expected}"
 
 
 def test_image_column_without_pictures(pictures):
-    message = refusal(open_dataset, options(train_data_dir=str(pictures), image_column="text"))
+    message = refusal(open_dataset, options(train_data_dir=str(pictures), image_column="text"), 3)
     assert message == "error: --image_column 'text' holds string, not pictures; columns with pictures: image"
 
 
@@ -120,8 +120,8 @@ def test_image_column_without_pictures(pictures):
 def test_max_train_samples_are_chosen_by_the_seed(pictures):
     chosen = {}
     for seed in range(5):
-        dataset = open_dataset(options(train_data_dir=str(pictures), max_train_samples=3, seed=seed))
-        again = open_dataset(options(train_data_dir=str(pictures), max_train_samples=3, seed=seed))
+        dataset = open_dataset(options(train_data_dir=str(pictures), max_train_samples=3), seed)
+        again = open_dataset(options(train_data_dir=str(pictures), max_train_samples=3), seed)
         chosen[seed] = tuple(dataset["text"])
         assert chosen[seed] == tuple(again["text"])
         assert len(set(chosen[seed])) == 3
@@ -130,8 +130,8 @@ def test_max_train_samples_are_chosen_by_the_seed(pictures):
 
 def test_max_train_samples_may_be_all_but_no_more(pictures):
     everything = options(train_data_dir=str(pictures), max_train_samples=tiny.PICTURES)
-    assert len(open_dataset(everything)) == tiny.PICTURES
-    message = refusal(open_dataset, options(train_data_dir=str(pictures), max_train_samples=tiny.PICTURES + 1))
+    assert len(open_dataset(everything, seed=0)) == tiny.PICTURES
+    message = refusal(open_dataset, options(train_data_dir=str(pictures), max_train_samples=tiny.PICTURES + 1), 3)
     assert message == "error: --max_train_samples 7 is more than the 6 samples there are"
 
 
@@ -261,13 +261,13 @@ def visit_record(row, draw):
 
 def record(dataset, count: int, **changes) -> list:
     stream = loading.batches(
-        loading.make_loader(dataset, visit_record, options(**changes), CPU, start=3), CPU, StopRequest()
+        loading.make_loader(dataset, visit_record, options(**changes), CPU, seed=3, start=3), CPU, StopRequest()
     )
     return [{name: tensor.tolist() for name, tensor in next(stream).items()} for _ in range(count)]
 
 
 def test_loader_draws_for_every_visit(pictures):
-    dataset = open_dataset(options(train_data_dir=str(pictures)))
+    dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
     visits = flat(stream(12, size=6, batch_size=1))[3:]
     batches = record(dataset, 4)
     assert [index for batch in batches for index in batch["index"]] == [index for _, index in visits[:8]]
@@ -277,7 +277,7 @@ def test_loader_draws_for_every_visit(pictures):
 
 
 def test_workers_change_nothing_and_touch_no_global_generator(pictures):
-    dataset = open_dataset(options(train_data_dir=str(pictures)))
+    dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
     before = torch.get_rng_state()
     assert record(dataset, 5, dataloader_num_workers=2) == record(dataset, 5)
     assert torch.equal(torch.get_rng_state(), before)
@@ -292,12 +292,12 @@ def test_bad_picture_is_named_in_one_line(tmp_path, workers):
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / rows[4]["file_name"]).write_bytes(b"not a picture")
     args = options(train_data_dir=str(folder), dataloader_num_workers=workers)
-    dataset = open_dataset(args)
+    dataset = open_dataset(args, seed=0)
 
     def make_sample(row, draw):
         return {"pixels": images.square(images.decode(picture_file(row["image"])), 8, "nearest")}
 
-    loader = loading.make_loader(dataset, make_sample, args, CPU, start=0)
+    loader = loading.make_loader(dataset, make_sample, args, CPU, seed=3, start=0)
     message = refusal(list, loading.batches(loader, accumulating(100), StopRequest()))
     assert message.startswith(f"error: row 4 ({folder / '4.png'}, metadata.jsonl line 5): not a picture but a text")
 
@@ -348,21 +348,23 @@ def test_updates_before_a_bad_sample_are_finished(bad, updates):
 
 
 def test_loader_ends_with_the_last_update(pictures):
-    dataset = open_dataset(options(train_data_dir=str(pictures)))
+    dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
     args = options(gradient_accumulation_steps=2)
-    loader = loading.make_loader(dataset, visit_record, args, accumulating(2), start=3, updates=4)
+    loader = loading.make_loader(dataset, visit_record, args, accumulating(2), seed=3, start=3, updates=4)
     assert len(list(loading.batches(loader, accumulating(2), StopRequest()))) == 8
 
 
 def test_loader_workers_are_counted_for_the_batch_of_all_devices(monkeypatch):
     sizes = []
     monkeypatch.setattr(loading, "loader_workers", lambda _args, size: sizes.append(size) or 0)
-    loading.make_loader([{"image": None}], visit_record, options(train_batch_size=2), CPU, start=0, devices=4)
+    loading.make_loader([{"image": None}], visit_record, options(train_batch_size=2), CPU, seed=3, start=0, devices=4)
     assert sizes == [8]
 
 
 def test_sample_carries_its_index(pictures):
-    samples = loading.Samples(open_dataset(options(train_data_dir=str(pictures))), visit_record, "image", seed=3)
+    samples = loading.Samples(
+        open_dataset(options(train_data_dir=str(pictures)), seed=0), visit_record, "image", seed=3
+    )
     sample = samples[(2, 5)]
     assert (sample["index"].item(), sample["row"].item()) == (5, 5)
     assert sample["drawn"].item() == draws.generator(3, 2, 5, "noise").random()
@@ -379,12 +381,12 @@ def make_sample(row, draw):
     return {}
 
 def main():
-    args = SimpleNamespace(image_column="image", seed=0, train_batch_size=1, dataloader_num_workers=2,
+    args = SimpleNamespace(image_column="image", train_batch_size=1, dataloader_num_workers=2,
                            cache_encodings=False)
     cpu = SimpleNamespace(
         process_index=0, num_processes=1, device=torch.device("cpu"), gradient_accumulation_steps=1
     )
-    loader = loading.make_loader([{"image": None}], make_sample, args, cpu, start=0)
+    loader = loading.make_loader([{"image": None}], make_sample, args, cpu, seed=3, start=0)
     stream = loading.batches(loader, cpu, StopRequest())
     next(stream)
     raise RuntimeError("out of memory")

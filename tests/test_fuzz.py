@@ -136,7 +136,7 @@ def test_config(content, place, model, pictures, types):
             args = load_script("sd").parse_args(tokens)
     except SystemExit as stop:
         return one_clear_line(stop, printed.getvalue())
-    for name, value in vars(args).items():  # none of another type than its flag's
+    for name, value in config_file.public_config(args).items():  # none of another type than its flag's
         default, kind = types.get(name, (list, list))
         assert value is None or isinstance(value, kind or (bool if default is bool else str | list)) or value == 0
     file.write_text(yaml.safe_dump(config_file.public_config(args)))  # and it comes back as it is
@@ -242,7 +242,7 @@ def inspected(root, metadata: bytes, out: Path) -> tuple:
     )  # fmt: skip
     out.mkdir(exist_ok=True)
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
-    return inspection.inspect(args, accelerator, open_dataset(args), "text")
+    return inspection.inspect(args, accelerator, open_dataset(args, seed=0), "text")
 
 
 @fuzz(lines=st.lists(LINES, max_size=5), end=st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
@@ -332,8 +332,8 @@ def test_exif(exif, prefix, kind, min_side):
 def adapters(model, place) -> tuple:
     """(network with adapters, the folder that holds them, what is in their file)."""
     network = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
-    args, accelerator = SimpleNamespace(rank=1, seed=0), SimpleNamespace(device="cpu", mixed_precision="no")
-    lora.add_adapters(network, args, accelerator, ("to_q",))
+    args, accelerator = SimpleNamespace(rank=1), SimpleNamespace(device="cpu", mixed_precision="no")
+    lora.add_adapters(network, args, 0, accelerator, ("to_q",))
     lora.save_networks(network, place / "adapters")
     return network, place / "adapters", (place / "adapters" / lora.WEIGHTS_NAME).read_bytes()
 

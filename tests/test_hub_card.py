@@ -52,7 +52,7 @@ def card(sd_flags, tmp_path):
         for step in (0, 4):
             draw(tmp_path / "out" / "validation" / f"step-{step:06d}", args.validation_prompts or [])
         defaults = {"base_model": args.pretrained_model_name_or_path, "title": "A title", "tags": ["a-tag"]}
-        hub.write_card(args, **defaults | {"usage": "\nprint(1)\n", "steps": 4} | options)
+        hub.write_card(args, **defaults | {"usage": "\nprint(1)\n", "steps": 4, "seed": 3, "precision": "no"} | options)
         text = (tmp_path / "out" / "README.md").read_text()
         empty, head, body = text.split("---\n", 2)
         assert empty == ""

@@ -327,7 +327,7 @@ def objective(script, command, sampler):
         pipeline, unet, scheduler = module.load_models(args, accelerator)
         frozen = module.freeze(args, pipeline, accelerator)
         if script == "decoder_lora":
-            unet = lora.add_adapters(unet, args, accelerator, lora.ADDED_KV_ATTENTION)
+            unet = lora.add_adapters(unet, args, args.seed, accelerator, lora.ADDED_KV_ATTENTION)
         sample = sampler(**changes)
         batch = torch.utils.data.default_collate([sample(0, index) for index in range(4)])
         if dropped is not None:

@@ -341,7 +341,7 @@ def objective(script, command, sampler):
         pipeline, prior, scheduler = module.load_models(args, accelerator)
         frozen = module.freeze(args, pipeline, accelerator)
         if script == "prior_lora":
-            prior = lora.add_adapters(prior, args, accelerator)
+            prior = lora.add_adapters(prior, args, args.seed, accelerator)
         sample = sampler(**changes)
         batch = torch.utils.data.default_collate([sample(0, index) for index in range(4)])
         batch |= module.encode(batch, *frozen)

@@ -39,10 +39,10 @@ def started(sd_flags, tmp_path):
             changes = {"resume_from_checkpoint": "latest"} | changes
         args = load_script("sd").parse_args(sd_flags(**changes))
         accelerator = lifecycle.start(args)
-        samples = inspection.inspect(args, accelerator, open_dataset(args))
-        progress = Progress(args, accelerator, *samples, position or {})
+        samples = inspection.inspect(args, accelerator, open_dataset(args, 3))
+        progress = Progress(args, accelerator, *samples, position or {}, seed=3)
         rate = optim.make_rate(args, progress.total)
-        output_folder.take_over(args, accelerator, progress.step)
+        output_folder.take_over(progress.config, accelerator, progress.step)
         progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean(), rate)
         stack.callback(progress.close)
         return stack.enter_context(progress)
@@ -469,7 +469,7 @@ def skip(progress, updates: int) -> None:
 def test_updates_that_the_loss_scaler_skips(started, tmp_path):
     """Any number of them, but not 32 in a row, over whatever logging intervals: the scale is then next to nothing."""
     progress = started(max_train_steps=900, logging_steps=3)
-    progress.args.mixed_precision = "fp16"  # which on a CPU becomes fp32
+    progress.precision = "fp16"  # which on a CPU becomes fp32
     skip(progress, 31)
     update(progress, 1.0)
     skip(progress, 31)

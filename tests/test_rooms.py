@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from scripts import REPOSITORY
+from scripts import REPOSITORY, SCRIPTS
 
 PACKAGE = REPOSITORY / "src" / "t2i_training"
 # Each imports from those before it alone.
@@ -67,6 +67,17 @@ def test_the_command_line_costs_nothing_heavy():
     program = f"import sys, {', '.join(modules)}; print(sorted({heavy} & {{*sys.modules}}))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_nothing_rewrites_the_arguments():
+    """What a run settles besides them, such as its seed, has a name of its own. `cli` alone makes them."""
+    files = [PACKAGE / name for name in MODULES if room_of(name) != "cli" and name != "sources/names.py"]
+    for path in [*files, *(script.path for script in SCRIPTS.values())]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [name for target in filter(None, targets) for name in ast.walk(target)]
+            assert not [name for name in names if ast.unparse(name).startswith(("args.", "self.args."))], path
+            assert not (isinstance(node, ast.Call) and ast.unparse(node).startswith("setattr(args")), path
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) != "cli"])

@@ -188,8 +188,8 @@ def make_loader(script, args, pipeline, frozen) -> torch.utils.data.DataLoader:
     """A run's own loader, of which `dataset[epoch, index]` is what its workers make of a visit to a row."""
     accelerator = Accelerator()
     Path(args.output_dir).mkdir(exist_ok=True)
-    opened, looked_at = inspection.inspect(args, accelerator, open_dataset(args))
-    progress = Progress(args, accelerator, opened, looked_at, {})
+    opened, looked_at = inspection.inspect(args, accelerator, open_dataset(args, args.seed))
+    progress = Progress(args, accelerator, opened, looked_at, {}, args.seed)
     return script.make_dataloader(args, opened, looked_at, pipeline, frozen, pipeline.scheduler, accelerator, progress)
 
 
@@ -420,7 +420,7 @@ def test_variant(script, parse, base, model, tmp_path):
 
 
 def read_captions(args) -> list:
-    return open_dataset(args)[args.caption_column]
+    return open_dataset(args, args.seed)[args.caption_column]
 
 
 def test_folder_of_pictures_and_data_dir(parse, run, tmp_path):

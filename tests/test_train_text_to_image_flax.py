@@ -310,21 +310,17 @@ def test_resumed_with_nothing_left_to_do(train, whole, tmp_path, monkeypatch):
 
 def test_default_seed(tokens, tmp_path):
     args = load_script("sd_flax").parse_args(tokens(tmp_path / "out", seed=None))
-    assert args.seed == 0
-    lifecycle.settle_seed(args, {})
-    assert args.seed == 0
-    assert type(args.seed) is int
+    assert lifecycle.settle_seed(args, {}) == 0
 
 
 @pytest.fixture
 def trained(tokens, tmp_path):
     """trained(network, precision): what a run in that precision would train."""
     args = load_script("sd_flax").parse_args(tokens(tmp_path / "out"))
-    _, mesh = devices.start(args)
+    _, mesh, _ = devices.start(args)
 
     def make(network, precision="no"):
-        args.mixed_precision = precision
-        return train_state.Trained(args, network, mesh)
+        return train_state.Trained(args, precision, network, mesh)
 
     return make
 
@@ -446,8 +442,7 @@ def test_precision_of_the_launcher(tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for typed, expected in ((None, "bf16"), ("no", "no")):
         args = load_script("sd_flax").parse_args(tokens(tmp_path / "out", mixed_precision=typed))
-        devices.start(args)
-        assert args.mixed_precision == expected
+        assert devices.start(args)[2] == expected
 
 
 def test_one_device_has_nothing_to_share(train, tmp_path):

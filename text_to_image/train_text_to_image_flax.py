@@ -69,10 +69,10 @@ from t2i_training.sd_flax import pipeline as flax_pipeline
 from t2i_training.sd_flax import train_state
 
 
-def load_models(args):
+def load_models(args, precision):
     """The base pipeline, unrounded in host memory, with the UNet to train in it; the training scheduler."""
     with readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        pipeline = flax_pipeline.load(args, flax_devices.compute_dtype(args))
+        pipeline = flax_pipeline.load(args, flax_devices.compute_dtype(precision))
     if args.prediction_type is not None:
         # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -170,7 +170,9 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
         latent_shape=pipeline.latent_shape(args.resolution), num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
     updates, devices = progress.total - progress.step, mesh.shape["devices"]
-    return loading.make_loader(dataset, sample, args, accelerator, progress.samples_seen, updates, devices)
+    return loading.make_loader(
+        dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates, devices
+    )
 
 
 def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
@@ -193,9 +195,9 @@ def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
     return train_step, frozen
 
 
-def draw_picture(index, pipeline, unet, vae, text_encoder, args):
+def draw_picture(index, pipeline, unet, vae, text_encoder, args, seed):
     """The validation picture of prompt `index`, the same noise at every validation: StableDiffusionPipeline's way."""
-    generator = torch.Generator().manual_seed(args.seed + index)
+    generator = torch.Generator().manual_seed(seed + index)
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(validation.STEPS)
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -232,22 +234,22 @@ pipe("a caption like those it was trained on").images[0].save("picture.png")
 
 def main(argv=None):
     args = parse_args(argv)
-    accelerator, mesh = flax_devices.start(args)
+    accelerator, mesh, precision = flax_devices.start(args)
     stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    lifecycle.settle_seed(args, position)
+    seed = lifecycle.settle_seed(args, position)
 
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.STABLE_DIFFUSION_IN_JAX)
-        dataset = open_dataset(args)
+        dataset = open_dataset(args, seed)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
-    pipeline, noise_scheduler = load_models(args)
-    progress = Progress(args, accelerator, dataset, pictures, position, *flax_devices.describe(mesh))
+    pipeline, noise_scheduler = load_models(args, precision)
+    progress = Progress(args, accelerator, dataset, pictures, position, seed, *flax_devices.describe(mesh), precision)
     loader = make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh)
 
     rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
-    trained = train_state.Trained(args, pipeline.unet, mesh)
+    trained = train_state.Trained(args, precision, pipeline.unet, mesh)
     pipeline.unet = None  # it lives on in `trained`
     checkpoints = checkpoint.CheckpointManager(
         accelerator, stop, None, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
@@ -255,15 +257,15 @@ def main(argv=None):
     checkpoints.restore(folder)
     train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
     trained.begin(train_step)
-    output_folder.take_over(args, accelerator, progress.step)
-    gauge = flax_devices.Gauge(args, mesh, trained.sample_flops)
+    output_folder.take_over(progress.config, accelerator, progress.step)
+    gauge = flax_devices.Gauge(args, precision, mesh, trained.sample_flops)
     progress.begin(None, None, rate, project=args.tracker_project_name, gauge=gauge, size=trained.nbytes())
     stream = loading.batches(loader, accelerator, stop)
 
     def validate():
         vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline), jax.local_devices()[0])
-        unet = trained.export(flax_devices.local)
-        draw = partial(draw_picture, pipeline=pipeline, unet=unet, vae=vae, text_encoder=text_encoder, args=args)
+        parts = {"unet": trained.export(flax_devices.local), "vae": vae, "text_encoder": text_encoder}
+        draw = partial(draw_picture, pipeline=pipeline, **parts, args=args, seed=seed)
         validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
@@ -290,7 +292,7 @@ def main(argv=None):
     progress.close()
     flax_devices.leave_hosts()
     if progress.step >= progress.total:
-        hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
+        hub.finish(args, accelerator, repo_id, exported, progress, CARD)
     lifecycle.finish(stop, complete=progress.step >= progress.total)
 
 

@@ -155,7 +155,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
         embedding_size=pipeline.prior.config.embedding_dim, num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
     updates = progress.total - progress.step
-    return loading.make_loader(dataset, sample, args, accelerator, progress.samples_seen, updates)
+    return loading.make_loader(dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates)
 
 
 def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
@@ -175,9 +175,9 @@ def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *
     return drawing
 
 
-def draw_picture(index, pipeline, args, accelerator):
+def draw_picture(index, pipeline, args, seed, accelerator):
     """The validation picture of prompt `index`, the same noise at every validation."""
-    generator = torch.Generator().manual_seed(args.seed + index)
+    generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
             args.validation_prompts[index], height=args.resolution, width=args.resolution,
@@ -207,18 +207,18 @@ def main(argv=None):
     accelerator = lifecycle.start(args)
     stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    lifecycle.settle_seed(args, position)
+    seed = lifecycle.settle_seed(args, position)
 
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.PRIOR)
-        dataset = open_dataset(args)
+        dataset = open_dataset(args, seed)
     dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(args, pipeline, accelerator)
-    progress = Progress(args, accelerator, dataset, pictures, position)
+    progress = Progress(args, accelerator, dataset, pictures, position, seed)
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
-    prior = lora.add_adapters(prior, args, accelerator)
+    prior = lora.add_adapters(prior, args, seed, accelerator)
 
     optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
     rate = optim.make_rate(args, progress.total)
@@ -231,14 +231,14 @@ def main(argv=None):
         partial(lora.save_networks, network), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
-    output_folder.take_over(args, accelerator, progress.step)
+    output_folder.take_over(progress.config, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.begin(network, objective, rate)
     stream = loading.batches(loader, accelerator, stop)
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
-        draw = partial(draw_picture, pipeline=drawing, args=args, accelerator=accelerator)
+        draw = partial(draw_picture, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
         with networks.lend_device(drawing, accelerator):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
@@ -276,7 +276,7 @@ def main(argv=None):
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     if progress.step >= progress.total:
-        hub.finish(args, accelerator, repo_id, exported, progress.step, CARD)
+        hub.finish(args, accelerator, repo_id, exported, progress, CARD)
     lifecycle.finish(stop, complete=progress.step >= progress.total)
 
 

@@ -14,9 +14,9 @@ class Unfit(Exception):
     """Why a model cannot be what a flag asks for: one sentence."""
 
 
-def not_finite(name: str, samples: list[str], precision: str) -> str:
+def not_finite(name: str, samples: list[str], in_fp16: bool) -> str:
     """Tell, of frozen networks' output `name` for these samples, that it holds inf or nan, and the way out."""
     advice = "the weights of a frozen network may be damaged, or too large"
-    if precision == "fp16":  # up to 65504; the VAEs of some models exceed it within their layers
+    if in_fp16:  # up to 65504; the VAEs of some models exceed it within their layers
         advice = "a frozen network overflows in fp16: take --mixed_precision=bf16 or no, or a model with another VAE"
     return f"the frozen networks' {name} is not finite for {', '.join(samples)}: {advice}"

@@ -26,28 +26,34 @@ _NEEDS = {  # flag -> the flag without which it would do nothing
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 
 
-class DefaultSeed(int):
-    """A seed that nobody has typed: that of a checkpoint comes before it."""
-
-
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, trained: model_kind.Trained) -> argparse.Namespace:
     """Parse and check; exits with status 2 and one line on stderr when something is wrong.
 
     With `--config FILE` the file's values stand in front of the command line's, so the command line wins; what the file
-    turns on, `--switch=false` turns off.
+    turns on, `--switch=false` turns off. From here on nothing rewrites the arguments. Besides the flags they hold
+    `typed`, the names of those that were given, and `validation_prompts` in every script.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(config_file.switch_off(parser, config_file.tokens(parser, argv) + argv))
+    tokens = config_file.switch_off(parser, config_file.tokens(parser, argv) + argv)
+    args = parser.parse_args(tokens)
     if importlib.util.find_spec("fcntl") is None:
         parser.error("file locks (fcntl) and forked loader workers need Linux or macOS: on Windows, run it in WSL")
-    names.expand_home(args)
+    args.typed = parser.typed(tokens)
+    _normalize(args)
     packages.hide_unused(args)
+    check(parser, args, trained)
+    return args
+
+
+def _normalize(args: argparse.Namespace) -> None:
+    """Of several ways to say the same keep one."""
+    names.expand_home(args)
+    args.report_to = ",".join(dict.fromkeys(name.strip() for name in args.report_to.split(",")))
+    args.hub_token = args.hub_token and args.hub_token.strip()
     if hasattr(args, "validation_prompt"):  # several pictures of one prompt are validated like several prompts
         args.validation_prompts = (
             [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
         )
-    check(parser, args, trained)
-    return args
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, trained: model_kind.Trained) -> None:
@@ -75,10 +81,8 @@ def _check_texts(parser, args):
             parser.error(f"--{name} holds bytes that are not UTF-8")
         if value == "" and name != "validation_prompt":
             parser.error(f"--{name} is empty")
-    if args.hub_token is not None:
-        args.hub_token = args.hub_token.strip()
-        if not re.fullmatch("[!-~]+", args.hub_token):
-            parser.error("--hub_token holds characters that no token has")
+    if args.hub_token is not None and not re.fullmatch("[!-~]+", args.hub_token):
+        parser.error("--hub_token holds characters that no token has")
 
 
 def _check_combinations(parser, args):
@@ -148,7 +152,7 @@ def _local_prediction_type(model: str) -> str | None:
 
 
 def _check_reporting(parser, args):
-    trackers = [name.strip() for name in args.report_to.split(",")]
+    trackers = args.report_to.split(",")
     for tracker in trackers:  # which bear the names of their packages
         if tracker not in TRACKERS:
             parser.error(f"--report_to must be one of {', '.join(TRACKERS)}, not {tracker!r}")
@@ -156,7 +160,6 @@ def _check_reporting(parser, args):
             parser.error(f"--report_to {tracker} stands alone, not in {args.report_to!r}")
         if tracker not in ("all", "none") and importlib.util.find_spec(tracker) is None:
             parser.error(f"--report_to {tracker} needs the package {tracker}: pip install {tracker}")
-    args.report_to = ",".join(dict.fromkeys(trackers))
     if not {"tensorboard", "none"}.issuperset(trackers) and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} together with --hub_token could publish the token; "

@@ -80,6 +80,13 @@ class _Parser(argparse.ArgumentParser):
             message = re.sub(r"(\S*tok\S*?[= ])\S+", r"\1***", message)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def typed(self, tokens: list[str]) -> frozenset[str]:
+        """The names of the flags among these tokens: what they hold is nobody's default."""
+        untouched = object()  # argparse puts defaults in the place of what is not there at all
+        args = argparse.Namespace(**{action.dest: untouched for action in self._actions})
+        given = self.parse_args(tokens, args)
+        return frozenset(name for name, value in vars(given).items() if value is not untouched)
+
     def _near(self, name: str) -> list[str]:
         """The flag that `name` abbreviates or misspells."""
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]

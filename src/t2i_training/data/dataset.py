@@ -19,10 +19,11 @@ class BadSample(Exception):
     """A sample that cannot be used; the message names row, file and reason."""
 
 
-def open_dataset(args):
+def open_dataset(args, seed: int):
     """The training split as a `datasets.Dataset` whose pictures are left encoded. Exits with one line on an error.
 
-    Both flags read a local folder alike; one line says which files, and which splits were left out.
+    Both flags read a local folder alike; one line says which files, and which splits were left out. The `seed` chooses
+    the samples where --max_train_samples are fewer than there are.
     """
     names.check_hub_dataset(args)
     where = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
@@ -37,7 +38,7 @@ def open_dataset(args):
     if len(dataset) == 0:
         raise RunError(f"{where} holds no samples")
     logger.info(f"{where}: {len(dataset)} samples {said}")
-    return _select(_check_images(dataset, args, place), args)
+    return _select(_check_images(dataset, args, place), args.max_train_samples, seed)
 
 
 def _read_folder(place: str, args) -> tuple:
@@ -103,14 +104,12 @@ def _one_line(error: BaseException) -> str:
     return f"{type(reason).__name__}: {sanitize.reason(reason)}"
 
 
-def _select(dataset, args):
-    if args.max_train_samples is None:
+def _select(dataset, count: int | None, seed: int):
+    if count is None:
         return dataset
-    if args.max_train_samples > len(dataset):
-        raise RunError(
-            f"--max_train_samples {args.max_train_samples} is more than the {len(dataset)} samples there are"
-        )
-    return dataset.shuffle(seed=args.seed).select(range(args.max_train_samples))
+    if count > len(dataset):
+        raise RunError(f"--max_train_samples {count} is more than the {len(dataset)} samples there are")
+    return dataset.shuffle(seed=seed).select(range(count))
 
 
 def _check_images(dataset, args, place: str | None):

@@ -62,19 +62,26 @@ class VisitStream(torch.utils.data.Sampler):
 
 
 def make_loader(
-    dataset, make_sample: Callable[..., dict], args, accelerator, start: int, updates: int | None = None, devices=1
+    dataset,
+    make_sample: Callable[..., dict],
+    args,
+    accelerator,
+    seed: int,
+    start: int,
+    updates: int | None = None,
+    devices=1,
 ):
     """This process's batches of collated samples, for that many updates, from stream position `start` (in samples).
 
-    A batch is for the process's `devices` together.
+    The run's `seed` orders the stream. A batch is for the process's `devices` together.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    samples = Samples(dataset, make_sample, args.image_column, args.seed)
+    samples = Samples(dataset, make_sample, args.image_column, seed)
     if args.cache_encodings:  # the pictures, which the data set itself may hold, are read no more
         others = [name for name in dataset.column_names if name != args.image_column]
         samples.rows = dataset.select_columns(others) if others else [{}] * len(dataset)
     count = None if updates is None else updates * args.gradient_accumulation_steps
-    visits = VisitStream(len(dataset), args.seed, devices * args.train_batch_size, rank, world_size, start, count)
+    visits = VisitStream(len(dataset), seed, devices * args.train_batch_size, rank, world_size, start, count)
     return loader(samples, args, accelerator, visits.batch_size, batch_sampler=visits)
 
 

@@ -152,7 +152,7 @@ class _Reading(torch.utils.data.Dataset):
         return self.read(self.items[i][1])
 
 
-def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Callable, precision: str) -> None:
+def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Callable) -> None:
     """End the run before an encoding with inf or nan gets into a store. Of tensors that are on the CPU already."""
     for name, tensor in encoded.items():
         bad = (~tensor.reshape(len(tensor), -1).isfinite().all(1)).nonzero().flatten().tolist()
@@ -161,7 +161,7 @@ def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Ca
             sample = f"the caption {item[:80]!r}" if isinstance(item, str) else f"row {item[0]}"
             if "dataset" in known:
                 sample = describe(known["dataset"], known["column"], item[0])
-            raise errors.RunError(errors.not_finite(name, [sample], precision))
+            raise errors.RunError(errors.not_finite(name, [sample], in_fp16=tensor.dtype == torch.float16))
 
 
 def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read, encode, devices: int) -> None:
@@ -182,7 +182,7 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
             for first, batch in zip(range(0, len(items), size), loading.on_device(loader, accelerator), strict=True):
                 keys = [key for key, _ in items[first : first + size]]
                 encoded = {name: tensor.cpu() for name, tensor in encode(batch).items()}
-                _check_finite(encoded, items[first : first + size], read, args.mixed_precision)
+                _check_finite(encoded, items[first : first + size], read)
                 parts.append((keys, encoded))
                 if len(parts) * size >= SHARD:
                     commit()

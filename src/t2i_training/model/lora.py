@@ -25,17 +25,17 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 KOHYA_NAME = "kohya_lora_weights.safetensors"
 
 
-def add_adapters(model, args, accelerator, targets: tuple[str, ...] = ATTENTION):
+def add_adapters(model, args, seed: int, accelerator, targets: tuple[str, ...] = ATTENTION):
     """Freeze `model`, put it on the device in the inference type, and give its `targets` adapters to train, in fp32.
 
     The base is cast first: cast afterwards, the adapters and with them the optimizer's state would be in half
     precision, which fp16's loss scaler refuses and bf16 trains badly. The start is that of the paper with a Gaussian A,
-    drawn from the seed, so that all processes begin with the same adapters; B = 0, and alpha = rank makes the scale 1.
+    drawn from the run's seed, so that all processes begin with the same; B = 0, and alpha = rank makes the scale 1.
     """
     model.requires_grad_(False).to(accelerator.device, inference_dtype(accelerator))
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed)
         model.add_adapter(config)
     model.peft_config["default"].target_modules = sorted(targets)  # peft's set is in another order in every process
     cast_training_params(model, torch.float32)

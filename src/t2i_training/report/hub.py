@@ -38,40 +38,42 @@ def _failure(args, error: Exception, consequence: str = "") -> RunError:
     return RunError(f"--push_to_hub: {type(error).__name__}: {reason}{consequence}")
 
 
-def finish(args, accelerator, repo_id: str | None, exported: list[str], steps: int, card: dict) -> None:
+def finish(args, accelerator, repo_id: str | None, exported: list[str], progress, card: dict) -> None:
     """After the export: write the card and, if asked for, upload. Main process only.
 
     `card` goes to `write_card`; its "base_model" and "prior" name the flags that hold them. Call it after
     `Progress.close`: the curves are there to be uploaded, and no process waits in a collective meanwhile.
     """
     if accelerator.is_main_process:
-        card = card | {"base_model": getattr(args, card["base_model"])}
+        done = {"steps": progress.step, "seed": progress.seed, "precision": progress.precision}
+        card = card | {"base_model": getattr(args, card["base_model"])} | done
         if "prior" in card:  # diffusers looks for a decoder's prior in this list, be it a hub name or a folder
             card["prior"] = [getattr(args, card["prior"])]
-        write_card(args, steps=steps, **card)
-        grid, has_base = own_grid(args, steps)
+        write_card(args, **card)
+        grid, has_base = own_grid(args, progress.step)
         where = f"; {'before and after' if has_base else 'validation images'}: {grid}" if grid else ""
         logger.info(
-            f"done after {steps} updates: the result and how to use it are in {args.output_dir}/README.md{where}"
+            f"done after {progress.step} updates: the result and how to use it are in "
+            f"{args.output_dir}/README.md{where}"
         )
         if repo_id is not None:
-            with _public_card(args, steps, card):
+            with _public_card(args, card):
                 push(args, repo_id, exported)
 
 
 @contextlib.contextmanager
-def _public_card(args, steps: int, card: dict):
+def _public_card(args, card: dict):
     """Inside, the card names no folder of this machine as the prior, which diffusers needs to find it here."""
     (prior,) = card.get("prior", [""])
     private = bool(prior) and not is_hub_name(prior)
     if private:
         logger.warning(f"the uploaded card names no prior, for {prior} is none of the hub: upload it, and add its name")
-        write_card(args, steps=steps, **{name: value for name, value in card.items() if name != "prior"})
+        write_card(args, **{name: value for name, value in card.items() if name != "prior"})
     try:
         yield
     finally:
         if private:
-            write_card(args, steps=steps, **card)
+            write_card(args, **card)
 
 
 def push(args, repo_id: str, exported: list[str]) -> None:
@@ -97,6 +99,8 @@ def write_card(
     tags: list[str],
     usage: str,
     steps: int,
+    seed: int,
+    precision: str,
     license="creativeml-openrail-m",
     **head,
 ) -> None:
@@ -116,7 +120,8 @@ def write_card(
     for key, value in (("base_model", base_model), ("datasets", vars(args).get("dataset_name"))):
         if value and is_hub_name(value):
             head[key] = [value] if key == "datasets" else value
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _settings(args, base_model, steps))
+    settings = _settings(args, base_model, steps, seed, precision)
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in settings)
     body = (
         f"# {title}\n\nFine-tuned from {literal(_public_name(base_model))} with the data and settings named below.\n\n"
         f"{_pictures(args, steps)}## Use\n\n```python\n{_fill_in(args, usage)}\n```\n\n"
@@ -146,7 +151,7 @@ def _license(base_model: str) -> str | None:
         return found if re.fullmatch(r"[\w.+-]+", found) else None
 
 
-def _settings(args, base_model: str, steps: int) -> list[tuple]:
+def _settings(args, base_model: str, steps: int, seed: int, precision: str) -> list[tuple]:
     """The rows of the card's table."""
     rows = [
         ("base model", _public_name(base_model)),
@@ -155,8 +160,8 @@ def _settings(args, base_model: str, steps: int) -> list[tuple]:
         ("learning rate", f"{args.learning_rate} ({args.lr_scheduler})"),
         ("batch size x accumulation", f"{args.train_batch_size} x {args.gradient_accumulation_steps}"),
         ("resolution", args.resolution),
-        ("mixed precision", args.mixed_precision or "accelerate's"),
-        ("seed", args.seed),
+        ("mixed precision", precision),
+        ("seed", seed),
     ]
     rows += [(flag.replace("_", " "), value) for flag in OBJECTIVE if (value := vars(args).get(flag))]
     return rows

@@ -37,11 +37,25 @@ class Progress:
     """Where the run stands, and its losses, kept on the device until the logging interval ends.
 
     `step` counts weight updates up to `total`, `samples_seen` samples over all processes. Both start at `position`, the
-    manifest of the checkpoint that is resumed from, or {}. Each process drives `devices` of the kind `device`.
+    manifest of the checkpoint that is resumed from, or {}. Each process drives `devices` of the kind `device`. What the
+    run has settled besides its flags, `seed` and `precision` (by default the accelerator's), is in `config` with them.
     """
 
-    def __init__(self, args, accelerator, dataset, pictures, position: dict, devices=1, device: str | None = None):
+    def __init__(
+        self,
+        args,
+        accelerator,
+        dataset,
+        pictures,
+        position: dict,
+        seed: int,
+        devices=1,
+        device: str | None = None,
+        precision: str | None = None,
+    ):
         self.args, self.accelerator, self.dataset = args, accelerator, dataset
+        self.seed, self.precision = seed, precision or accelerator.mixed_precision
+        self.config = public_config(args) | {"seed": seed, "mixed_precision": self.precision}
         self.devices, self.device = devices * accelerator.num_processes, device or accelerator.device
         self.effective_batch, self.total = plan_updates(args, len(dataset), self.devices)
         self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
@@ -63,7 +77,7 @@ class Progress:
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "seed": self.args.seed,
+            "seed": self.seed,
             "effective_batch": self.effective_batch,
             "total": self.total,
             "dataset_size": len(self.dataset),
@@ -104,8 +118,9 @@ class Progress:
         None. `average` is that of the weights, if there is one; `project` is the run's project in the trackers.
         """
         main = self.accelerator.is_main_process
-        config = public_config(self.args)  # trackers take scalars only
-        config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in config.items()}
+        config = {  # trackers take scalars only
+            name: value if isinstance(value, int | float | str) else str(value) for name, value in self.config.items()
+        }
         logs = Path(self.args.output_dir, self.args.logging_dir).absolute()
         if main:
             logs.mkdir(parents=True, exist_ok=True)
@@ -115,7 +130,7 @@ class Progress:
         logger.info(
             f"{len(self.dataset)} samples, {self.effective_batch} an update, {self.total} updates "
             f"({self.total * self.effective_batch / len(self.dataset):.1f} epochs); "
-            f"{self.devices} x {self.device}, mixed precision {self.args.mixed_precision}"
+            f"{self.devices} x {self.device}, mixed precision {self.precision}"
         )
         self._announce_rate(rate)
         if main:
@@ -219,7 +234,7 @@ class Progress:
     def _stop_if_not_finite(self, losses: list[float], grad_norms: list[float]) -> None:
         """A loss scaler skips non-finite gradients by design, if not for ever; elsewhere they end the run, as a
         non-finite loss does. A run that skips has the same weights as before, so nothing is lost by waiting."""
-        scaled = self.args.mixed_precision == "fp16"
+        scaled = self.precision == "fp16"
         for i, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True)):
             self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
             if not math.isfinite(loss):
@@ -250,7 +265,7 @@ class Progress:
                     bad.setdefault(tensor, []).append(name)
         if bad:
             tensor, samples = next(iter(bad.items()))
-            raise errors.RunError(text + errors.not_finite(tensor, samples, self.args.mixed_precision))
+            raise errors.RunError(text + errors.not_finite(tensor, samples, self.precision == "fp16"))
         raise errors.RunError(
             f"{text}the step's samples: {'; '.join(names)}. "
             "Try a lower --learning_rate, bf16 in place of fp16, or without these samples"

@@ -22,7 +22,6 @@ from accelerate.utils import (
 
 from .. import distributed, library_errors, log
 from ..cli import packages
-from ..cli.checks import DefaultSeed
 from ..errors import RunError
 from ..log import logger
 from . import output_folder
@@ -32,8 +31,11 @@ from . import output_folder
 COLLECTIVE_LIMIT = datetime.timedelta(hours=1)
 
 
-def start(args) -> Accelerator:
-    """Accelerator, logging, lock on the output folder. Call once, before anything is loaded."""
+def start(args, mixed_precision: str | None = None) -> Accelerator:
+    """Accelerator, logging, lock on the output folder. Call once, before anything is loaded.
+
+    The accelerator has the run's precision: `mixed_precision`, else the flag's, else that of `accelerate launch`.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are tokenized one by one, in forked workers
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -47,7 +49,7 @@ def start(args) -> Accelerator:
         cpu=on_cpu,
         # As a plugin: given as a number, the environment of `accelerate launch` would have the last word.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
-        mixed_precision=_possible_precision(args.mixed_precision),
+        mixed_precision=_possible_precision(mixed_precision or args.mixed_precision),
         log_with=None if args.report_to == "none" else args.report_to.split(","),
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
         # DDP keeps no second copy of the gradients, and sends no buffers round: all networks' are constants.
@@ -61,7 +63,6 @@ def start(args) -> Accelerator:
         distributed.connect()
     elif alone := distributed.never_joined():
         logger.warning(alone)
-    args.mixed_precision = accelerator.mixed_precision  # as launched: run_config.yaml and the card say what was done
     if accelerator.is_main_process:
         output_folder.lock(output_dir)
         log.open_file(args.log_file, args.hub_token)
@@ -112,14 +113,15 @@ def _quiet_libraries(accelerator):
         datasets.disable_progress_bars()
 
 
-def settle_seed(args, position: dict) -> None:
-    """Set args.seed, equal on all processes, to the seed of the checkpoint with this manifest, or keep or draw one."""
+def settle_seed(args, position: dict) -> int:
+    """The run's seed, equal on all processes: of the checkpoint with this manifest, else the flag's, else a new one."""
     stored = position.get("seed")
-    if stored is not None and args.seed not in (None, stored) and not isinstance(args.seed, DefaultSeed):
+    if stored is not None and args.seed not in (None, stored) and "seed" in args.typed:
         raise RunError(f"--seed {args.seed} differs from the checkpoint's, {stored}: leave it out to continue")
     seed = [stored if stored is not None else args.seed if args.seed is not None else secrets.randbelow(2**31)]
-    args.seed = int(broadcast_object_list(seed)[0])
-    logger.info(f"seed {args.seed}")
+    seed = broadcast_object_list(seed)[0]
+    logger.info(f"seed {seed}")
+    return seed
 
 
 def run(main: Callable[[], None]) -> None:

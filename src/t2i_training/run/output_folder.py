@@ -12,7 +12,6 @@ import yaml
 from accelerate.state import PartialState
 
 from .. import distributed
-from ..cli.config_file import public_config
 from ..errors import RunError
 from ..files import free_name, write_text
 from ..log import logger
@@ -47,12 +46,12 @@ def unlock() -> None:
         _locks.popitem()[1].close()
 
 
-def write_config(args, resumed: bool) -> bool:
+def write_config(config: dict, resumed: bool) -> bool:
     """Write run_config.yaml, which --config takes. A resumed run names the flags that are others than they were.
 
     Returns whether there are any.
     """
-    changed, file, config = [], Path(args.output_dir) / "run_config.yaml", public_config(args)
+    changed, file = [], Path(config["output_dir"]) / "run_config.yaml"
     if resumed:
         with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # none there, or the user's
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -67,36 +66,37 @@ def write_config(args, resumed: bool) -> bool:
 # Results of an earlier run
 
 
-def take_over(args, accelerator, step: int) -> None:
+def take_over(config: dict, accelerator, step: int) -> None:
     """Write run_config.yaml, and make room for the results of a run that goes on from update `step`, or begins at 0.
 
+    `config` holds the run's flags, with the seed and the precision that they came to (`report.progress`).
     Call it right before the first update: what fails before leaves an earlier run's results as they were.
     """
     if not accelerator.is_main_process:
         return
-    changed, metrics = write_config(args, resumed=step > 0), Path(args.output_dir) / METRICS
+    changed, metrics = write_config(config, resumed=step > 0), Path(config["output_dir"]) / METRICS
     if step > 0:
-        _keep_own_course(args, metrics, step, changed)
+        _keep_own_course(config["resume_from_checkpoint"], metrics, step, changed)
         return
     if metrics.exists():
-        logger.warning(f"{args.output_dir} holds the result of an earlier run: this one will replace it")
+        logger.warning(f"{metrics.parent} holds the result of an earlier run: this one will replace it")
     _keep_metrics_until(metrics, 0)
-    _remove_validation(args.output_dir)
+    _remove_validation(metrics.parent)
 
 
-def _keep_own_course(args, metrics: Path, step: int, flags_changed: bool) -> None:
+def _keep_own_course(wanted: str, metrics: Path, step: int, flags_changed: bool) -> None:
     """Rows and grids after the checkpoint, or of another course than its own, make way for those of this run.
 
     A run that goes on as it was writes the same again. One that has gone back, or goes on with other flags, may
     not: then what was there is kept under another name.
     """
-    wanted, folder, kept = args.resume_from_checkpoint, metrics.parent.resolve(), step
+    folder, kept = metrics.parent.resolve(), step
     source = (folder / wanted if (folder / wanted).is_dir() else Path(wanted)).resolve()
     if wanted != "latest" and source != folder / f"checkpoint-{kept}":
         kept = 0 if source.parent == folder else -1  # of a run that was left: its step 0 is ours; or of another run
     if flags_changed or wanted != "latest":
         _set_metrics_aside(metrics, kept)
-        _set_validation_aside(args.output_dir, kept)
+        _set_validation_aside(metrics.parent, kept)
     _keep_metrics_until(metrics, kept)
 
 

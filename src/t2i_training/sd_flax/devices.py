@@ -22,31 +22,30 @@ from jax.sharding import PartitionSpec as P
 from ..errors import RunError
 from ..report import flops
 from ..run import lifecycle
-from .flags import DefaultPrecision
 
 
 def start(args):
-    """(accelerator, mesh). Several hosts are joined where torchrun or `accelerate launch` started several processes."""
+    """(accelerator, mesh, precision). Several hosts are joined where a launcher started several processes."""
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # loader workers leave JAX alone
-    wanted, args.mixed_precision = args.mixed_precision, "no"  # which is JAX's business
-    if isinstance(wanted, DefaultPrecision):
-        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of `accelerate launch --mixed_precision`
+    wanted = args.mixed_precision
+    if "mixed_precision" not in args.typed:
+        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", wanted)  # of `accelerate launch --mixed_precision`
     if wanted not in ("no", "fp16", "bf16"):
         raise RunError(f"--mixed_precision {wanted} is not for JAX: take bf16")
     with patch_environment(accelerate_use_cpu="true"):
-        accelerator = lifecycle.start(args)
+        accelerator = lifecycle.start(args, mixed_precision="no")  # which is JAX's business
     if accelerator.num_processes > 1 and not jax.distributed.is_initialized():
         _join_hosts(accelerator)
     if jax.process_count() != accelerator.num_processes:
         raise RunError("these devices belong to several hosts: start a process on each with torchrun")
-    args.mixed_precision = _possible_precision(wanted)
-    full = args.mixed_precision == "no" and not args.allow_tf32
+    precision = _possible_precision(wanted)
+    full = precision == "no" and not args.allow_tf32
     jax.config.update("jax_default_matmul_precision", "highest" if full else "default")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.array(devices).reshape(accelerator.num_processes, -1), ("hosts", "devices"))
     if args.shard_parameters and mesh.shape["devices"] == 1:
         raise RunError("--shard_parameters spreads them over the devices of a host, and here is one: leave it out")
-    return accelerator, mesh
+    return accelerator, mesh, precision
 
 
 def _join_hosts(accelerator) -> None:
@@ -83,9 +82,9 @@ def describe(mesh: Mesh) -> tuple[int, str]:
 class Gauge:
     """What `report.throughput` has to know of JAX's devices. `sample_flops()` is asked for after the first update."""
 
-    def __init__(self, args, mesh: Mesh, sample_flops: Callable[[], float]):
+    def __init__(self, args, precision: str, mesh: Mesh, sample_flops: Callable[[], float]):
         self.devices, self.flops = mesh.size, lambda _batch: sample_flops()
-        self.peak = flops.peak_tflops(describe(mesh)[1], args.mixed_precision, args.allow_tf32)
+        self.peak = flops.peak_tflops(describe(mesh)[1], precision, args.allow_tf32)
 
     def restart(self) -> None:
         """Nothing: JAX's mark of the most memory that was used stays where it is."""
@@ -96,8 +95,8 @@ class Gauge:
         return max((facts["peak_bytes_in_use"] for facts in known if facts), default=None)
 
 
-def compute_dtype(args):
-    return {"fp16": jnp.float16, "bf16": jnp.bfloat16}.get(args.mixed_precision, jnp.float32)
+def compute_dtype(precision: str):
+    return {"fp16": jnp.float16, "bf16": jnp.bfloat16}.get(precision, jnp.float32)
 
 
 # Arrays on the devices

@@ -3,7 +3,7 @@
 import argparse
 import importlib.util
 
-from ..cli import checks, flags
+from ..cli import flags
 
 PACKAGES = ("jax", "flax", "optax")
 HELP = {
@@ -12,10 +12,6 @@ HELP = {
     "mixed_precision": "Precision of the arithmetic; trained weights are fp32. Default: accelerate launch's, or no.",
     "scale_lr": "Multiply the learning rate by devices x batch size x accumulation.",
 }
-
-
-class DefaultPrecision(str):
-    """A precision that nobody has typed: that of `accelerate launch` comes before it."""
 
 
 def add_flax_args(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +26,7 @@ def add_flax_args(parser: argparse.ArgumentParser) -> None:
     flags.add_gradient_checkpointing_arg(group)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
-    # As the published Flax script has them.
-    parser.set_defaults(seed=checks.DefaultSeed(0), mixed_precision=DefaultPrecision("no"))
+    parser.set_defaults(seed=0, mixed_precision="no")  # as the published Flax script has them
 
 
 def need_packages(parser: argparse.ArgumentParser) -> None:

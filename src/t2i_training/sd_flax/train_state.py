@@ -102,7 +102,7 @@ class Trained:
     They are in `state`: in host memory until `begin` puts them on the devices, so that resuming takes no more of those.
     """
 
-    def __init__(self, args, network, mesh: Mesh):
+    def __init__(self, args, precision: str, network, mesh: Mesh):
         self.mesh, self.shard, self.updates = mesh, args.shard_parameters, 0
         parameters, self.merge = networks.split(network)
         moments = jax.eval_shape(make_optimizer(args).init, parameters)
@@ -110,7 +110,7 @@ class Trained:
         state = {"parameters": parameters, "optimizer": moments}
         if args.use_ema:
             state["average"] = parameters
-        if args.mixed_precision == "fp16":
+        if precision == "fp16":
             state["scaling"] = {"scale": np.float32(FIRST_SCALE), "good": np.int32(0)}
         self.state, self._inputs = state, None
 
