@@ -17,7 +17,7 @@ from runs import TIMED
 from runs import rows as untimed
 
 from t2i_training import log
-from t2i_training.data import inspection, loading
+from t2i_training.data import inspection
 from t2i_training.data.dataset import open_dataset
 from t2i_training.model import optim
 from t2i_training.report import curves, flops, throughput
@@ -92,8 +92,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    for module in (throughput, loading):
-        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(throughput, "time", clock)
     return clock
 
 
@@ -137,7 +136,8 @@ def test_wait_for_data(started, tmp_path, clock):
             clock.now += 1.0
             yield name
 
-    progress, stream = started(logging_steps=2), loading.timed(loader())
+    progress = started(logging_steps=2)
+    stream = progress.timed(loader())
     names = ""
     for _ in range(4):
         names += next(stream)

@@ -21,6 +21,7 @@ MAY_IMPORT = {  # besides what is in the room itself
     "report": {"ground", "cli", "data", "model", "run"},
     "sd_flax": {"ground", "sources", "cli", "data", "encodings", "model", "run", "report"},
 }
+CHANGING = {"add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -67,6 +68,22 @@ def test_the_command_line_costs_nothing_heavy():
     program = f"import sys, {', '.join(modules)}; print(sorted({heavy} & {{*sys.modules}}))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_state_that_outlives_a_run_is_what_libraries_force():
+    """Each has its reason beside it. What belongs to a run belongs to an object that its `main` has made."""
+    rebound, filled = set(), set()
+    for name in MODULES:
+        module = ast.parse((PACKAGE / name).read_text())
+        rebound |= {(name, x) for node in ast.walk(module) if isinstance(node, ast.Global) for x in node.names}
+        own = [ast.unparse(node.targets[0]) for node in module.body if isinstance(node, ast.Assign)]
+        for node in ast.walk(module):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in own and node.attr in CHANGING:
+                filled.add((name, ast.unparse(node.value)))
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+                filled |= {(name, ast.unparse(node.value))} if ast.unparse(node.value) in own else set()
+    assert rebound == {("distributed.py", "_group"), ("sd_flax/networks/layers.py", "_as_written")}
+    assert filled == {("run/output_folder.py", "_locks")}
 
 
 def test_nothing_rewrites_the_arguments():

@@ -260,7 +260,7 @@ def main(argv=None):
     output_folder.take_over(progress.config, accelerator, progress.step)
     gauge = flax_devices.Gauge(args, precision, mesh, trained.sample_flops)
     progress.begin(None, None, rate, project=args.tracker_project_name, gauge=gauge, size=trained.nbytes())
-    stream = loading.batches(loader, accelerator, stop)
+    stream = progress.timed(loading.batches(loader, accelerator, stop))
 
     def validate():
         vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline), jax.local_devices()[0])

@@ -249,7 +249,7 @@ def main(argv=None):
     output_folder.take_over(progress.config, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.begin(network, objective, rate)
-    stream = loading.batches(loader, accelerator, stop)
+    stream = progress.timed(loading.batches(loader, accelerator, stop))
     drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():

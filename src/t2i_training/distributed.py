@@ -12,7 +12,7 @@ import torch.distributed
 
 from .errors import RunError
 
-_group = None
+_group = None  # torch keeps groups for the process, and the accelerator, which all calls here get, has no place for one
 
 
 def connect() -> None:

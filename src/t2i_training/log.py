@@ -12,7 +12,6 @@ from .errors import RunError
 logger = logging.getLogger("t2i_training")  # `run.lifecycle.start` has all processes but the main one say errors alone
 logger.addFilter(lambda record: _make_printable(record))
 _steps = logging.getLogger("t2i_training.steps")  # the lines of logging intervals, for which a terminal has a bar
-_log_file = None  # the handler that writes --log_file
 _LINES = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%Y-%m-%d %H:%M:%S"}
 
 
@@ -45,38 +44,37 @@ class _LogFile(logging.FileHandler):
         return sanitize.redact(super().format(record), self._token)
 
     def handleError(self, record):
-        _close_log_file()
+        self.end()
         logger.warning(f"--log_file {self.baseFilename} cannot be written any longer: {sys.exc_info()[1]}")
+
+    def end(self) -> None:
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError):  # what is still to be written does not fit
+            self.close()
 
 
 def open_file(path: str | None, token: str | None) -> None:
     """Append what is logged from now on to --log_file, if there is one; `token` is kept out of it."""
-    global _log_file
-    _close_log_file()  # an earlier run's, in the same process
+    for earlier in _log_files():  # of an earlier run in the same process
+        earlier.end()
     if path is None:
         return
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _log_file = _LogFile(Path(path), token)
+        logging.getLogger().addHandler(_LogFile(Path(path), token))
     except OSError as error:
         raise RunError(f"--log_file {path} cannot be written: {error.strerror}") from None
-    logging.getLogger().addHandler(_log_file)
 
 
-def _close_log_file() -> None:
-    global _log_file
-    if _log_file is not None:
-        logging.getLogger().removeHandler(_log_file)
-        with contextlib.suppress(OSError):  # what is still to be written does not fit
-            _log_file.close()
-    _log_file = None
+def _log_files() -> list[_LogFile]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, _LogFile)]
 
 
 def error_into_file(error: BaseException) -> None:
     """Write into --log_file, if there is one, what Python is about to print to stderr."""
     said = error.code if isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
-    if _log_file is not None and isinstance(said, str):
-        _log_file.handle(logging.makeLogRecord({"msg": said, "levelno": logging.ERROR, "levelname": "ERROR"}))
+    for file in _log_files() if isinstance(said, str) else []:
+        file.handle(logging.makeLogRecord({"msg": said, "levelno": logging.ERROR, "levelname": "ERROR"}))
 
 
 def step(line: str) -> None:

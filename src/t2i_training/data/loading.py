@@ -10,7 +10,6 @@ import collections
 import functools
 import itertools
 import signal
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,8 +21,6 @@ from .dataset import ROW, BadSample, naming_the_sample
 from .workers import loader_workers
 
 MOST_HELD = 64  # batches held back, in case an update takes more
-_END = object()
-_waited = 0.0  # seconds that `timed` has waited for data in this process
 
 
 class Samples(torch.utils.data.Dataset):
@@ -124,25 +121,13 @@ def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter)
     end_workers = functools.partial(_end_workers, iterator)
     atexit.register(end_workers)
     try:
-        for batch in order(timed(iterator)):
+        for batch in order(iterator):
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     except BadSample as error:
         raise RunError(_what_happened(error)) from error
     finally:
         atexit.unregister(end_workers)
         end_workers()
-
-
-def timed(iterator: Iterator) -> Iterator:
-    """The same items; the time that `next` takes counts as waiting for data."""
-    global _waited
-    while True:
-        start = time.perf_counter()
-        item = next(iterator, _END)
-        _waited += time.perf_counter() - start
-        if item is _END:
-            return
-        yield item
 
 
 def _an_update_ahead(iterator, accumulation: int, stop) -> Iterator[dict]:
@@ -159,11 +144,6 @@ def _an_update_ahead(iterator, accumulation: int, stop) -> Iterator[dict]:
             raise
         stop.fail_after_step(_what_happened(error))
     yield from held
-
-
-def waited() -> float:
-    """Seconds that this process has waited for data by now."""
-    return _waited
 
 
 def _what_happened(error: BadSample) -> str:

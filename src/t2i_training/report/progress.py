@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -139,6 +139,10 @@ class Progress:
         gauge = gauge or throughput.Gauge(network, objective, self.args, self.accelerator)
         self._speed = throughput.Speedometer(gauge, self.accelerator)
         self.restart_clock()
+
+    def timed(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """The same batches; the rows tell how long the run waits for them."""
+        return self._speed.timed(batches)
 
     def __enter__(self) -> "Progress":
         """Show the bar, on a terminal: a log file wants lines, not an animation (`_report`)."""

@@ -2,11 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-from ..data import loading
 from ..log import logger
 from . import flops
 
@@ -42,11 +41,24 @@ class Speedometer:
         self.gauge, self._uncounted, self._flops = gauge, accelerator.is_main_process, None
         self._settled = None  # (time, samples seen) at the end of the first update
         self._recent = deque(maxlen=10)  # (seconds, samples) of the last rows, without the first update
+        self._waited = 0.0  # seconds, for data, since the restart
 
     def restart(self, samples_seen: int) -> None:
         """Leave out the time since the last row, and the memory that was used in it."""
         self.gauge.restart()
-        self._start, self._start_samples, self._start_waited = time.perf_counter(), samples_seen, loading.waited()
+        self._start, self._start_samples, self._waited = time.perf_counter(), samples_seen, 0.0
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """The same batches; the time that `next` takes counts as waiting for data."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.perf_counter() - start
+            yield batch
 
     def count(self, batch: dict[str, torch.Tensor]) -> None:
         """Count the FLOPs of a sample, the first time; a readout must not end a run, so a failure is a warning."""
@@ -79,7 +91,7 @@ class Speedometer:
         row = {
             "images_per_second": round(samples / seconds, 3),
             "seconds_per_step": round(seconds / samples * effective_batch, 6),
-            "data_wait": round((loading.waited() - self._start_waited) / seconds, 4),
+            "data_wait": round(self._waited / seconds, 4),
         }
         peak_memory = self.gauge.peak_memory()
         if peak_memory is not None:

@@ -17,7 +17,9 @@ from ..files import free_name, write_text
 from ..log import logger
 
 METRICS = "metrics.jsonl"
-_locks = {}  # open lock files by output folder: closing one would release it
+# Open lock files by output folder. The kernel keeps one lock for a process, and lets go when any of its handles is
+# closed: so a second run in this process must find the first one's.
+_locks = {}
 
 
 def lock(output_dir: Path) -> None:

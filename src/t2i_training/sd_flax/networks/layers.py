@@ -49,7 +49,7 @@ def layer_norm(features: int, eps: float = 1e-5, *, dtype) -> nnx.LayerNorm:
     return nnx.LayerNorm(features, epsilon=eps, dtype=dtype, rngs=NO_RNGS, **IN_FLOAT32)
 
 
-_as_written = False
+_as_written = False  # JAX hands a function that it traces nothing but arrays: no argument could carry this
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def as_written():
     try:
         yield
     finally:
-        _as_written = False
+        _as_written = False  # JAX hands a function that it traces nothing but arrays: no argument could carry this
 
 
 def recomputed(function):
