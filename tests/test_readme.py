@@ -1,12 +1,17 @@
 """What the READMEs point at is there."""
 
+import ast
 import re
 
 import pytest
 from scripts import REPOSITORY
 
 ROOT = REPOSITORY
-PAGES = sorted(p for p in ROOT.rglob("README.md") if not any(part[0] == "." for part in p.relative_to(ROOT).parts))
+PAGES = sorted(
+    page
+    for page in [*ROOT.rglob("README.md"), *ROOT.glob("docs/*.md")]
+    if not any(part[0] == "." for part in page.relative_to(ROOT).parts)
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
@@ -38,3 +43,24 @@ def test_annotated_tree_is_the_tree():
         path.relative_to(package).as_posix() + "/" for path in package.rglob("*/") if (path / "__init__.py").exists()
     }
     assert named == modules | rooms - {"./"}
+
+
+def names_in(path) -> set[str]:
+    """Functions, classes and methods: "find_checkpoint", "CheckpointManager.save"."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            found |= {node.name, *(f"{node.name}.{x.name}" for x in inner if isinstance(x, ast.FunctionDef))}
+    return found
+
+
+def test_functions_that_the_architecture_names_exist():
+    package, script = REPOSITORY / "src" / "t2i_training", REPOSITORY / "text_to_image" / "train_text_to_image.py"
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`((?:\w+/)*\w+)\.((?:[A-Z]\w+\.)?\w+)`", text)
+    named = [(module, name) for module, name in named if name != "py" and module != "datasets"]
+    assert len(named) > 40
+    for module, name in named:
+        assert name in names_in(package / f"{module}.py"), f"{module}.{name}"
+    assert {"main", "encode", "make_sample", "compute_loss", "read_picture", "encode_captions"} <= names_in(script)
