@@ -9,6 +9,7 @@ import torch
 
 from t2i_training import library_errors
 from t2i_training.data.workers import loader_workers
+from t2i_training.errors import RunError
 from t2i_training.run import lifecycle
 
 
@@ -124,6 +125,15 @@ def test_step_and_process_are_named(monkeypatch):
     assert "; --resume_from_checkpoint=latest continues from the last checkpoint (OutOfMemoryError: " in line
 
 
-def test_other_errors_stay_what_they_are():
-    with pytest.raises(ZeroDivisionError):
-        lifecycle.run(lambda: 1 / 0)
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("1 / 0"), RunError("--encodings_dir x: RuntimeError: out of memory"), SystemExit(143)]
+)
+def test_other_errors_stay_what_they_are(error):
+    """So do those that are one line already, whatever it says."""
+
+    def main():
+        raise error
+
+    with pytest.raises(type(error)) as ending:
+        lifecycle.run(main)
+    assert ending.value is error

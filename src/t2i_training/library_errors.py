@@ -79,7 +79,8 @@ def out_of_memory(error: BaseException) -> str | None:
     kind, reason = type(error), sanitize.reason(error)
     worker = "dataloader worker" in reason.lower() and ("killed" in reason or "exited unexpectedly" in reason)
     words = ("out of memory", "allocate memory", "resource_exhausted", "shared memory")
-    if not worker and not issubclass(kind, MemoryError) and not any(word in reason.lower() for word in words):
+    memory = worker or isinstance(error, MemoryError) or any(word in reason.lower() for word in words)
+    if not memory or isinstance(error, SystemExit):  # which is one line already
         return None
     names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
     doing, advice = next((PHASES[name] for name in names if name in PHASES), ("starting", STEP_ADVICE))
@@ -87,7 +88,7 @@ def out_of_memory(error: BaseException) -> str | None:
         if note.startswith(IN_STEP) and doing == "starting":
             doing, semicolon, way_out = note.removeprefix("in ").partition(";")
             advice = f"{STEP_ADVICE}{semicolon}{way_out}"
-    if worker or issubclass(kind, MemoryError) or "shared memory" in reason:
+    if worker or isinstance(error, MemoryError) or "shared memory" in reason:
         doing, advice = f"host memory, {doing}", "lower --dataloader_num_workers, or give the container more memory"
     process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     return f"out of memory{process}, {doing}: {advice} ({kind.__name__}: {reason[:200]})"

@@ -59,14 +59,7 @@ class VisitStream(torch.utils.data.Sampler):
 
 
 def make_loader(
-    dataset,
-    make_sample: Callable[..., dict],
-    args,
-    accelerator,
-    seed: int,
-    start: int,
-    updates: int | None = None,
-    devices=1,
+    dataset, make_sample: Callable[..., dict], args, accelerator, seed: int, start: int, updates=None, devices=1
 ):
     """This process's batches of collated samples, for that many updates, from stream position `start` (in samples).
 

@@ -42,16 +42,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        args,
-        accelerator,
-        dataset,
-        pictures,
-        position: dict,
-        seed: int,
-        devices=1,
-        device: str | None = None,
-        precision: str | None = None,
+        self, args, accelerator, dataset, pictures, position: dict, seed: int, devices=1, device=None, precision=None
     ):
         self.args, self.accelerator, self.dataset = args, accelerator, dataset
         self.seed, self.precision = seed, precision or accelerator.mixed_precision
