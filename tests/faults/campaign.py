@@ -15,6 +15,7 @@ more, which must change nothing. Exits with status 1 if anything was wrong, and 
 
 import argparse
 import collections
+import os
 import random
 import shutil
 import signal
@@ -25,6 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked run has none of the threads that its parent's pool counts on
 
 import remains  # noqa: E402
 import victims  # noqa: E402
