@@ -19,7 +19,7 @@ def time_caching() -> list[float]:
     """Of the one call that makes encodings, or finds them: the list that its seconds will be in."""
     from t2i_training.encodings import cache
 
-    cached, seconds = cache.cached, []
+    cached, seconds = cache.precompute, []
 
     def timed(*args, **options):
         began = time.perf_counter()
@@ -27,7 +27,7 @@ def time_caching() -> list[float]:
         seconds.append(time.perf_counter() - began)
         return result
 
-    cache.cached = timed
+    cache.precompute = timed
     return seconds
 
 
@@ -48,14 +48,14 @@ def after_flax_updates(hook) -> None:
 
     from t2i_training.sd_flax import train_state
 
-    step = train_state.Trained.step
+    step = train_state.TrainState.step
 
     def stepped(trained, *inputs):
         result = jax.block_until_ready(step(trained, *inputs))
         hook()
         return result
 
-    train_state.Trained.step = stepped
+    train_state.TrainState.step = stepped
 
 
 def main() -> None:

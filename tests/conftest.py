@@ -307,7 +307,7 @@ def load_quick_flax_script(patch: pytest.MonkeyPatch):
     script = load_script("sd_flax")
     from t2i_training.sd_flax import devices, train_state
 
-    def begin(trained, train_step, begin=train_state.Trained.begin):
+    def begin(trained, train_step, begin=train_state.TrainState.begin):
         def shrink(tree):
             shrunk = script.jax.tree.map(lambda array: array * 0.9, devices.fetch(tree))
             return devices.place(shrunk, trained.mesh, trained.shard)
@@ -319,9 +319,9 @@ def load_quick_flax_script(patch: pytest.MonkeyPatch):
         begin(trained, train_step)
         trained.train_step = step
 
-    patch.setattr(train_state.Trained, "sample_flops", lambda _: 1e6)
-    patch.setattr(train_state.Trained, "begin", begin)
-    patch.setattr(script, "draw_picture", lambda index, **_: script.Image.new("RGB", (16, 16), "grey"))
+    patch.setattr(train_state.TrainState, "sample_flops", lambda _: 1e6)
+    patch.setattr(train_state.TrainState, "begin", begin)
+    patch.setattr(script, "generate_image", lambda index, **_: script.Image.new("RGB", (16, 16), "grey"))
     return script
 
 

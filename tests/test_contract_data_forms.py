@@ -587,7 +587,7 @@ def test_a_fault_of_the_machine_ends_the_inspection(error, samples, tmp_path, mo
 
 
 def loader(dataset, make_sample):
-    return loading.Samples(dataset, make_sample, "image", seed=0)
+    return loading.TrainingDataset(dataset, make_sample, "image", seed=0)
 
 
 @pytest.mark.parametrize("error", [OverflowError("int too big"), KeyError("width"), ValueError("a bug")])

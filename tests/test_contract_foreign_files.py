@@ -16,7 +16,7 @@ from t2i_training import files
 from t2i_training.encodings.store import Store
 from t2i_training.report import curves, hub, validation
 from t2i_training.run import checkpoint, output_folder
-from t2i_training.run.export import publish
+from t2i_training.run.export import export_atomically
 from t2i_training.stopping import StopRequest
 
 MAIN = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, trackers=[])
@@ -47,7 +47,7 @@ def write_validation(folder):
 
 def write_curves(folder):
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "lr": 1, "grad_norm": 1}\n')
-    curves.draw_curves(folder)
+    curves.plot_curves(folder)
 
 
 def write_card(folder):
@@ -117,12 +117,12 @@ def test_a_model_is_there_at_every_moment_of_a_second_export(tmp_path, monkeypat
         return result
 
     monkeypatch.setattr(files.Path, "rename", look)
-    publish(tmp_path, write, MAIN)
+    export_atomically(tmp_path, write, MAIN)
     assert seen
     assert all(seen)
     assert (tmp_path / "unet" / "config.json").read_text() == '{"new": 1}'
     monkeypatch.setattr(files, "_exchange", lambda *_: False)  # a system that cannot
-    publish(tmp_path, write, MAIN)
+    export_atomically(tmp_path, write, MAIN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["unet"]
 
 

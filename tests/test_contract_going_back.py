@@ -18,7 +18,7 @@ LATER = ["step-000004", "step-000004.png", "step-000006", "step-000006.png"]
 @pytest.fixture(scope="module", autouse=True)
 def cheap_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_script("sd"), "draw_picture", lambda index, **_: Image.new("RGB", (32, 32), (0, 9, 90)))
+        patch.setattr(load_script("sd"), "generate_image", lambda index, **_: Image.new("RGB", (32, 32), (0, 9, 90)))
         yield
 
 

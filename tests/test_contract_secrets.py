@@ -123,9 +123,9 @@ def test_an_error_in_the_middle_of_a_run(script, run, planted):
             raise RuntimeError("out of everything")
         return original(progress, loss, batch)
 
-    original = Progress.add
+    original = Progress.add_micro_batch
     planted.setattr(huggingface_hub, "create_repo", lambda **options: type("Made", (), {"repo_id": "me/model"}))
-    planted.setattr(Progress, "add", add)
+    planted.setattr(Progress, "add_micro_batch", add)
     ended, everything = run(script, report_to="tensorboard", push_to_hub=True, hub_token=FLAG, **SHORT)
     assert str(ended) == "out of everything"
     assert b"Traceback" in everything["traceback"]

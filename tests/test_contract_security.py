@@ -201,7 +201,7 @@ def load(command, tmp_path):
         flag = "model" if base == "model" else f"{base}_model"
         flag = f"pretrained_{flag}_name_or_path"
         args = load_script(script).parse_args(command(script, output_dir=tmp_path / "out", **{flag: folder}))
-        lifecycle.settle_seed(args, {})
+        lifecycle.resolve_seed(args, {})
         accelerator = lifecycle.start(args)
         pipeline, *_ = load_script(script).load_models(args, accelerator)
         load_script(script).freeze(args, pipeline, accelerator)

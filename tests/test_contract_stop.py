@@ -155,14 +155,14 @@ def test_signal_in_a_validation_ends_it(train, monkeypatch, caplog, tmp_path):
     changes = {"max_train_steps": 4, "validation_epochs": 1, "checkpointing_steps": 9, "validation_prompts": ["a", "b"]}
     undisturbed, drawn = train(output_dir=tmp_path / "other", **changes), []
 
-    def draw(index, draw_picture=script.draw_picture, **options):
+    def draw(index, generate_image=script.generate_image, **options):
         drawn.append(index)
         if len(drawn) == 3:  # the first of the two after the first epoch; two were of the untouched model
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw_picture(index, **options)
+        return generate_image(index, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "draw_picture", draw)
+        patch.setattr(script, "generate_image", draw)
         with pytest.raises(SystemExit) as stop:
             train(**changes)
     assert (stop.value.code, drawn) == (143, [0, 1, 0])
@@ -176,11 +176,11 @@ def test_signal_in_a_validation_ends_it(train, monkeypatch, caplog, tmp_path):
         assert (out / "validation" / name).read_bytes() == (undisturbed / "validation" / name).read_bytes()
 
 
-@pytest.mark.parametrize("place", ["publish", "write_card"])
+@pytest.mark.parametrize("place", ["export_atomically", "write_card"])
 def test_signal_after_the_last_update_lets_the_run_end(train, monkeypatch, caplog, tmp_path, place):
     from t2i_training.report import hub
 
-    module = load_script("sd") if place == "publish" else hub
+    module = load_script("sd") if place == "export_atomically" else hub
     original = getattr(module, place)
 
     def signalled(*arguments, **options):

@@ -53,7 +53,7 @@ def free(disk) -> None:
 @contextlib.contextmanager
 def at_update(update: int, act):
     """Inside, `act()` is called right after the `update`-th weight update of this process."""
-    seen, counted = [], Progress.update
+    seen, counted = [], Progress.count_update
 
     def count(*arguments):
         seen.append(update)
@@ -62,7 +62,7 @@ def at_update(update: int, act):
         counted(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Progress, "update", count)
+        patch.setattr(Progress, "count_update", count)
         yield
 
 

@@ -193,7 +193,7 @@ def test_tokens_are_padded_and_cut(model):
 
 def stream(count: int, **options) -> list:
     """The first `count` batches."""
-    batches = iter(loading.VisitStream(**{"size": 7, "seed": 3, "rank": 0, "world_size": 1, "start": 0} | options))
+    batches = iter(loading.StreamSampler(**{"size": 7, "seed": 3, "rank": 0, "world_size": 1, "start": 0} | options))
     return [next(batches) for _ in range(count)]
 
 
@@ -327,7 +327,7 @@ def test_batches_come_in_order_and_all(accumulation):
 
 
 def test_no_more_is_held_back_than_an_update_and_not_without_limit():
-    for accumulation, held in ((1, 1), (3, 3), (5000, loading.MOST_HELD)):
+    for accumulation, held in ((1, 1), (3, 3), (5000, loading.MAX_LOOKAHEAD)):
         source = Source()
         next(loading.batches(source, accumulating(accumulation), StopRequest()))
         assert source.taken == held + 1
@@ -362,7 +362,7 @@ def test_loader_workers_are_counted_for_the_batch_of_all_devices(monkeypatch):
 
 
 def test_sample_carries_its_index(pictures):
-    samples = loading.Samples(
+    samples = loading.TrainingDataset(
         open_dataset(options(train_data_dir=str(pictures)), seed=0), visit_record, "image", seed=3
     )
     sample = samples[(2, 5)]

@@ -53,7 +53,7 @@ class Counted(BaseException):
 def count(command, small_model, monkeypatch, count_flops_once):
     """count(script, **changes): FLOPs of a sample, as a run of the script counts them."""
 
-    def in_torch(_, batch, count=throughput.Gauge.flops):
+    def in_torch(_, batch, count=throughput.DeviceStats.flops):
         raise Counted(count(_, batch))
 
     def in_jax(trained, *inputs):  # before anything is compiled
@@ -67,8 +67,8 @@ def count(command, small_model, monkeypatch, count_flops_once):
         return counted.value.args[0]
 
     monkeypatch.setattr(flops, "count", count_flops_once)
-    monkeypatch.setattr(throughput.Gauge, "flops", in_torch)
-    monkeypatch.setattr(train_state.Trained, "step", in_jax)
+    monkeypatch.setattr(throughput.DeviceStats, "flops", in_torch)
+    monkeypatch.setattr(train_state.TrainState, "step", in_jax)
     return of_a_run
 
 

@@ -159,8 +159,8 @@ def test_mfu_by_hand(sd_flags, monkeypatch):
     """60 FLOPs a sample, 10 samples in 2 s: 3e-10 TFLOP/s, of a device that could do 1e-9."""
     args = load_script("sd").parse_args(sd_flags())
     accelerator = lifecycle.start(args)
-    meter = throughput.Speedometer(throughput.Gauge(torch.nn.Linear(3, 5), linear, args, accelerator), accelerator)
-    meter.gauge.peak = 1e-9
+    meter = throughput.Throughput(throughput.DeviceStats(torch.nn.Linear(3, 5), linear, args, accelerator), accelerator)
+    meter.stats.peak = 1e-9
     now = iter([0.0, 5.0, 5.0, 2.0, 2.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))
     meter.restart(0)

@@ -112,7 +112,7 @@ DRAWING = {
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("script", DRAWING)
 def test_validation_leaves_nothing_on_the_device(command, script, cached, tmp_path, monkeypatch):
-    lend, seen = networks.lend_device, []
+    lend, seen = networks.on_device, []
 
     def allocated():
         torch._C._cuda_clearCublasWorkspaces()  # 32 MiB and more, which the first product of a process leaves there

@@ -461,7 +461,7 @@ def test_statistics_are_not_rounded_in_bf16(script, command, base):
         pipeline, _, _ = module.load_models(args, accelerator)
         image_encoder, text_encoder, mean, std = module.freeze(args, pipeline, accelerator)
     finally:
-        lifecycle.finish(0)
+        lifecycle.release_and_exit(0)
     assert (image_encoder.dtype, text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
     assert torch.equal(mean, base.prior.clip_mean.detach())
     assert torch.equal(std, base.prior.clip_std.detach())

@@ -106,7 +106,7 @@ def test_lora_file_is_small(rank, expected):
         whole = sum(parameter.numel() for parameter in unet.parameters())
         unet.add_adapter(LoraConfig(r=rank, target_modules=list(lora.ATTENTION)))
     assert whole == 859_520_964
-    adapters = sum(parameter.numel() for parameter in optim.trainable(unet))
+    adapters = sum(parameter.numel() for parameter in optim.trainable_parameters(unet))
     assert adapters == expected
     assert adapters < 0.01 * whole
 

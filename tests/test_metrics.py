@@ -43,7 +43,7 @@ def started(sd_flags, tmp_path):
         progress = Progress(args, accelerator, *samples, position or {}, seed=3)
         rate = optim.make_rate(args, progress.total)
         output_folder.take_over(progress.config, accelerator, progress.step)
-        progress.begin(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean(), rate)
+        progress.open(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean(), rate)
         stack.callback(progress.close)
         return stack.enter_context(progress)
 
@@ -58,8 +58,8 @@ def batch(indices) -> dict:
 def update(progress, *losses, grad_norm=1.0, indices=(0, 1), lr=0.5) -> None:
     """One weight update of as many micro-batches as losses."""
     for loss in losses:
-        progress.add(torch.tensor(loss), batch(indices))
-    progress.update(torch.tensor(grad_norm), lr)
+        progress.add_micro_batch(torch.tensor(loss), batch(indices))
+    progress.count_update(torch.tensor(grad_norm), lr)
 
 
 def rows(tmp_path) -> list[dict]:
@@ -289,8 +289,8 @@ def test_checkpoint_within_an_interval_changes_no_row(started, tmp_path):
     """It reads the losses early, and the manifest takes along those that stand in no row yet."""
     progress = started(logging_steps=2)
     update(progress, 1.0, grad_norm=3.0)
-    progress.read()
-    progress.read()
+    progress.fetch_losses()
+    progress.fetch_losses()
     position = json.loads(json.dumps(progress.position()))
     update(progress, 5.0)
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(2, 3.0)]
@@ -390,7 +390,7 @@ def test_rows_are_read_without_a_run(tmp_path, monkeypatch):
 def test_curves_are_drawn(tmp_path):
     values = [{"step": i, "loss": math.exp(-i / 9), "lr": 1e-4, "grad_norm": 1 / i} for i in range(1, 40)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
-    path = curves.draw_curves(tmp_path)
+    path = curves.plot_curves(tmp_path)
     assert path == tmp_path / "training_curves.png"
     with Image.open(path) as picture:
         assert picture.format == "PNG"
@@ -400,7 +400,7 @@ def test_curves_are_drawn(tmp_path):
 
 def test_no_rows_no_curves(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    assert curves.draw_curves(tmp_path) is None
+    assert curves.plot_curves(tmp_path) is None
     assert not (tmp_path / "training_curves.png").exists()
 
 
@@ -417,13 +417,13 @@ def test_bad_loss_names_the_samples_of_its_step(started, tmp_path, pictures, bad
     """Found at the end of the interval, and told of the very update: step 2 of 3, its two micro-batches."""
     progress = started(gradient_accumulation_steps=2, logging_steps=3, max_train_steps=9)
     update(progress, 1.0, 1.0, indices=(0, 1))
-    progress.add(torch.tensor(1.0), batch((2, 3)))
-    progress.add(torch.tensor(bad), batch((4, 5)))
-    progress.update(torch.tensor(1.0), 0.5)
-    progress.add(torch.tensor(1.0), batch((0, 1)))
-    progress.add(torch.tensor(1.0), batch((0, 1)))
+    progress.add_micro_batch(torch.tensor(1.0), batch((2, 3)))
+    progress.add_micro_batch(torch.tensor(bad), batch((4, 5)))
+    progress.count_update(torch.tensor(1.0), 0.5)
+    progress.add_micro_batch(torch.tensor(1.0), batch((0, 1)))
+    progress.add_micro_batch(torch.tensor(1.0), batch((0, 1)))
     with pytest.raises(SystemExit) as stop:
-        progress.update(torch.tensor(1.0), 0.5)
+        progress.count_update(torch.tensor(1.0), 0.5)
     names = "; ".join(f"row {i} ({pictures / f'{i}.png'}, metadata.jsonl line {i + 1})" for i in (2, 3, 4, 5))
     message = str(stop.value)
     assert message.startswith(f"error: loss {bad} at step 2, ")
@@ -442,7 +442,7 @@ def test_checkpoint_reads_the_losses_first(started):
     progress = started(logging_steps=100, max_train_steps=100)
     update(progress, math.nan)
     with pytest.raises(SystemExit, match="error: loss nan at step 1"):
-        progress.read()
+        progress.fetch_losses()
 
 
 def test_what_frozen_networks_gave_is_told_from_the_trained_one(started, pictures):
@@ -451,9 +451,11 @@ def test_what_frozen_networks_gave_is_told_from_the_trained_one(started, picture
     update(progress, 1.0)
     latents = torch.ones(2, 4, 4, 4)
     latents[1, 0, 0, 0] = float("inf")
-    progress.add(torch.tensor(math.nan), batch((2, 3)) | {"latents_mean": latents.half(), "noise": torch.ones(2, 4)})
+    progress.add_micro_batch(
+        torch.tensor(math.nan), batch((2, 3)) | {"latents_mean": latents.half(), "noise": torch.ones(2, 4)}
+    )
     with pytest.raises(SystemExit) as stop:
-        progress.update(torch.tensor(math.nan), 0.5)
+        progress.count_update(torch.tensor(math.nan), 0.5)
     assert str(stop.value) == (
         "error: loss nan at step 2, nothing saved since; the frozen networks' latents_mean is not finite for "
         f"row 3 ({pictures / '3.png'}, metadata.jsonl line 4): "

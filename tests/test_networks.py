@@ -60,7 +60,7 @@ def test_gradients_of_a_compiled_network_share_no_memory(options, monkeypatch):
     """In-place clipping would scale them twice."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_options: None)
     network = TwoBiases()
-    networks.tune(network, options(torch_compile="whole"), Accelerator())
+    networks.prepare_trained(network, options(torch_compile="whole"), Accelerator())
     assert network.clipped().tolist() == pytest.approx([6**-0.5] * 3)
     assert TwoBiases().clipped().tolist() == pytest.approx([1 / 6] * 3), "so that this test can fail"
 
@@ -134,7 +134,7 @@ def test_recomputed_blocks_are_copied_whole():
     import copy
 
     network = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-    networks.checkpoint_blocks(network)
+    networks.enable_gradient_checkpointing(network)
     twin = copy.deepcopy(network)
     with torch.no_grad():
         twin[0].weight.zero_()
@@ -169,7 +169,7 @@ def test_the_device_is_lent_to_what_is_not_on_it():
     """One process's device has no number, that of what lies on it has one."""
     trained, encoder = Named("cuda:0"), Named("cpu")
     pipeline = SimpleNamespace(components={"unet": trained, "vae": encoder, "scheduler": None})
-    with networks.lend_device(pipeline, SimpleNamespace(device=CUDA)):
+    with networks.on_device(pipeline, SimpleNamespace(device=CUDA)):
         assert encoder.moves == ["cuda"]
     assert encoder.moves == ["cuda", "cpu"]
     assert trained.moves == []

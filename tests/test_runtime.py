@@ -119,7 +119,7 @@ def test_first_adamw_update_by_hand(start):
 def test_trainable_is_a_list_of_what_asks_for_gradients():
     layer = torch.nn.Linear(2, 2)
     layer.bias.requires_grad_(False)
-    parameters = optim.trainable(layer)
+    parameters = optim.trainable_parameters(layer)
     assert isinstance(parameters, list)
     assert [parameter is layer.weight for parameter in parameters] == [True]
 
@@ -134,7 +134,7 @@ class Plain(torch.nn.Linear):
 def test_frozen_in_full_precision_is_the_module_itself(start):
     _, accelerator = start()
     module = Plain(2, 2).train()
-    assert networks.frozen(module, accelerator) is module
+    assert networks.prepare_frozen(module, accelerator) is module
     assert not module.training
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
@@ -144,7 +144,7 @@ def test_frozen_in_half_precision_leaves_the_original_unrounded(start):
     _, accelerator = start(mixed_precision="bf16")
     module = Plain(2, 2)
     module.weight.data.fill_(1 / 3)
-    copy = networks.frozen(module, accelerator)
+    copy = networks.prepare_frozen(module, accelerator)
     assert networks.inference_dtype(accelerator) == copy.weight.dtype == torch.bfloat16
     assert not copy.weight.requires_grad
     assert module.weight.dtype == torch.float32
@@ -169,29 +169,29 @@ def test_second_run_in_one_process_may_differ(start, tmp_path):
 
 def test_seed_is_the_one_given(start):
     args, _ = start(seed=5)
-    assert lifecycle.settle_seed(args, {}) == 5
+    assert lifecycle.resolve_seed(args, {}) == 5
 
 
 def test_seed_0_is_a_seed(start):
     args, _ = start(seed=0)
-    assert lifecycle.settle_seed(args, {"seed": 0}) == 0
+    assert lifecycle.resolve_seed(args, {"seed": 0}) == 0
 
 
 def test_seed_is_drawn_if_none_is_given_and_kept_by_the_checkpoint(start):
     seeds = set()
     for _ in range(4):
         args, _ = start(seed=None)
-        seed = lifecycle.settle_seed(args, {})
+        seed = lifecycle.resolve_seed(args, {})
         assert 0 <= seed < 2**31
         seeds.add(seed)
-        assert lifecycle.settle_seed(args, {"seed": seed}) == seed
+        assert lifecycle.resolve_seed(args, {"seed": seed}) == seed
     assert len(seeds) > 1
 
 
 def test_seed_other_than_the_checkpoints_is_refused(start):
     args, _ = start(seed=5)
     with pytest.raises(SystemExit, match="error: --seed 5 differs from the checkpoint's, 6: leave it out to continue"):
-        lifecycle.settle_seed(args, {"seed": 6})
+        lifecycle.resolve_seed(args, {"seed": 6})
 
 
 def test_run_config_can_be_passed_back(start, tmp_path):
@@ -199,7 +199,7 @@ def test_run_config_can_be_passed_back(start, tmp_path):
         validation_prompts=["- a\nb", "null"], use_ema=True, snr_gamma=5, push_to_hub=True, hub_token="hf_secret",
         mixed_precision="no", seed=None,
     )  # fmt: skip
-    config = public_config(args) | {"seed": lifecycle.settle_seed(args, {})}
+    config = public_config(args) | {"seed": lifecycle.resolve_seed(args, {})}
     output_folder.write_config(config, resumed=False)
     path = tmp_path / "out" / "run_config.yaml"
     assert "hf_secret" not in path.read_text()
@@ -309,7 +309,7 @@ def test_first_signal_asks_to_stop_the_second_is_pythons(start, number):
         os.kill(os.getpid(), number)  # within a second: a launcher that was stopped as well passes its own on
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     with pytest.raises(SystemExit) as ending:
-        lifecycle.finish(stop, complete=False)
+        lifecycle.release_and_exit(stop, complete=False)
     assert ending.value.code == 128 + number
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -338,7 +338,7 @@ def test_a_failure_after_the_step_comes_before_any_signal(start):
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.pending, stop.agree(accelerator)) == (True, 127)
     with pytest.raises(SystemExit, match=r"^error: row 7 \(7.png\): gone$"):
-        lifecycle.finish(stop, complete=True)
+        lifecycle.release_and_exit(stop, complete=True)
 
 
 def test_a_signal_that_other_code_handles_is_left_to_it(start, caplog):
@@ -352,7 +352,7 @@ def test_a_signal_that_other_code_handles_is_left_to_it(start, caplog):
         assert got == [signal.SIGUSR1]
         assert stop.agree(accelerator) == 0
     assert "SIGUSR1 does not stop this run: other code handles it" in caplog.text
-    lifecycle.finish(stop, complete=True)
+    lifecycle.release_and_exit(stop, complete=True)
     os.kill(os.getpid(), signal.SIGUSR1)
     assert got == [signal.SIGUSR1] * 2
 
@@ -426,4 +426,4 @@ def test_signal_of_an_earlier_run_is_forgotten(start):
     _, accelerator = start()
     stop = stopping.StopRequest()
     assert stop.agree(accelerator) == 0
-    assert lifecycle.finish(stop, complete=True) is None
+    assert lifecycle.release_and_exit(stop, complete=True) is None

@@ -18,11 +18,11 @@ import pytest
 from scripts import REPOSITORY, SCRIPTS, TORCH
 
 COMPARED = [name for name, script in SCRIPTS.items() if script.compared_with]
-REPEATED = ("imports", "draw_picture", "main")  # between models; between a full run and its LoRA all functions are
+REPEATED = ("imports", "generate_image", "main")  # between models; between a full run and its LoRA all functions are
 ORDER = (
     "parse_args", "load_models", "read_picture", "read_caption", "make_sample", "freeze", "encode_pictures",
-    "encode_captions", "encode", "embed_nothing", "compute_loss", "make_dataloader", "build_drawing_pipeline",
-    "draw_picture", "export", "main",
+    "encode_captions", "encode", "embed_nothing", "compute_loss", "make_dataloader", "build_validation_pipeline",
+    "generate_image", "export", "main",
 )  # fmt: skip
 
 KANDINSKY = [
@@ -30,7 +30,7 @@ KANDINSKY = [
     ("imports", "from t2i_training.errors import RunError\n", "", "no --dream_training"),
     ("main", "partial(export, pipeline, network, args)", "partial(export, pipeline, network)",
      "it exports what it loads"),
-    ("draw_picture", "num_inference_steps=validation.STEPS,",
+    ("generate_image", "num_inference_steps=validation.STEPS,",
      "num_inference_steps=validation.STEPS, prior_num_inference_steps=validation.STEPS,",
      "two networks draw a picture"),
     ("main", "ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema)", "ema.make_ema(unet)",
@@ -45,8 +45,8 @@ LORA = [
      "a checkpoint holds the adapters alone"),
     ("main", "partial(ema.load_networks, 'unet', network, average)", "partial(lora.load_networks, network)",
      "a checkpoint holds the adapters alone"),
-    ("main", "progress.begin(network, objective, rate, average, args.tracker_project_name)",
-     "progress.begin(network, objective, rate)", "no --use_ema, no --tracker_project_name"),
+    ("main", "progress.open(network, objective, rate, average, args.tracker_project_name)",
+     "progress.open(network, objective, rate)", "no --use_ema, no --tracker_project_name"),
     ("main", ", ema.averaged(average if progress.step else None, network):", ":", "no --use_ema"),
     ("main", "            if average is not None:\n                ema.update(average, network)\n", "", "no --use_ema"),
     ("main", "        with ema.averaged(average, network):\n    ", "", "no --use_ema"),
@@ -56,7 +56,8 @@ KANDINSKY_LORA = [
     ("parse_args", "model-finetuned'", "model-finetuned-lora'", "its default"),
     ("main", "partial(export, pipeline, network)", "partial(lora.save_networks, network)", "exported as it is saved"),
 ]  # fmt: skip
-NOT_EXPORTED = ("networks.frozen(module, accelerator)", "networks.frozen(module, accelerator, exported=False)",
+NOT_EXPORTED = ("networks.prepare_frozen(module, accelerator)",
+                "networks.prepare_frozen(module, accelerator, exported=False)",
                 "adapters are exported alone")  # fmt: skip
 PREPARED = "    unet = unet.to(accelerator.device)\n    average = ema.make_ema(unet{}) if args.use_ema else None\n"
 EXPORT = "def export(pipeline, unet, folder):\n    pipeline.register_modules(unet=unet)\n    pipeline.save_pretrained(folder)"  # fmt: skip  # noqa: E501
@@ -109,8 +110,9 @@ DIFFERENCES = {
         ("load_models", "    if args.enable_xformers_memory_efficient_attention:\n        "
          "networks.use_xformers(unet)\n", "", "no xFormers: its attention takes keys besides"),
         ("freeze",
-         "[networks.frozen(pipeline.movq, accelerator), networks.frozen(image_encoder, accelerator, exported=False)]",
-         "[networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]",
+         "[networks.prepare_frozen(pipeline.movq, accelerator), "
+         "networks.prepare_frozen(image_encoder, accelerator, exported=False)]",
+         "[networks.prepare_frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]",
          "adapters are exported alone"),
         ("main", PREPARED.format(""),
          "    unet = lora.add_adapters(unet, args, seed, accelerator, lora.ADDED_KV_ATTENTION)\n",
@@ -226,7 +228,7 @@ def test_a_row_that_fits_no_longer_is_shown():
 
 def test_only_the_trained_network_is_renamed():
     """A prior trained and a prior that only validates are not the same: the decoder's keep their names."""
-    assert "prior = KandinskyV22PriorPipeline" in read("decoder")["build_drawing_pipeline"]
+    assert "prior = KandinskyV22PriorPipeline" in read("decoder")["build_validation_pipeline"]
     assert "prior" not in read("prior")["compute_loss"]
     assert "compute_loss(unet, batch, noise_scheduler, args)" in read("prior")["main"]
 
@@ -254,7 +256,7 @@ def test_the_flax_script_tells_the_same_story():
     """The functions are named and ordered alike; those of the data are equal."""
     here, there = read("sd_flax"), read("sd")
     assert [name for name in here if name in there] == [name for name in there if name in here]
-    assert set(there) - set(here) == {"freeze", "build_drawing_pipeline"}
+    assert set(there) - set(here) == {"freeze", "build_validation_pipeline"}
     assert set(here) - set(there) == {"make_train_step"}
     for name in ("read_picture", "read_caption", "make_sample"):
         assert here[name] == there[name]

@@ -79,14 +79,14 @@ def train(tokens):
     steps = {}
 
     def run(output_dir, script="sd_flax", *, anew=False, **changes):
-        def begin(trained, train_step, begin=train_state.Trained.begin):
+        def begin(trained, train_step, begin=train_state.TrainState.begin):
             begin(trained, train_step)
             trained.train_step = steps.setdefault(program, trained.train_step)
 
         program = repr(sorted(item for item in changes.items() if item[0] not in OUTSIDE))
         with pytest.MonkeyPatch.context() as patch:
             if script == "sd_flax" and not anew:
-                patch.setattr(train_state.Trained, "begin", begin)
+                patch.setattr(train_state.TrainState, "begin", begin)
             load_script(script).main(tokens(output_dir, **changes))
         return output_dir
 
@@ -106,14 +106,14 @@ def whole(train, tmp_path_factory):
 
 def after_steps(patch, look):
     """Let `look(trained)` be called after each update."""
-    step = train_state.Trained.step
+    step = train_state.TrainState.step
 
     def stepped(self, *inputs):
         result = step(self, *inputs)
         look(self)
         return result
 
-    patch.setattr(train_state.Trained, "step", stepped)
+    patch.setattr(train_state.TrainState, "step", stepped)
 
 
 def outcome(folder: Path, step: int = 6) -> dict:
@@ -292,13 +292,13 @@ def test_resumed_after_being_killed(train, whole, server, environment, tokens, t
 def test_resumed_with_nothing_left_to_do(train, whole, tmp_path, monkeypatch):
     """The default seed gives way to the checkpoint's. What is trained goes to the devices once, when all is read."""
     folder, before = shutil.copytree(whole, tmp_path / "out"), sum(array.nbytes for array in jax.live_arrays())
-    begin, held = train_state.Trained.begin, []
+    begin, held = train_state.TrainState.begin, []
 
     def begun(self, *args):
         held.append(sum(array.nbytes for array in jax.live_arrays()) - before)
         begin(self, *args)
 
-    monkeypatch.setattr(train_state.Trained, "begin", begun)
+    monkeypatch.setattr(train_state.TrainState, "begin", begun)
     train(folder, seed=None, resume_from_checkpoint="latest")
     assert outcome(folder) == outcome(whole)
     assert "seed: 3\n" in (folder / "run_config.yaml").read_text()
@@ -310,7 +310,7 @@ def test_resumed_with_nothing_left_to_do(train, whole, tmp_path, monkeypatch):
 
 def test_default_seed(tokens, tmp_path):
     args = load_script("sd_flax").parse_args(tokens(tmp_path / "out", seed=None))
-    assert lifecycle.settle_seed(args, {}) == 0
+    assert lifecycle.resolve_seed(args, {}) == 0
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def trained(tokens, tmp_path):
     _, mesh, _ = devices.start(args)
 
     def make(network, precision="no"):
-        return train_state.Trained(args, precision, network, mesh)
+        return train_state.TrainState(args, precision, network, mesh)
 
     return make
 
@@ -457,15 +457,19 @@ from conftest import load_script
 from t2i_training.report import hub
 from t2i_training.sd_flax import train_state
 
-def step(self, *inputs, step=train_state.Trained.step):
+def step(self, *inputs, step=train_state.TrainState.step):
     result = step(self, *inputs)
     if self.updates == 6 and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return result
 
-train_state.Trained.step = step
-finish = hub.finish
-hub.finish = lambda *args: (finish(*args), print("others may leave:", not jax.distributed.is_initialized()))
+train_state.TrainState.step = step
+finish = hub.publish_card_and_upload
+def finish_and_tell(*args):
+    finish(*args)
+    print("others may leave:", not jax.distributed.is_initialized())
+
+hub.publish_card_and_upload = finish_and_tell
 load_script("sd_flax").main(sys.argv[1:])
 """
 

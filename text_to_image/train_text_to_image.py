@@ -53,7 +53,7 @@ from t2i_training.model import ema, losses, networks, optim, spare_parts
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
 from t2i_training.run import checkpoint, lifecycle, output_folder
-from t2i_training.run.export import publish
+from t2i_training.run.export import export_atomically
 
 
 def load_models(args, accelerator):
@@ -81,7 +81,7 @@ def load_models(args, accelerator):
         networks.use_xformers(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return pipeline, networks.tune(unet.train(), args, accelerator), noise_scheduler
+    return pipeline, networks.prepare_trained(unet.train(), args, accelerator), noise_scheduler
 
 
 def read_picture(source, crop_draw, mirror, resolution, interpolation):
@@ -115,7 +115,7 @@ def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_t
 
 def freeze(args, pipeline, accelerator):
     """The networks that `encode` takes: VAE and text encoder."""
-    return [networks.frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+    return [networks.prepare_frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
 
 
 def encode_pictures(batch, vae):
@@ -166,7 +166,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     if args.cache_encodings:
         vae, text_encoder = frozen
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
-        readers = cache.cached(
+        readers = cache.precompute(
             args, accelerator, dataset, pictures, readers, encoders,
             crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
         )  # fmt: skip
@@ -180,7 +180,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     return loading.make_loader(dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates)
 
 
-def build_drawing_pipeline(args, pipeline, unet, vae, text_encoder):
+def build_validation_pipeline(args, pipeline, unet, vae, text_encoder):
     """The pipeline that validates, around what is in memory anyway. Nothing is loaded or copied."""
     modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     drawing = StableDiffusionPipeline(**pipeline.components | modules, requires_safety_checker=False)
@@ -188,7 +188,7 @@ def build_drawing_pipeline(args, pipeline, unet, vae, text_encoder):
     return drawing
 
 
-def draw_picture(index, pipeline, args, seed, accelerator):
+def generate_image(index, pipeline, args, seed, accelerator):
     """The validation picture of prompt `index`, the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
@@ -222,7 +222,7 @@ def main(argv=None):
     accelerator = lifecycle.start(args)
     stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    seed = lifecycle.settle_seed(args, position)
+    seed = lifecycle.resolve_seed(args, position)
 
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.STABLE_DIFFUSION)
@@ -236,11 +236,11 @@ def main(argv=None):
     unet = unet.to(accelerator.device)
     average = ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema) if args.use_ema else None
 
-    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet), accelerator)
     rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
-    parameters = optim.trainable(network)
+    parameters = optim.trainable_parameters(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, stop, optimizer, args.output_dir, args.checkpoints_total_limit,
@@ -249,13 +249,13 @@ def main(argv=None):
     checkpoints.restore(folder)
     output_folder.take_over(progress.config, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
-    progress.begin(network, objective, rate, average, args.tracker_project_name)
+    progress.open(network, objective, rate, average, args.tracker_project_name)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
-    drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    drawing = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
-        draw = partial(draw_picture, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
-        with networks.lend_device(drawing, accelerator), ema.averaged(average if progress.step else None, network):
+        draw = partial(generate_image, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
+        with networks.on_device(drawing, accelerator), ema.averaged(average if progress.step else None, network):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
@@ -272,14 +272,14 @@ def main(argv=None):
                         batch |= encode(batch, *frozen)
                     loss = compute_loss(unet, batch, noise_scheduler, args)
                     accelerator.backward(loss)
-                    progress.add(loss, batch)
+                    progress.add_micro_batch(loss, batch)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
             if average is not None:
                 ema.update(average, network)
-            progress.update(grad_norm, rate(progress.step))
+            progress.count_update(grad_norm, rate(progress.step))
             stop.agree(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stop.agreed:
                 progress.save(checkpoints)
@@ -290,13 +290,13 @@ def main(argv=None):
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):
-            exported = publish(args.output_dir, partial(export, pipeline, network, args), accelerator)
+            exported = export_atomically(args.output_dir, partial(export, pipeline, network, args), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     if progress.step >= progress.total:
-        hub.finish(args, accelerator, repo_id, exported, progress, CARD)
-    lifecycle.finish(stop, complete=progress.step >= progress.total)
+        hub.publish_card_and_upload(args, accelerator, repo_id, exported, progress, CARD)
+    lifecycle.release_and_exit(stop, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":

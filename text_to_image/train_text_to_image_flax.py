@@ -62,7 +62,7 @@ from t2i_training.model import losses, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
 from t2i_training.run import checkpoint, lifecycle, output_folder
-from t2i_training.run.export import publish
+from t2i_training.run.export import export_atomically
 from t2i_training.sd_flax import devices as flax_devices
 from t2i_training.sd_flax import networks as flax_networks
 from t2i_training.sd_flax import pipeline as flax_pipeline
@@ -161,7 +161,7 @@ def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelera
         vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline))
         encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         encoders = [partial(flax_devices.encode_on_host, encode=each) for each in encoders]
-        readers = cache.cached(
+        readers = cache.precompute(
             args, accelerator, dataset, pictures, readers, encoders, devices=mesh.shape["devices"],
             crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
         )  # fmt: skip
@@ -195,7 +195,7 @@ def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
     return train_step, frozen
 
 
-def draw_picture(index, pipeline, unet, vae, text_encoder, args, seed):
+def generate_image(index, pipeline, unet, vae, text_encoder, args, seed):
     """The validation picture of prompt `index`, the same noise at every validation: StableDiffusionPipeline's way."""
     generator = torch.Generator().manual_seed(seed + index)
     scheduler = copy.deepcopy(pipeline.scheduler)
@@ -203,14 +203,14 @@ def draw_picture(index, pipeline, unet, vae, text_encoder, args, seed):
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     prompts = ("", args.validation_prompts[index])
     input_ids = torch.stack([captions.tokenize(pipeline.tokenizer, prompt) for prompt in prompts])
-    text_states = flax_pipeline.read(text_encoder, input_ids.numpy())
+    text_states = flax_pipeline.encode_text(text_encoder, input_ids.numpy())
     noise = torch.randn((1, *pipeline.latent_shape(args.resolution)), generator=generator)
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         noisy_latents = scheduler.scale_model_input(latents, timestep).numpy()
-        prediction = flax_pipeline.guided(unet, noisy_latents, timestep.numpy(), text_states, 7.5)
+        prediction = flax_pipeline.predict_guided(unet, noisy_latents, timestep.numpy(), text_states, 7.5)
         latents = scheduler.step(flax_devices.to_torch(prediction), timestep, latents, **options).prev_sample
-    pixels = np.asarray(flax_pipeline.paint(vae, latents.numpy()))
+    pixels = np.asarray(flax_pipeline.decode_latents(vae, latents.numpy()))
     return Image.fromarray((255 * pixels).round().astype(np.uint8))
 
 
@@ -237,7 +237,7 @@ def main(argv=None):
     accelerator, mesh, precision = flax_devices.start(args)
     stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    seed = lifecycle.settle_seed(args, position)
+    seed = lifecycle.resolve_seed(args, position)
 
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.STABLE_DIFFUSION_IN_JAX)
@@ -249,7 +249,7 @@ def main(argv=None):
     loader = make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh)
 
     rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
-    trained = train_state.Trained(args, precision, pipeline.unet, mesh)
+    trained = train_state.TrainState(args, precision, pipeline.unet, mesh)
     pipeline.unet = None  # it lives on in `trained`
     checkpoints = checkpoint.CheckpointManager(
         accelerator, stop, None, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
@@ -258,14 +258,14 @@ def main(argv=None):
     train_step, frozen = make_train_step(args, pipeline, trained, noise_scheduler, mesh)
     trained.begin(train_step)
     output_folder.take_over(progress.config, accelerator, progress.step)
-    gauge = flax_devices.Gauge(args, precision, mesh, trained.sample_flops)
-    progress.begin(None, None, rate, project=args.tracker_project_name, gauge=gauge, size=trained.nbytes())
+    stats = flax_devices.DeviceStats(args, precision, mesh, trained.sample_flops)
+    progress.open(None, None, rate, project=args.tracker_project_name, stats=stats, size=trained.nbytes())
     stream = progress.timed(loading.batches(loader, accelerator, stop))
 
     def validate():
         vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline), jax.local_devices()[0])
         parts = {"unet": trained.export(flax_devices.local), "vae": vae, "text_encoder": text_encoder}
-        draw = partial(draw_picture, pipeline=pipeline, **parts, args=args, seed=seed)
+        draw = partial(generate_image, pipeline=pipeline, **parts, args=args, seed=seed)
         validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
@@ -275,8 +275,8 @@ def main(argv=None):
         while progress.step < progress.total and not stop.agreed:
             micro_batches = [next(stream) for _ in range(args.gradient_accumulation_steps)]
             loss, grad_norm = trained.step(flax_devices.place_batch(micro_batches, mesh), frozen, rate(progress.step))
-            progress.add(loss, {"index": torch.cat([batch["index"] for batch in micro_batches])})
-            progress.update(grad_norm, rate(progress.step))
+            progress.add_micro_batch(loss, {"index": torch.cat([batch["index"] for batch in micro_batches])})
+            progress.count_update(grad_norm, rate(progress.step))
             stop.agree(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stop.agreed:
                 progress.save(checkpoints, versions=train_state.VERSIONS)
@@ -286,14 +286,14 @@ def main(argv=None):
                     progress.save(checkpoints, versions=train_state.VERSIONS)
 
     if progress.step >= progress.total:
-        exported = publish(args.output_dir, partial(export, pipeline, trained, args), accelerator)
+        exported = export_atomically(args.output_dir, partial(export, pipeline, trained, args), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     flax_devices.leave_hosts()
     if progress.step >= progress.total:
-        hub.finish(args, accelerator, repo_id, exported, progress, CARD)
-    lifecycle.finish(stop, complete=progress.step >= progress.total)
+        hub.publish_card_and_upload(args, accelerator, repo_id, exported, progress, CARD)
+    lifecycle.release_and_exit(stop, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":

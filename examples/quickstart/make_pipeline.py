@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from t2i_training import files
 from t2i_training.run import clip_names
-from t2i_training.run.export import forget_local_paths
+from t2i_training.run.export import strip_local_paths
 
 HERE = Path(__file__).resolve().parent
 TRAINING_SCRIPT = HERE.parents[1] / "text_to_image" / "train_text_to_image.py"
@@ -224,9 +224,9 @@ def export(args):
     config_file = args.output_dir / "text_encoder" / "config.json"
     config = json.loads(config_file.read_text()) | {"dtype": "float32"}
     config_file.write_text(json.dumps(config, indent=2) + "\n")
-    forget_local_paths(args.output_dir)
+    strip_local_paths(args.output_dir)
     clip_names.keep_old_names(args.output_dir)
-    files.make_readable(args.output_dir)
+    files.apply_umask(args.output_dir)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ from t2i_training.model import lora, losses, networks, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
 from t2i_training.run import checkpoint, lifecycle, output_folder
-from t2i_training.run.export import publish
+from t2i_training.run.export import export_atomically
 
 
 def load_models(args, accelerator):
@@ -75,7 +75,7 @@ def load_models(args, accelerator):
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return pipeline, networks.tune(unet.train(), args, accelerator), noise_scheduler
+    return pipeline, networks.prepare_trained(unet.train(), args, accelerator), noise_scheduler
 
 
 def read_picture(source, crop_draw, mirror, resolution, clip_size):
@@ -108,7 +108,7 @@ def freeze(args, pipeline, accelerator):
             **model_kind.source(args, "pretrained_prior_model_name_or_path", "image_encoder"),
         )  # fmt: skip
         networks.to_whole(image_encoder, "image_encoder", image_encoder.dtype)
-    return [networks.frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]
+    return [networks.prepare_frozen(module, accelerator, exported=False) for module in (pipeline.movq, image_encoder)]
 
 
 def encode_pictures(batch, movq, image_encoder):
@@ -154,7 +154,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     readers = [partial(read_picture, resolution=args.resolution, clip_size=image_encoder.config.image_size)]
     if args.cache_encodings:
         encoders = [partial(encode_pictures, movq=movq, image_encoder=image_encoder)]
-        readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders)
+        readers = cache.precompute(args, accelerator, dataset, pictures, readers, encoders)
     side = args.resolution // pipeline.movq_scale_factor
     sample = partial(
         make_sample, args=args, read_picture=readers[0], empty_embeds=empty_embeds,
@@ -165,7 +165,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     return loading.make_loader(dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates)
 
 
-def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
+def build_validation_pipeline(args, pipeline, unet, movq, image_encoder):
     """The pipeline that validates: what is in memory, and the rest of the base prior, loaded for this alone."""
     with readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         prior = KandinskyV22PriorPipeline.from_pretrained(
@@ -181,7 +181,7 @@ def build_drawing_pipeline(args, pipeline, unet, movq, image_encoder):
     return drawing
 
 
-def draw_picture(index, pipeline, args, seed, accelerator):
+def generate_image(index, pipeline, args, seed, accelerator):
     """The validation picture of prompt `index`, the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
@@ -211,7 +211,7 @@ def main(argv=None):
     accelerator = lifecycle.start(args)
     stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    seed = lifecycle.settle_seed(args, position)
+    seed = lifecycle.resolve_seed(args, position)
 
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.DECODER)
@@ -224,11 +224,11 @@ def main(argv=None):
     loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = lora.add_adapters(unet, args, seed, accelerator, lora.ADDED_KV_ATTENTION)
 
-    optimizer = optim.make_optimizer(args, optim.trainable(unet), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet), accelerator)
     rate = optim.make_rate(args, progress.total)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
-    parameters = optim.trainable(network)
+    parameters = optim.trainable_parameters(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, stop, optimizer, args.output_dir, args.checkpoints_total_limit,
@@ -237,13 +237,13 @@ def main(argv=None):
     checkpoints.restore(folder)
     output_folder.take_over(progress.config, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
-    progress.begin(network, objective, rate)
+    progress.open(network, objective, rate)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
-    drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    drawing = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
-        draw = partial(draw_picture, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
-        with networks.lend_device(drawing, accelerator):
+        draw = partial(generate_image, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
+        with networks.on_device(drawing, accelerator):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
@@ -260,12 +260,12 @@ def main(argv=None):
                         batch |= encode(batch, *frozen)
                     loss = compute_loss(unet, batch, noise_scheduler, args)
                     accelerator.backward(loss)
-                    progress.add(loss, batch)
+                    progress.add_micro_batch(loss, batch)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            progress.update(grad_norm, rate(progress.step))
+            progress.count_update(grad_norm, rate(progress.step))
             stop.agree(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stop.agreed:
                 progress.save(checkpoints)
@@ -275,13 +275,13 @@ def main(argv=None):
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
-        exported = publish(args.output_dir, partial(lora.save_networks, network), accelerator)
+        exported = export_atomically(args.output_dir, partial(lora.save_networks, network), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     if progress.step >= progress.total:
-        hub.finish(args, accelerator, repo_id, exported, progress, CARD)
-    lifecycle.finish(stop, complete=progress.step >= progress.total)
+        hub.publish_card_and_upload(args, accelerator, repo_id, exported, progress, CARD)
+    lifecycle.release_and_exit(stop, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":

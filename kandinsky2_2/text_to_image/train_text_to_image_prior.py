@@ -56,7 +56,7 @@ from t2i_training.model import ema, losses, networks, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
 from t2i_training.run import checkpoint, lifecycle, output_folder
-from t2i_training.run.export import publish
+from t2i_training.run.export import export_atomically
 
 
 def load_models(args, accelerator):
@@ -72,8 +72,8 @@ def load_models(args, accelerator):
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
-        networks.checkpoint_blocks(prior.transformer_blocks)
-    return pipeline, networks.tune(prior.train(), args, accelerator), noise_scheduler
+        networks.enable_gradient_checkpointing(prior.transformer_blocks)
+    return pipeline, networks.prepare_trained(prior.train(), args, accelerator), noise_scheduler
 
 
 def read_picture(source, crop_draw, mirror, clip_size):
@@ -101,7 +101,7 @@ def make_sample(row, draw, args, read_picture, read_caption, embedding_size, num
 def freeze(args, pipeline, accelerator):
     """What `encode` takes besides the batch: both CLIP encoders and the statistics that normalise embeddings."""
     modules = (pipeline.image_encoder, pipeline.text_encoder)
-    encoders = [networks.frozen(module, accelerator) for module in modules]
+    encoders = [networks.prepare_frozen(module, accelerator) for module in modules]
     statistics = [
         s.detach().float().to(accelerator.device) for s in (pipeline.prior.clip_mean, pipeline.prior.clip_std)
     ]
@@ -150,7 +150,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
             partial(encode_pictures, image_encoder=image_encoder, clip_mean=clip_mean, clip_std=clip_std),
             partial(encode_captions, text_encoder=text_encoder),
         ]
-        readers = cache.cached(args, accelerator, dataset, pictures, readers, encoders)
+        readers = cache.precompute(args, accelerator, dataset, pictures, readers, encoders)
     sample = partial(
         make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
         embedding_size=pipeline.prior.config.embedding_dim, num_timesteps=noise_scheduler.config.num_train_timesteps,
@@ -159,7 +159,7 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
     return loading.make_loader(dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates)
 
 
-def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
+def build_validation_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
     """The pipeline that validates: what is in memory, and the base decoder, which is loaded for this alone."""
     with readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         decoder = KandinskyV22Pipeline.from_pretrained(
@@ -176,7 +176,7 @@ def build_drawing_pipeline(args, pipeline, prior, image_encoder, text_encoder, *
     return drawing
 
 
-def draw_picture(index, pipeline, args, seed, accelerator):
+def generate_image(index, pipeline, args, seed, accelerator):
     """The validation picture of prompt `index`, the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
@@ -214,7 +214,7 @@ def main(argv=None):
     accelerator = lifecycle.start(args)
     stop = stopping.StopRequest()
     folder, position = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator)
-    seed = lifecycle.settle_seed(args, position)
+    seed = lifecycle.resolve_seed(args, position)
 
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.PRIOR)
@@ -228,11 +228,11 @@ def main(argv=None):
     prior = prior.to(accelerator.device)
     average = ema.make_ema(prior) if args.use_ema else None
 
-    optimizer = optim.make_optimizer(args, optim.trainable(prior), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable_parameters(prior), accelerator)
     rate = optim.make_rate(args, progress.total)
     prior, optimizer = distributed.prepare(accelerator, prior, optimizer)
     network = networks.unwrap(prior, accelerator)
-    parameters = optim.trainable(network)
+    parameters = optim.trainable_parameters(network)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, stop, optimizer, args.output_dir, args.checkpoints_total_limit,
@@ -241,13 +241,13 @@ def main(argv=None):
     checkpoints.restore(folder)
     output_folder.take_over(progress.config, accelerator, progress.step)
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
-    progress.begin(network, objective, rate, average, args.tracker_project_name)
+    progress.open(network, objective, rate, average, args.tracker_project_name)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
-    drawing = build_drawing_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    drawing = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
-        draw = partial(draw_picture, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
-        with networks.lend_device(drawing, accelerator), ema.averaged(average if progress.step else None, network):
+        draw = partial(generate_image, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
+        with networks.on_device(drawing, accelerator), ema.averaged(average if progress.step else None, network):
             validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
@@ -264,14 +264,14 @@ def main(argv=None):
                         batch |= encode(batch, *frozen)
                     loss = compute_loss(prior, batch, noise_scheduler, args)
                     accelerator.backward(loss)
-                    progress.add(loss, batch)
+                    progress.add_micro_batch(loss, batch)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
             if average is not None:
                 ema.update(average, network)
-            progress.update(grad_norm, rate(progress.step))
+            progress.count_update(grad_norm, rate(progress.step))
             stop.agree(accelerator)
             if progress.step % args.checkpointing_steps == 0 or stop.agreed:
                 progress.save(checkpoints)
@@ -282,13 +282,13 @@ def main(argv=None):
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):
-            exported = publish(args.output_dir, partial(export, pipeline, network), accelerator)
+            exported = export_atomically(args.output_dir, partial(export, pipeline, network), accelerator)
         if args.validation_prompts:
             validate()  # after the export: whatever fails from here on, the weights are safe
     progress.close()
     if progress.step >= progress.total:
-        hub.finish(args, accelerator, repo_id, exported, progress, CARD)
-    lifecycle.finish(stop, complete=progress.step >= progress.total)
+        hub.publish_card_and_upload(args, accelerator, repo_id, exported, progress, CARD)
+    lifecycle.release_and_exit(stop, complete=progress.step >= progress.total)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from .errors import RunError
 _group = None  # torch keeps groups for the process, and the accelerator, which all calls here get, has no place for one
 
 
-def connect() -> None:
+def init_cpu_group() -> None:
     """Call once on every process, where there are several."""
     global _group
     _group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
@@ -53,14 +53,14 @@ def _together():
         raise SystemExit(1) from None
 
 
-def wait(accelerator) -> None:
+def barrier(accelerator) -> None:
     """Wait for all processes."""
     if accelerator.num_processes > 1:
         with _together():
             torch.distributed.barrier(group=_group)
 
 
-def largest(accelerator, number: int) -> int:
+def all_reduce_max(accelerator, number: int) -> int:
     """The largest of the processes' numbers, on all of them."""
     if accelerator.num_processes == 1:
         return number
@@ -72,7 +72,7 @@ def largest(accelerator, number: int) -> int:
 
 def prepare(accelerator, network, optimizer):
     """accelerate's `prepare`, when all processes have come here: DDP's first collective, on the device, has a limit."""
-    wait(accelerator)
+    barrier(accelerator)
     return accelerator.prepare(network, optimizer)
 
 
@@ -80,7 +80,7 @@ def prepare(accelerator, network, optimizer):
 def main_first(accelerator):
     """The main process goes through this block before the others do."""
     if not accelerator.is_main_process:
-        wait(accelerator)
+        barrier(accelerator)
     yield
     if accelerator.is_main_process:
-        wait(accelerator)
+        barrier(accelerator)

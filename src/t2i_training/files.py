@@ -59,7 +59,7 @@ def free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def set_aside(folder: Path) -> Path:
+def move_aside(folder: Path) -> Path:
     """Keep what stands there under another name, which is returned."""
     return folder.rename(free_name(folder))
 
@@ -78,7 +78,7 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def make_readable(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Give files (one, or all in a folder) the modes that the umask asks for: safetensors' are for the owner alone."""
     umask = os.umask(0)
     os.umask(umask)
@@ -106,7 +106,7 @@ def cannot_be_saved(what: str, partial: Path, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def whole(path: Path):
+def atomic_write(path: Path):
     """Yields a temporary path that takes the place of `path`: a crash leaves the earlier file or the whole new one."""
     temporary = path.with_name(f".{path.name.removeprefix('.')}.partial")
     with saving(path.name, temporary):
@@ -117,5 +117,5 @@ def whole(path: Path):
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a crash leaves the earlier one or the whole new one."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -89,7 +89,7 @@ class StopRequest:
         """After each update, on all processes: the number to stop with, if any of them has been asked to; else 0."""
         from . import distributed  # and with it torch
 
-        self.agreed = distributed.largest(accelerator, FAILED if self.failure else self._number)
+        self.agreed = distributed.all_reduce_max(accelerator, FAILED if self.failure else self._number)
         return self.agreed
 
     def restore_signals(self) -> None:

@@ -59,11 +59,11 @@ class Board:
         from t2i_training.run import checkpoint
 
         self.wrap(inspection, "inspect", "inspection", "loading")
-        self.wrap(cache, "cached", "caching")
+        self.wrap(cache, "precompute", "caching")
         self.wrap(checkpoint.CheckpointManager, "restore", "restoring")
-        self.wrap(Progress, "begin", "loading", "step")
+        self.wrap(Progress, "open", "loading", "step")
         self.wrap(checkpoint.CheckpointManager, "save", "checkpoint")
         self.wrap(checkpoint.CheckpointManager, "_put_in_place", "checkpoint")  # in a thread, while steps are taken
         self.wrap(checkpoint.CheckpointManager, "_rotate", "rotation")
         self.wrap(validation, "validate", "validation")
-        self.wrap(script, "publish", "export", "end")
+        self.wrap(script, "export_atomically", "export", "end")

@@ -57,7 +57,7 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None, small
         check_caption_column(dataset, caption_column)
     began, memo = time.perf_counter(), Path(args.output_dir) / MEMO
     share = _inspect_share(args, accelerator, dataset, caption_column, _read_memo(memo))
-    distributed.wait(accelerator)
+    distributed.barrier(accelerator)
     found = gather_object(share)
     pictures = [picture for _, picture, _ in found]
     bad = {row: reason for row, (_, _, reason) in enumerate(found) if reason}

@@ -20,10 +20,10 @@ from . import draws
 from .dataset import ROW, BadSample, naming_the_sample
 from .workers import loader_workers
 
-MOST_HELD = 64  # batches held back, in case an update takes more
+MAX_LOOKAHEAD = 64  # batches held back, in case an update takes more
 
 
-class Samples(torch.utils.data.Dataset):
+class TrainingDataset(torch.utils.data.Dataset):
     """What loader workers run: (epoch, index) -> one training sample, with everything random about it drawn here.
 
     `make_sample(row, draw)` is the script's; `draw(name)` gives the generator of a named draw for this very visit.
@@ -42,7 +42,7 @@ class Samples(torch.utils.data.Dataset):
         return sample | {"index": torch.tensor(index)}
 
 
-class VisitStream(torch.utils.data.Sampler):
+class StreamSampler(torch.utils.data.Sampler):
     """Batches of (epoch, index) for one process, `count` or endlessly, from any position of the stream of samples."""
 
     def __init__(self, size: int, seed: int, batch_size: int, rank: int, world_size: int, start: int, count=None):
@@ -66,12 +66,12 @@ def make_loader(
     The run's `seed` orders the stream. A batch is for the process's `devices` together.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    samples = Samples(dataset, make_sample, args.image_column, seed)
+    samples = TrainingDataset(dataset, make_sample, args.image_column, seed)
     if args.cache_encodings:  # the pictures, which the data set itself may hold, are read no more
         others = [name for name in dataset.column_names if name != args.image_column]
         samples.rows = dataset.select_columns(others) if others else [{}] * len(dataset)
     count = None if updates is None else updates * args.gradient_accumulation_steps
-    visits = VisitStream(len(dataset), seed, devices * args.train_batch_size, rank, world_size, start, count)
+    visits = StreamSampler(len(dataset), seed, devices * args.train_batch_size, rank, world_size, start, count)
     return loader(samples, args, accelerator, visits.batch_size, batch_sampler=visits)
 
 
@@ -103,7 +103,9 @@ def _end_workers(iterator) -> None:
 def batches(loader, accelerator, stop) -> Iterator[dict]:
     """The loop's batches, on the device. After a bad sample `stop` ends the run once the update under way is saved."""
     accumulation = accelerator.gradient_accumulation_steps
-    return on_device(loader, accelerator, functools.partial(_an_update_ahead, accumulation=accumulation, stop=stop))
+    return on_device(
+        loader, accelerator, functools.partial(_look_ahead_one_update, accumulation=accumulation, stop=stop)
+    )
 
 
 def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter) -> Iterator[dict]:
@@ -123,13 +125,13 @@ def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter)
         end_workers()
 
 
-def _an_update_ahead(iterator, accumulation: int, stop) -> Iterator[dict]:
+def _look_ahead_one_update(iterator, accumulation: int, stop) -> Iterator[dict]:
     """The batches, an update's worth of them being held back: enough to finish an update if a later sample is bad."""
     held, given = collections.deque(), 0
     try:
         for batch in iterator:
             held.append(batch)
-            if len(held) > min(accumulation, MOST_HELD):
+            if len(held) > min(accumulation, MAX_LOOKAHEAD):
                 yield held.popleft()
                 given += 1
     except BadSample as error:

@@ -28,7 +28,7 @@ BATCH = 8  # encoded at once, or as many as a micro-batch of training has, but 4
 SHARD = 512  # encodings in a file; at most so many are computed again after a crash
 
 
-def cached(
+def precompute(
     args,
     accelerator,
     dataset,
@@ -114,7 +114,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
             store.remove_stale(3600 if args.encodings_dir else 0)  # the output folder is this run's alone
             store.verify(wanted)
         plan = store.folder.name, store.missing(wanted)
-    distributed.wait(accelerator)  # the hashing of terabytes takes long
+    distributed.barrier(accelerator)  # the hashing of terabytes takes long
     name, missing = broadcast_object_list([plan])[0]
     logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
     with readable():
@@ -123,13 +123,13 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
         items = list(wanted.items())
         mine = [items[i] for i in missing[accelerator.process_index :: accelerator.num_processes]]
         _encode(args, accelerator, store, kind, mine, read, functions[1], devices)
-        distributed.wait(accelerator)
+        distributed.barrier(accelerator)
         with readable():
-            _see_all(store, wanted)
+            _wait_for_files(store, wanted)
     return store
 
 
-def _see_all(store: Store, wanted: dict) -> None:
+def _wait_for_files(store: Store, wanted: dict) -> None:
     """Network file systems show another machine's files up to a minute late."""
     for _ in range(90):
         store.scan()
@@ -139,7 +139,7 @@ def _see_all(store: Store, wanted: dict) -> None:
     raise OSError("not all processes see the same files in it")
 
 
-class _Reading(torch.utils.data.Dataset):
+class _EncodingInputs(torch.utils.data.Dataset):
     """What loader workers run while encodings are made."""
 
     def __init__(self, items: list[tuple], read: Callable):
@@ -175,7 +175,7 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
             store.add(keys, {name: torch.cat([tensors[name] for _, tensors in parts]) for name in parts[0][1]})
         parts.clear()
 
-    loader = loading.loader(_Reading(items, read), args, accelerator, size, batch_size=size)
+    loader = loading.loader(_EncodingInputs(items, read), args, accelerator, size, batch_size=size)
     bar = Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
     with bar, torch.no_grad():
         try:

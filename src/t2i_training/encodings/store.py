@@ -96,7 +96,7 @@ class Store:
         with readable_errors("--encodings_dir", str(self.folder)):
             try:
                 safetensors.torch.save_file(tensors, temporary)
-                files.make_readable(temporary)
+                files.apply_umask(temporary)
                 files.sync(temporary)
                 temporary.rename(self.folder / f"{_hash(temporary)}.safetensors")
             finally:

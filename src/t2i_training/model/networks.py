@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import RunError, Unfit
 from ..log import logger
 from ..sources import weight_files
-from .optim import trainable
+from .optim import trainable_parameters
 
 # What is compiled on its own under `--torch_compile=regional`: where nearly all of a UNet's or prior's arithmetic is.
 # diffusers' own choice, BasicTransformerBlock, leaves out the ResNets, and of Kandinsky's decoder everything.
@@ -66,7 +66,7 @@ def to_whole(network: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.n
     return network
 
 
-def tune(network, args, accelerator):
+def prepare_trained(network, args, accelerator):
     """The network to train, laid out for the device, and compiled if that is asked for.
 
     In place, by `Module.compile`: no wrapper gets into checkpoints and exports.
@@ -78,7 +78,7 @@ def tune(network, args, accelerator):
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         for module in [network] if args.torch_compile == "whole" else _regions(network):
             module.compile(dynamic=False)  # every batch is full: shapes that vary would cost speed for nothing
-        _part_gradients(network)
+        _unshare_gradients(network)
     return channels_last(network, accelerator.device)
 
 
@@ -89,7 +89,7 @@ def _regions(module) -> list[torch.nn.Module]:
     return [region for child in module.children() for region in _regions(child)]
 
 
-def _part_gradients(network) -> None:
+def _unshare_gradients(network) -> None:
     """See to it that no two gradients share memory, where clipping, which works in place, would scale them twice.
 
     Inductor returns one as a view of another when the sum over the batch that would part them is of a single sample:
@@ -106,7 +106,7 @@ def _part_gradients(network) -> None:
             else:
                 owners[address] = parameter
 
-    for parameter in trainable(network):
+    for parameter in trainable_parameters(network):
         parameter.register_post_accumulate_grad_hook(part)
 
 
@@ -119,7 +119,7 @@ def use_xformers(network) -> None:
         raise RunError(f"--enable_xformers_memory_efficient_attention: {reason}; leave it out") from error
 
 
-def eager():
+def uncompiled():
     """A context in which compiled networks run as they are written: for shapes that training does not have."""
     return torch.compiler.set_stance("force_eager")
 
@@ -144,7 +144,7 @@ def inference_dtype(accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def frozen(module: torch.nn.Module, accelerator, exported: bool = True) -> torch.nn.Module:
+def prepare_frozen(module: torch.nn.Module, accelerator, exported: bool = True) -> torch.nn.Module:
     """`module` for inference: without gradients, on the device, in the mixed precision's type.
 
     In half precision it is a copy where the original is `exported`, by the main process, to be written unrounded.
@@ -157,7 +157,7 @@ def frozen(module: torch.nn.Module, accelerator, exported: bool = True) -> torch
 
 
 @contextlib.contextmanager
-def lend_device(pipeline, accelerator):
+def on_device(pipeline, accelerator):
     """Lend the device to those networks of a pipeline that are kept on the CPU; nothing of the drawing stays on it."""
     networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     # By type: a single process's device is "cuda", and that of what lies on it "cuda:0".
@@ -177,7 +177,7 @@ def lend_device(pipeline, accelerator):
             torch.cuda.empty_cache()  # drawing leaves blocks of sizes that training has no use for
 
 
-def checkpoint_blocks(blocks) -> None:
+def enable_gradient_checkpointing(blocks) -> None:
     """Gradient checkpointing for a network that diffusers gives none: each block recomputes its activations."""
     for block in blocks:
         block.forward_once, block.forward = block.forward, types.MethodType(_recompute, block)

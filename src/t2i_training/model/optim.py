@@ -8,7 +8,7 @@ from ..errors import RunError
 from ..log import logger
 
 
-def trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+def trainable_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The parameters to train. A list, and to be taken again after `prepare`, which may have replaced them."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 

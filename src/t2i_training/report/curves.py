@@ -7,13 +7,13 @@ from .. import files
 from ..run.output_folder import read_metrics
 
 
-def draw_curves(output_dir) -> Path | None:
+def plot_curves(output_dir) -> Path | None:
     """training_curves.png: loss (raw and smoothed), learning rate and gradient norm over the steps."""
     rows = read_metrics(output_dir)
     if not rows:
         return None
     figure, path = _figure(rows), Path(output_dir) / "training_curves.png"
-    with files.whole(path) as file:
+    with files.atomic_write(path) as file:
         figure.savefig(file, dpi=100, format="png")
     return path
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..model.networks import eager
+from ..model.networks import uncompiled
 
 # Dense TFLOP/s of matrix products with fp32 accumulation, in the order of PRECISIONS; makers' figures "with sparsity"
 # are halved. 0: not in hardware. TF32's column repeats fp32's where there is none, for there the flag does nothing.
@@ -61,7 +61,8 @@ def count(objective, network, batch: dict[str, torch.Tensor]) -> int:
     """
     objective = copy.deepcopy(objective)  # a scheduler may move, and keep, a tensor of its own
     counter = FlopCounterMode(display=False)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, eager(), _no_recomputation(), _plain_attention(), counter:
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes as fake, uncompiled(), _no_recomputation(), _plain_attention(), counter:
         tensors = itertools.chain(network.named_parameters(), network.named_buffers())
         weights = {name: fake.from_tensor(tensor) for name, tensor in tensors}
         samples = {name: fake.from_tensor(tensor) for name, tensor in batch.items()}

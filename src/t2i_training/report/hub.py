@@ -38,7 +38,7 @@ def _failure(args, error: Exception, consequence: str = "") -> RunError:
     return RunError(f"--push_to_hub: {type(error).__name__}: {reason}{consequence}")
 
 
-def finish(args, accelerator, repo_id: str | None, exported: list[str], progress, card: dict) -> None:
+def publish_card_and_upload(args, accelerator, repo_id: str | None, exported: list[str], progress, card: dict) -> None:
     """After the export: write the card and, if asked for, upload. Main process only.
 
     `card` goes to `write_card`; its "base_model" and "prior" name the flags that hold them. Call it after

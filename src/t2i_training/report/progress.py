@@ -82,7 +82,7 @@ class Progress:
         The losses are read first, so that nothing non-finite is ever saved.
         """
         if self._saved_step != self.step:
-            self.read()
+            self.fetch_losses()
             checkpoints.save(self.position() | more)
             self._saved_step = self.step
             self.restart_clock()
@@ -93,19 +93,19 @@ class Progress:
         completed = self.samples_seen // period > (self.samples_seen - self.effective_batch) // period
         return bool(self.args.validation_prompts) and completed and self.step < self.total
 
-    def begin(
+    def open(
         self,
         network,
         objective: Callable | None,
         rate: Callable[[int], float],
         average=None,
         project: str = PROJECT,
-        gauge=None,
+        stats=None,
         size: int | None = None,
     ) -> None:
         """Open the trackers: the run is ready to take steps on `objective(network, batch)`, at `rate(step)`.
 
-        With a `gauge` of other devices than PyTorch's, and a checkpoint's `size` in bytes, network and objective may be
+        With a `stats` of other devices than PyTorch's, and a checkpoint's `size` in bytes, network and objective may be
         None. `average` is that of the weights, if there is one; `project` is the run's project in the trackers.
         """
         main = self.accelerator.is_main_process
@@ -127,8 +127,8 @@ class Progress:
         if main:
             size = checkpoint.size_of(self.args, network, average) if size is None else size
             checkpoint.announce_space(self.args, size, self.step, self.total)
-        gauge = gauge or throughput.Gauge(network, objective, self.args, self.accelerator)
-        self._speed = throughput.Speedometer(gauge, self.accelerator)
+        stats = stats or throughput.DeviceStats(network, objective, self.args, self.accelerator)
+        self._speed = throughput.Throughput(stats, self.accelerator)
         self.restart_clock()
 
     def timed(self, batches: Iterator[dict]) -> Iterator[dict]:
@@ -170,7 +170,7 @@ class Progress:
         """Leave out what just happened (a checkpoint, validation) from the readouts of speed."""
         self._speed.restart(self.samples_seen)
 
-    def add(self, loss, batch: dict[str, torch.Tensor]) -> None:
+    def add_micro_batch(self, loss, batch: dict[str, torch.Tensor]) -> None:
         """Take one micro-batch and its loss, a scalar on the device, PyTorch's or JAX's. Waits for nothing."""
         self._losses.append(_detached(loss))
         self._indices.append(batch["index"])
@@ -178,7 +178,7 @@ class Progress:
         self._names = _float_names(batch)
         self._speed.count(batch)
 
-    def update(self, grad_norm, learning_rate: float) -> None:
+    def count_update(self, grad_norm, learning_rate: float) -> None:
         """Count one weight update; at the end of a logging interval read the device and report."""
         self.step += 1
         self.samples_seen += self.effective_batch
@@ -189,7 +189,7 @@ class Progress:
             self._report()
         self._bar.update()
 
-    def read(self) -> None:
+    def fetch_losses(self) -> None:
         """Read the losses since the last time and stop on a non-finite one. All processes call it."""
         if not self._grad_norms:
             return
@@ -203,7 +203,7 @@ class Progress:
 
     def _report(self) -> None:
         """Read the losses, and write down those of the logging interval that ends here."""
-        self.read()
+        self.fetch_losses()
         losses, grad_norms = zip(*self._unreported, strict=True)
         row = {
             "step": self.step,
@@ -250,7 +250,7 @@ class Progress:
         step = self.step - updates + i + 1
         if not self.accelerator.is_main_process:
             # Until the end of the main one, which says it: a launcher kills the others.
-            distributed.wait(self.accelerator)
+            distributed.barrier(self.accelerator)
             raise SystemExit(1)
         text = f"{what} at step {step}, nothing saved since; "
         bad = {}  # names of samples by that of the tensor
@@ -268,9 +268,9 @@ class Progress:
 
     def close(self) -> None:
         """End trackers and process group; draw the curves."""
-        distributed.wait(self.accelerator)
+        distributed.barrier(self.accelerator)
         if self.accelerator.is_main_process:
-            curves.draw_curves(self._file.parent)
+            curves.plot_curves(self._file.parent)
         self.accelerator.end_training()
 
 

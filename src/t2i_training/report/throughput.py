@@ -10,7 +10,7 @@ from ..log import logger
 from . import flops
 
 
-class Gauge:
+class DeviceStats:
     """What a row has to know of PyTorch's devices, and of `objective(network, batch)`, which is optimised on them."""
 
     def __init__(self, network, objective: Callable, args, accelerator):
@@ -34,18 +34,18 @@ class Gauge:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
 
-class Speedometer:
+class Throughput:
     """Speed since the last row, pauses left out, and memory. FLOPs are counted at the first micro-batch."""
 
-    def __init__(self, gauge, accelerator):
-        self.gauge, self._uncounted, self._flops = gauge, accelerator.is_main_process, None
+    def __init__(self, stats, accelerator):
+        self.stats, self._uncounted, self._flops = stats, accelerator.is_main_process, None
         self._settled = None  # (time, samples seen) at the end of the first update
         self._recent = deque(maxlen=10)  # (seconds, samples) of the last rows, without the first update
         self._waited = 0.0  # seconds, for data, since the restart
 
     def restart(self, samples_seen: int) -> None:
         """Leave out the time since the last row, and the memory that was used in it."""
-        self.gauge.restart()
+        self.stats.restart()
         self._start, self._start_samples, self._waited = time.perf_counter(), samples_seen, 0.0
 
     def timed(self, batches: Iterator) -> Iterator:
@@ -66,7 +66,7 @@ class Speedometer:
             return
         self._uncounted, start = False, time.perf_counter()
         try:
-            self._flops = self.gauge.flops(batch)
+            self._flops = self.stats.flops(batch)
         except Exception as error:  # an attention kernel that cannot be run on fakes, say
             logger.warning(f"FLOPs are not counted: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         self._start += time.perf_counter() - start
@@ -93,14 +93,14 @@ class Speedometer:
             "seconds_per_step": round(seconds / samples * effective_batch, 6),
             "data_wait": round(self._waited / seconds, 4),
         }
-        peak_memory = self.gauge.peak_memory()
+        peak_memory = self.stats.peak_memory()
         if peak_memory is not None:
             row["peak_memory_gib"] = round(peak_memory / 2**30, 3)
         if self._flops:
-            tflops = self._flops * samples / seconds / self.gauge.devices / 1e12
+            tflops = self._flops * samples / seconds / self.stats.devices / 1e12
             row["tflops_per_second"] = float(f"{tflops:.4g}")
-            if self.gauge.peak:
-                row["mfu"] = round(tflops / self.gauge.peak, 4)
+            if self.stats.peak:
+                row["mfu"] = round(tflops / self.stats.peak, 4)
         return row
 
 

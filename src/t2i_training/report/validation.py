@@ -12,22 +12,24 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .. import distributed
-from ..files import whole
+from ..files import atomic_write
 from ..log import logger
-from ..model.networks import eager
+from ..model.networks import uncompiled
 
 STEPS = 20  # of the sampler, for a validation image
 
 
-def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], step: int, output_dir, accelerator, stop):
+def validate(
+    generate_image: Callable[[int], Image.Image], prompts: list[str], step: int, output_dir, accelerator, stop
+):
     """Generate image i for prompts[i], spread over the processes; save, log and lay them out under those of step 0.
 
     All processes call it. Writes validation/step-<n>/<i>.png and validation/step-<n>.png. A request to `stop` ends it
     after the image under way, and nothing is written.
     """
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    images = _generate(draw_picture, mine, step, stop)
-    distributed.wait(accelerator)  # without a limit, which gathering has
+    images = _generate(generate_image, mine, step, stop)
+    distributed.barrier(accelerator)  # without a limit, which gathering has
     generated = dict(gather_object(images))
     if len(generated) < len(prompts):
         done = f"stopped after {len(generated)} of {len(prompts)} images, none kept"
@@ -39,18 +41,18 @@ def validate(draw_picture: Callable[[int], Image.Image], prompts: list[str], ste
         logger.info(f"validation pictures: {grid}")
 
 
-def _generate(draw_picture: Callable[[int], Image.Image], indices, step: int, stop) -> list[tuple[int, Image.Image]]:
+def _generate(generate_image: Callable[[int], Image.Image], indices, step: int, stop) -> list[tuple[int, Image.Image]]:
     """(i, image) for each of `indices`, until the run is asked to stop."""
     images, not_numbers = [], []
     with (
-        eager(),  # other batch sizes: compiling would take longer than generating
+        uncompiled(),  # other batch sizes: compiling would take longer than generating
         np.errstate(invalid="call", call=lambda *_: not_numbers.append(1)),  # nan becomes black in the cast to uint8
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of diffusers' pipelines, about their calls of each other
         for i in indices:
             if not stop.pending:
-                images.append((i, draw_picture(i)))
+                images.append((i, generate_image(i)))
     if not_numbers:
         logger.warning(
             f"validation pictures of step {step} are black where a network gave nan; where a VAE overflows in fp16, "
@@ -66,13 +68,13 @@ def _write(images: list[Image.Image], prompts: list[str], step: int, output_dir)
     for i, image in enumerate(images):
         note = PngInfo()
         note.add_itxt("prompt", prompts[i])
-        with whole(folder / f"{i:02d}.png") as file:
+        with atomic_write(folder / f"{i:02d}.png") as file:
             image.save(file, "png", pnginfo=note)
     rows = [("base model" if step == 0 else f"step {step}", images)]
     if step > 0 and (base := _load(_folder(output_dir, 0), prompts)):
         rows.insert(0, ("base model", base))
     grid = folder.with_suffix(".png")
-    with whole(grid) as file:
+    with atomic_write(grid) as file:
         make_grid(prompts, rows).save(file, "png")
     return grid
 
@@ -99,7 +101,7 @@ def pending(args, progress) -> bool:
     grid = _folder(args.output_dir, progress.step).with_suffix(".png")
     due = progress.step == 0 or (progress.validation_due() and not grid.exists())
     # A shared folder may show the grid to some processes alone: those would not wait for the others.
-    return bool(distributed.largest(progress.accelerator, int(due)))
+    return bool(distributed.all_reduce_max(progress.accelerator, int(due)))
 
 
 def own_grid(args, step: int) -> tuple[Path | None, bool]:

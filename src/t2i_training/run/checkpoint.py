@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..distributed import wait
+from ..distributed import barrier
 from ..errors import RunError
-from ..files import cannot_be_saved, make_readable, remove_folder, replace_folder, saving, set_aside
+from ..files import apply_umask, cannot_be_saved, move_aside, remove_folder, replace_folder, saving
 from ..library_errors import readable_errors
 from ..log import logger
-from .export import forget_local_paths
+from .export import strip_local_paths
 from .manifest import MANIFEST, read_manifest, verify, write_manifest
 
 OPTIMIZER, SCALER = "optimizer.bin", "scaler.pt"
@@ -75,12 +75,12 @@ class CheckpointManager:
                     torch.save(self.optimizer.state_dict(), partial / OPTIMIZER)
                     if accelerator.scaler is not None:
                         torch.save(accelerator.scaler.state_dict(), partial / SCALER)
-                forget_local_paths(partial)
-                make_readable(partial)
+                strip_local_paths(partial)
+                apply_umask(partial)
             pool = ThreadPoolExecutor(1)
             self._commit = pool.submit(self._put_in_place, partial, target, copy.deepcopy(position))
             pool.shutdown(wait=False)
-        wait(accelerator)
+        barrier(accelerator)
 
     def __enter__(self):
         pass
@@ -91,7 +91,7 @@ class CheckpointManager:
         if kind is None:
             if failure:
                 raise RunError(failure)
-            wait(self.accelerator)
+            barrier(self.accelerator)
 
     def _finish_commit(self) -> str | None:
         """Why the last checkpoint could not be put in place, if so."""
@@ -102,7 +102,7 @@ class CheckpointManager:
         try:
             write_manifest(partial, position)
             if target.exists() and not (target / MANIFEST).is_file():
-                set_aside(target)  # it is the user's
+                move_aside(target)  # it is the user's
             replace_folder(partial, target)
         except OSError as error:
             failure = cannot_be_saved(target.name, partial, error)
@@ -186,7 +186,7 @@ def find_checkpoint(output_dir, wanted: str | None, accelerator) -> tuple[Path |
     found = [None]
     if wanted is not None and accelerator.is_main_process:
         found = [_latest(Path(output_dir)) if wanted == "latest" else _named(Path(output_dir), wanted)]
-    wait(accelerator)  # the hashing of many gigabytes takes long
+    barrier(accelerator)  # the hashing of many gigabytes takes long
     folder = broadcast_object_list(found)[0]
     return folder, read_manifest(folder) if folder else {}
 
@@ -238,7 +238,7 @@ def _abandon_later_ones(folder: Path) -> None:
     for other in _ours(folder.parent):
         if other.name != folder.name and _number(other) >= step:
             what = "later than" if _number(other) > step else "of another course than"
-            logger.warning(f"{other} is {what} the checkpoint resumed from; moved to {set_aside(other)}")
+            logger.warning(f"{other} is {what} the checkpoint resumed from; moved to {move_aside(other)}")
 
 
 def size_of(args, network, average=None) -> int:

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..distributed import wait
-from ..files import make_readable, remove_folder, replace_folder, saving, set_aside, sync
+from ..distributed import barrier
+from ..files import apply_umask, move_aside, remove_folder, replace_folder, saving, sync
 from ..sanitize import is_hub_name
 from .clip_names import keep_old_names
 
 
-def forget_local_paths(folder: Path) -> None:
+def strip_local_paths(folder: Path) -> None:
     """Take out of each config.json where a network was loaded from, when that is a folder: it is nobody's business."""
     for file in [*folder.rglob("config.json"), *folder.rglob("*_config.json"), *folder.glob("model_index.json")]:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -19,24 +19,24 @@ def forget_local_paths(folder: Path) -> None:
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]:
+def export_atomically(output_dir, write: Callable[[Path], None], accelerator) -> list[str]:
     """On the main process let `write(folder)` fill a hidden folder, then move its entries into `output_dir`.
 
     Earlier ones of the same name are replaced. Returns the names. A crash while the files are being written leaves an
     earlier export as it was.
     """
     if not accelerator.is_main_process:
-        wait(accelerator)
+        barrier(accelerator)
         return []
     partial = Path(output_dir) / ".export.partial"
     with saving("the trained model", partial):
         remove_folder(partial)
         partial.mkdir()
         write(partial)
-        forget_local_paths(partial)
+        strip_local_paths(partial)
         keep_vocabulary_files(partial)
         keep_old_names(partial)
-        make_readable(partial)
+        apply_umask(partial)
         for path in partial.rglob("*"):
             sync(path)
     # Folders before files, so that model_index.json never points at what is not there yet.
@@ -44,10 +44,10 @@ def publish(output_dir, write: Callable[[Path], None], accelerator) -> list[str]
     for name in names:
         new, target = partial / name, Path(output_dir) / name
         if _files(target) - _files(new) or (target.is_file() and new.is_dir()):
-            set_aside(target)  # it is, or holds, what is the user's
+            move_aside(target)  # it is, or holds, what is the user's
         replace_folder(new, target)
     partial.rmdir()
-    wait(accelerator)
+    barrier(accelerator)
     return names
 
 

@@ -60,14 +60,14 @@ def start(args, mixed_precision: str | None = None) -> Accelerator:
     _quiet_libraries(accelerator)
     _refuse_backends(accelerator)
     if accelerator.num_processes > 1:
-        distributed.connect()
+        distributed.init_cpu_group()
     elif alone := distributed.never_joined():
         logger.warning(alone)
     if accelerator.is_main_process:
         output_folder.lock(output_dir)
         log.open_file(args.log_file, args.hub_token)
         logger.info(_what_is_trained(args))
-    distributed.wait(accelerator)
+    distributed.barrier(accelerator)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")  # cuDNN's convolutions are in TF32 unless told otherwise
     packages.try_out(args, accelerator.device)
@@ -113,7 +113,7 @@ def _quiet_libraries(accelerator):
         datasets.disable_progress_bars()
 
 
-def settle_seed(args, position: dict) -> int:
+def resolve_seed(args, position: dict) -> int:
     """The run's seed, equal on all processes: of the checkpoint with this manifest, else the flag's, else a new one."""
     stored = position.get("seed")
     if stored is not None and args.seed not in (None, stored) and "seed" in args.typed:
@@ -137,7 +137,7 @@ def run(main: Callable[[], None]) -> None:
         raise
 
 
-def finish(stop, complete: bool) -> None:
+def release_and_exit(stop, complete: bool) -> None:
     """Unlock the output folder. If the run was stopped before it was complete, leave with status 128 + signal.
 
     After an error that let the step be finished, leave with that.

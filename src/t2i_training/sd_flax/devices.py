@@ -79,7 +79,7 @@ def describe(mesh: Mesh) -> tuple[int, str]:
     return mesh.shape["devices"], mesh.devices.flat[0].device_kind
 
 
-class Gauge:
+class DeviceStats:
     """What `report.throughput` has to know of JAX's devices. `sample_flops()` is asked for after the first update."""
 
     def __init__(self, args, precision: str, mesh: Mesh, sample_flops: Callable[[], float]):

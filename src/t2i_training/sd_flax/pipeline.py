@@ -124,13 +124,13 @@ def save(pipeline: Pipeline, unet, folder: Path, variant: str | None) -> None:
 
 
 @jax.jit
-def read(text_encoder, input_ids):
+def encode_text(text_encoder, input_ids):
     """Text states of token numbers."""
     return text_encoder(input_ids)
 
 
 @jax.jit
-def guided(unet, latents, timestep, text_states, scale):
+def predict_guided(unet, latents, timestep, text_states, scale):
     """Classifier-free guidance, arXiv:2207.12598 equation 6; `text_states` are those of no caption and of a caption.
 
     (1, C, h, w) to (1, C, h, w) float32.
@@ -141,7 +141,7 @@ def guided(unet, latents, timestep, text_states, scale):
 
 
 @jax.jit
-def paint(vae, latents):
+def decode_latents(vae, latents):
     """Latents (1, C, h, w), as they are trained on, to pixels (R, R, 3), 0..1."""
     pixels = vae.decode(jnp.moveaxis(latents, 1, -1) / vae.config["scaling_factor"])[0]
     return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)

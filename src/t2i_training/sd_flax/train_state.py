@@ -96,7 +96,7 @@ def update(state: dict, gradient, norm, optimizer, rate, ema_share) -> dict:
 # What is trained
 
 
-class Trained:
+class TrainState:
     """The network that is trained: parameters, moments, average. Saved and restored here.
 
     They are in `state`: in host memory until `begin` puts them on the devices, so that resuming takes no more of those.
