@@ -1,9 +1,9 @@
-"""What one core makes of JPEG files, in pictures per second: this suite's data path and the usual one.
+"""What one core makes of JPEG files, in images per second: this suite's data path and the usual one.
 
     python benchmarks/data_path.py [--rounds 15] [--resolution 512]
 
 Ours: scaled decode, resize, crop and flip to uint8, as `make_sample` does it; the device normalises. The usual one:
-`datasets` decodes the whole picture, torchvision resizes, crops, flips, converts to float and normalises. Both read the
+`datasets` decodes the whole image, torchvision resizes, crops, flips, converts to float and normalises. Both read the
 same files from the page cache, with the same filter (Lanczos), in one thread. Each round times both, in turn; the table
 gives medians over the rounds and the median of the rounds' ratios.
 """
@@ -59,7 +59,7 @@ def usual_path(resolution: int):
 
 
 def measure(paths: list, files: list[str], rounds: int) -> list[list[float]]:
-    """Pictures per second of each path in each round."""
+    """Images per second of each path in each round."""
     rates = [[] for _ in paths]
     for number in range(rounds + 1):  # the first warms up
         for path, measured in zip(paths, rates, strict=True):
@@ -80,7 +80,7 @@ def main():
     usual = usual_path(args.resolution)
     paths = [lambda file, index: ours(file, index, args.resolution), lambda file, _: usual(file)]
     print(f"JPEG to a square of {args.resolution} pixels, one thread, medians of {args.rounds} rounds\n")
-    print("| pictures | KB a file | ours, pictures/s | usual, pictures/s | ratio | range of ratios |")
+    print("| images | KB a file | ours, pictures/s | usual, pictures/s | ratio | range of ratios |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, size in SIZES.items():

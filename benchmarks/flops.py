@@ -17,7 +17,7 @@ ADDED_TARGETS = ["add_k_proj", "add_v_proj"]  # of the decoder
 
 @cache
 def per_image(script: str, size: str) -> tuple[float, float]:
-    """(frozen networks' forward pass, trained network's forward and backward pass) of one picture, in TFLOP."""
+    """(frozen networks' forward pass, trained network's forward and backward pass) of one image, in TFLOP."""
     base, lora = script.removesuffix("_lora"), script.endswith("_lora")
     scale = models.SCALES[size]
     with torch.device("meta"):

@@ -38,7 +38,7 @@ class Scale:
 
     width: int
     depth: int
-    resolution: int  # of the pictures, in pixels; 512 is where the real ones are at home
+    resolution: int  # of the images, in pixels; 512 is where the real ones are at home
     decoder_head: int  # channels of an attention head of the decoder's UNet; divides the channels of every level
 
     def channels(self, *real: int) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ def image_encoder(scale: Scale, side: int) -> CLIPVisionModelWithProjection:
 def decoder(scale: Scale) -> dict:
     """The networks of the Kandinsky 2.2 decoder by their names in the pipeline, and the image encoder.
 
-    It reads pictures as much smaller than 224 px as the decoder's are smaller than 512 px: the work that it takes then
+    It reads images as much smaller than 224 px as the decoder's are smaller than 512 px: the work that it takes then
     stands to the decoder's as in the real networks.
     """
     return {

@@ -1,4 +1,4 @@
-"""Captioned pictures to train on, made on the spot: what is in them is of no matter, only how many and how large."""
+"""Captioned images to train on, made on the spot: what is in them is of no matter, only how many and how large."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def make(folder: Path, count: int, side: int) -> Path:
-    """An image folder of `count` square pictures with captions, no two alike; one that is there already is kept."""
+    """An image folder of `count` square images with captions, no two alike; one that is there already is kept."""
     if (folder / "metadata.jsonl").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -18,6 +18,6 @@ def make(folder: Path, count: int, side: int) -> Path:
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         name = f"{i:06d}{suffix}"
         (coarse if side == 8 else coarse.resize((side, side), Image.Resampling.BICUBIC)).save(folder / name)
-        rows.append(json.dumps({"file_name": name, "text": f"picture number {i}"}))
+        rows.append(json.dumps({"file_name": name, "text": f"image number {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder

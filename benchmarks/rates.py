@@ -35,7 +35,7 @@ PLANS = {
 
 @dataclass
 class Bench:
-    """What all measurements share: where models, pictures and outputs are, and what is added to every command."""
+    """What all measurements share: where models, images and outputs are, and what is added to every command."""
 
     work: Path
     size: str
@@ -99,7 +99,7 @@ def scripts_of(bench: Bench, name: str) -> dict[str, Path]:
 
 
 def measure(bench: Bench, name: str) -> dict[str, Result]:
-    """All variants of a script. What caching all pictures adds to a start is in the result named "cold"."""
+    """All variants of a script. What caching all images adds to a start is in the result named "cold"."""
     scripts = scripts_of(bench, name)
     results = {variant: Result() for variant in scripts}
     if CACHED in scripts:

@@ -136,7 +136,7 @@ def start_table(bench: rates.Bench, measured: dict) -> str:
         known = cold and cold.start and warm.start
         caching = f"{(cold.caching - warm.caching) / bench.plan.pictures * 1000:.3g}" if known else "-"
         rows.append([name, *(f"{start:.1f}" if start else "-" for start in starts), caching])
-    return table(["script", *columns, "caching, s per 1000 pictures"], rows)
+    return table(["script", *columns, "caching, s per 1000 images"], rows)
 
 
 def memory_table(bench: rates.Bench, measured: dict) -> str:

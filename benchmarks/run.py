@@ -37,14 +37,14 @@ def parse_args():
         "--variant", action="append", default=[], metavar="NAME=FLAGS", help="One more, e.g. 'tf32=--allow_tf32'."
     )
     parser.add_argument("--flags", default="", help="Flags that every run gets, the reference's too.")
-    parser.add_argument("--batch", type=int, help="Pictures in an update.")
+    parser.add_argument("--batch", type=int, help="Images in an update.")
     parser.add_argument("--samples", nargs="+", type=int, default=[1000, 10000], help="Data sets of the cache starts.")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "t2i-benchmarks"))
     return parser.parse_args()
 
 
 def prepare(args) -> rates.Bench:
-    """Models, pictures and plan."""
+    """Models, images and plan."""
     plan, scale = rates.PLANS[args.size], models.SCALES[args.size]
     if args.batch:
         plan = dataclasses.replace(plan, batch=dict.fromkeys(plan.batch, args.batch))
@@ -65,7 +65,7 @@ def prepare(args) -> rates.Bench:
 def add_rates(args, bench: rates.Bench, results: report.Report) -> None:
     """The tables of all scripts, with each script anew: what was measured before an interruption is in the file."""
     with bench.start(args.scripts[0], "plain", runs.own_script(args.scripts[0])):
-        pass  # thrown away: from here on file caches are warm, and `datasets` knows the pictures
+        pass  # thrown away: from here on file caches are warm, and `datasets` knows the images
     ceiling = flops.matrix_rate("cuda" if bench.cuda else "cpu", torch.bfloat16 if bench.cuda else torch.float32)
     measured, before = {}, results.mark()
     for name in args.scripts:
@@ -93,7 +93,7 @@ def add_starts(args, bench: rates.Bench, results: report.Report) -> None:
     tiny = models.build(args.work / "models", "tiny", {"sd"})
     measured = {count: starts.cache_starts(bench, tiny, count) for count in args.samples}
     results.add(
-        "### Start to first update with --cache_encodings, s\n\nTiny networks, pictures of 8 px.\n\n"
+        "### Start to first update with --cache_encodings, s\n\nTiny networks, images of 8 px.\n\n"
         + report.cache_table(measured)
     )
 

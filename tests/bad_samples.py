@@ -2,7 +2,7 @@
 
     python tests/bad_samples.py      # builds them, inspects them, prints a line for each
 
-`build(folder)` makes a folder of pictures with metadata.jsonl files. In `CASES` an outcome is TRAINS, or words of the
+`build(folder)` makes a folder of images with metadata.jsonl files. In `CASES` an outcome is TRAINS, or words of the
 reason for which the sample is refused; `PIXELS` holds what the odd good ones look like.
 """
 
@@ -85,7 +85,7 @@ def _flipped(file: bytes, share: float) -> bytes:
 
 _PNG, _JPEG, _PLAIN = _stored(_NOISE), _stored(_NOISE, "JPEG"), _stored(Image.new("RGB", (8, 8), RED))
 NAN = np.array([[0.0, np.nan]], np.float32)
-FILES = {  # name of a picture file -> (its bytes or None for no file, expected)
+FILES = {  # name of an image file -> (its bytes or None for no file, expected)
     "plain.png": (_PNG, TRAINS),
     "plain.jpg": (_JPEG, TRAINS),
     "truncated.jpg": (_JPEG[: len(_JPEG) // 2], "image file is truncated"),
@@ -93,14 +93,14 @@ FILES = {  # name of a picture file -> (its bytes or None for no file, expected)
     "truncated_end_marker.jpg": (_JPEG[:-2], "image file is truncated"),
     "truncated_header.jpg": (_JPEG[:10], "Truncated File Read"),
     "zero_bytes.jpg": (b"", "the file is empty"),
-    "text.jpg": (b"this is no picture\n", "not a picture"),
-    "error_page.png": (b"<!DOCTYPE html><title>404 Not Found</title>", "not a picture"),
-    "vector.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+    "text.jpg": (b"this is no image\n", "not an image"),
+    "error_page.png": (b"<!DOCTYPE html><title>404 Not Found</title>", "not an image"),
+    "vector.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     "png_content.jpg": (_PLAIN, TRAINS),
     "no_suffix": (_PLAIN, TRAINS),
     "flipped_bit.png": (_flipped(_PNG, 0.5), "broken"),
     "flipped_bit_in_pixels.jpg": (_flipped(_JPEG, 0.7), TRAINS),  # JPEG has no checksum: it decodes, a little wrong
-    "flipped_signature.jpg": (_flipped(_JPEG, 0.0), "not a picture"),
+    "flipped_signature.jpg": (_flipped(_JPEG, 0.0), "not an image"),
     "missing.png": (None, "No such file"),
     "cmyk.jpg": (_stored(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=95), TRAINS),
     "grey_16_bit.png": (_stored(np.array([[0, 32768, 65535]], np.uint16)), TRAINS),
@@ -123,7 +123,7 @@ FILES = {  # name of a picture file -> (its bytes or None for no file, expected)
     "strip.png": (_stored(Image.new("RGB", (20_000, 10), GREEN)), TRAINS),
     "decompression_bomb.png": (_bomb(), "decompression bomb"),
 }
-PIXELS = {  # file -> rows of the decoded picture; one pixel stands for a picture of one colour
+PIXELS = {  # file -> rows of the decoded image; one pixel stands for an image of one colour
     "cmyk.jpg": [[(0, 255, 255)]],
     "grey_16_bit.png": [[(0,) * 3, (128,) * 3, (255,) * 3]],
     "floating_point.tiff": [[(0,) * 3, (128,) * 3, (255,) * 3]],
@@ -164,7 +164,7 @@ CAPTIONS = {  # name -> (the line's "text", expected); ... leaves it out
     "half a surrogate pair": ("a \ud83d cat", "no Unicode text"),
 }
 NAMES = {  # name -> (the line's "file_name", expected)
-    "left out": (..., "it has no picture"),
+    "left out": (..., "it has no image"),
     "null": (None, "file_name is missing"),
     "empty": ("", "file_name is empty"),
     "a number": (12, "file_name is not a text: 12"),
@@ -189,7 +189,7 @@ METADATA = {  # folder with its own metadata.jsonl -> (its bytes, expected line 
         {1: TRAINS, 2: "no JSON", 3: "no JSON object", 4: "no JSON object", 5: "it is not UTF-8", 6: "no JSON"},
     ),
     "crlf": (_LINE + b"\r\n" + _LINE + b"\r\n", {1: TRAINS, 2: TRAINS}),
-    "given_path": (b'{"image": {"bytes": null, "path": "/outside.png"}, "text": "b"}', {1: "it has no picture"}),
+    "given_path": (b'{"image": {"bytes": null, "path": "/outside.png"}, "text": "b"}', {1: "it has no image"}),
     "no_last_newline": (_LINE, {1: TRAINS}),
 }
 
@@ -207,11 +207,11 @@ def build(folder: Path) -> dict[str, tuple[str, str]]:
     for name, (content, expected) in FILES.items():
         if content is not None:
             (folder / name).write_bytes(content)
-        add(f"picture {name}", expected, file_name=name, text=f"a picture, {name}")
+        add(f"image {name}", expected, file_name=name, text=f"an image, {name}")
     for name, (text, expected) in CAPTIONS.items():
         add(f"caption: {name}", expected, file_name="plain.png", text=text)
     for name, (file_name, expected) in NAMES.items():
-        text = "a picture, plain.png" if name == "duplicate row" else f"file name {name}"
+        text = "an image, plain.png" if name == "duplicate row" else f"file name {name}"
         add(f"file name: {name}", expected, file_name=file_name, text=text)
     (folder / "metadata.jsonl").write_text("".join(line + "\n" for line in lines))
     for name, (content, expected) in METADATA.items():

@@ -194,7 +194,7 @@ def small_model(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def guarded_model(model, tmp_path_factory) -> Path:
-    """The tiny Stable Diffusion with a safety checker, to which every picture is suspect."""
+    """The tiny Stable Diffusion with a safety checker, to which every image is suspect."""
     return tiny.add_safety_checker(model, tmp_path_factory.mktemp("models") / "guarded")
 
 
@@ -218,7 +218,7 @@ def decoder_model(tmp_path_factory, prior_model) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """Folder of tiny.PICTURES captioned pictures."""
+    """Folder of tiny.PICTURES captioned images."""
     return tiny.make_pictures(tmp_path_factory.mktemp("data") / "pictures")
 
 
@@ -252,7 +252,7 @@ def count_flops_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def draw_curves_once():
-    """They are half of a short run's time: rows of equal kinds share a picture. test_metrics.py draws for itself."""
+    """They are half of a short run's time: rows of equal kinds share an image. test_metrics.py draws for itself."""
     from t2i_training.report import curves
 
     figure, known = curves._figure, {}
@@ -303,7 +303,7 @@ def load_script(name: str):
 
 
 def load_quick_flax_script(patch: pytest.MonkeyPatch):
-    """The Flax script with nothing to compile: an update shrinks the weights, pictures are grey. All else is real."""
+    """The Flax script with nothing to compile: an update shrinks the weights, images are grey. All else is real."""
     script = load_script("sd_flax")
     from t2i_training.sd_flax import devices, train_state
 

@@ -292,7 +292,7 @@ def _enter(environment: dict[str, str]) -> None:
 
 
 def _draw_once() -> None:
-    """Let all runs' curves be the same picture: one takes a new process more than a second."""
+    """Let all runs' curves be the same image: one takes a new process more than a second."""
     row = {"step": 1, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0}
     curves._figure([row]).savefig(picture := io.BytesIO(), format="png")
     curves._figure = lambda _rows: SimpleNamespace(savefig=lambda file, **_: file.write_bytes(picture.getvalue()))

@@ -44,7 +44,7 @@ TORCH = {
     "sd": Script(
         _SD / "train_text_to_image.py", "model", "unet/diffusion_pytorch_model.safetensors", _SD_DRAWS, "sd_full.sh",
         ours=_SD_OURS | {"torch_compile"},
-        without={"embed_nothing"},  # no "no picture" where there are captions
+        without={"embed_nothing"},  # no "no image" where there are captions
         graphs=(1, 8), resumed={"use_ema": True}, tensors=50,
     ),
     "sd_lora": Script(

@@ -35,7 +35,7 @@ def world(model, v_model, tmp_path_factory):
     _write(lists.cast_column("words", words), root / "null_in_list", "train")
 
     unreadable = tiny.make_pictures(root / "unreadable")
-    (unreadable / "4.png").write_bytes(b"this is no picture")
+    (unreadable / "4.png").write_bytes(b"this is no image")
     missing = tiny.make_pictures(root / "missing_picture")
     (missing / "2.png").unlink()
     broken = tiny.make_pictures(root / "broken_metadata")
@@ -84,7 +84,7 @@ USAGE_ERRORS = {  # refused before torch is imported: exit status 2
     ),
     "variant missing": ({"variant": "fp16"}, " has no weights of --variant=fp16; leave the flag out"),
     "no data": ({"train_data_dir": None}, "no data: give --dataset_name, or --train_data_dir"),
-    "no pictures": ({"train_data_dir": "{empty_folder}"}, "--train_data_dir {empty_folder} is empty"),
+    "no images": ({"train_data_dir": "{empty_folder}"}, "--train_data_dir {empty_folder} is empty"),
     "data folder missing": ({"train_data_dir": "{root}/gone"}, "--train_data_dir {root}/gone: there is no such folder"),
     "data set missing": (
         {"train_data_dir": None, "dataset_name": "{root}/gone"},
@@ -168,7 +168,7 @@ USAGE_ERRORS = {  # refused before torch is imported: exit status 2
 
 
 def own_data(folder: str, **changes) -> dict:
-    """A data set with the columns picture, words and number."""
+    """A data set with the columns image, words and number."""
     own = {"train_data_dir": None, "dataset_name": folder, "image_column": "picture", "caption_column": "words"}
     return own | changes
 
@@ -178,9 +178,9 @@ RUN_ERRORS = {  # found once data and models are opened: exit status 1
         own_data("{renamed}", image_column="image"),
         "--image_column 'image' is not a column; there are: picture, words, number",
     ),
-    "image column without pictures": (
+    "image column without images": (
         own_data("{renamed}", image_column="words"),
-        "--image_column 'words' holds string, not pictures; columns with pictures: picture",
+        "--image_column 'words' holds string, not images; columns with images: picture",
     ),
     "caption column": (
         own_data("{renamed}", caption_column="text"),
@@ -207,11 +207,11 @@ RUN_ERRORS = {  # found once data and models are opened: exit status 1
         {"max_train_samples": 7},
         "--max_train_samples 7 is more than the 6 samples there are",
     ),
-    "unreadable picture": (
+    "unreadable image": (
         {"train_data_dir": "{unreadable}"},
-        "row 4 ({unreadable}/4.png, metadata.jsonl line 5): not a picture",
+        "row 4 ({unreadable}/4.png, metadata.jsonl line 5): not an image",
     ),
-    "picture missing": (
+    "image missing": (
         {"train_data_dir": "{missing_picture}"},
         "row 2 ({missing_picture}/2.png, metadata.jsonl line 3): No such file: 2.png",
     ),
@@ -271,7 +271,7 @@ def test_tracker_whose_package_is_missing(tracker, sd_flags, capsys):
 
 @pytest.fixture(scope="module")
 def earlier(model, pictures, tmp_path_factory):
-    """The output folder of a finished run with checkpoints and pictures."""
+    """The output folder of a finished run with checkpoints and images."""
     folder = tmp_path_factory.mktemp("earlier") / "out"
     load_script("sd").main(
         flags(
@@ -294,7 +294,7 @@ AGAIN = {
     "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-9"}, "no such checkpoint"),
     "average that was not kept": ({"resume_from_checkpoint": "latest", "use_ema": True}, "--use_ema"),
     "wrong column": ({"resume_from_checkpoint": "latest", "caption_column": "words"}, "--caption_column 'words'"),
-    "unreadable picture": (
+    "unreadable image": (
         {"resume_from_checkpoint": "latest", "train_data_dir": "{unreadable}", "max_train_steps": 9},
         "row 4 ({unreadable}/4.png, metadata.jsonl line 5)",
     ),
@@ -314,7 +314,7 @@ def test_nothing_earlier_in_the_output_folder_is_lost(case, earlier, world, sd_f
     _, line = stop(tokens, capsys)
     assert expected.format(**world) in line
     after = contents(folder)
-    before.pop(".inspected_pictures.json")  # of other pictures by now
+    before.pop(".inspected_pictures.json")  # of other images by now
     assert {path: data for path, data in after.items() if path in before} == before
 
 
@@ -334,10 +334,10 @@ LAUNCHES = {  # as a user sees it: status and everything on stderr
         2,
         "train_text_to_image.py: error: --resolution must be a multiple of 8, not 35; the nearest is 32",
     ),
-    "unreadable picture": (
+    "unreadable image": (
         {"train_data_dir": "{unreadable}", "max_train_steps": 9},
         1,
-        "error: 1 of 6 samples cannot be used; row 4 ({unreadable}/4.png, metadata.jsonl line 5): not a picture",
+        "error: 1 of 6 samples cannot be used; row 4 ({unreadable}/4.png, metadata.jsonl line 5): not an image",
     ),
 }
 

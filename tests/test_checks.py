@@ -287,7 +287,7 @@ def test_folder_without_captions(parse, refused, tmp_path):
     assert "pictures holds no images" in refused(parse, train_data_dir=tmp_path / "pictures")
     (tmp_path / "pictures" / "1.png").touch()
     message = refused(parse, train_data_dir=tmp_path / "pictures")
-    assert "pictures holds no metadata.jsonl, with a line for each picture such as " in message
+    assert "pictures holds no metadata.jsonl, with a line for each image such as " in message
     (tmp_path / "pictures" / "train").mkdir()
     (tmp_path / "pictures" / "train" / "metadata.csv").touch()
     assert parse(train_data_dir=tmp_path / "pictures")
@@ -395,7 +395,7 @@ def test_paths_that_are_not_there(parse, refused, tmp_path):
 
 
 def test_output_inside_the_data(parse, refused, tmp_path):
-    """Its validation pictures would be found by the next run."""
+    """Its validation images would be found by the next run."""
     (tmp_path / "metadata.jsonl").touch()
     for flag in ("train_data_dir", "dataset_name"):
         flags = {"train_data_dir": None, flag: tmp_path, "output_dir": tmp_path / "out"}
@@ -405,7 +405,7 @@ def test_output_inside_the_data(parse, refused, tmp_path):
 @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_config_name"])
 def test_folder_of_captioned_pictures_has_no_parts(flag, parse, refused, pictures):
     flags = {"train_data_dir": None, "dataset_name": pictures, flag: pictures}
-    message = f"--{flag} does nothing here: {pictures} is read as a folder of captioned pictures"
+    message = f"--{flag} does nothing here: {pictures} is read as a folder of captioned images"
     assert message in refused(parse, **flags)
     parse(train_data_dir=None, dataset_name=pictures)
 

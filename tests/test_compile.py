@@ -104,7 +104,7 @@ def test_compiled_once_and_in_place(command, finished, no_kernels, graphs_by_upd
 def test_with_checkpointing_average_and_validation_of_another_shape(
     command, no_kernels, graphs_by_update, tmp_path, script, how
 ):
-    """Pictures are drawn two at a time, by guidance, before the first step and within training."""
+    """Images are drawn two at a time, by guidance, before the first step and within training."""
     drawing = SCRIPTS[script].validates | ({} if SCRIPTS[script].is_lora else {"use_ema": True})
     options = {"gradient_checkpointing": True, "validation_epochs": 1, "train_batch_size": 3, **drawing}
     compiled = run(command, script, tmp_path / "compiled", torch_compile=how, **options)

@@ -28,7 +28,7 @@ ACT = {  # acts from the checkpoint on
     "gradient_accumulation_steps": 2, "max_train_samples": 5, "max_train_steps": 6, "mixed_precision": "bf16",
     "cache_encodings": True,
 }  # fmt: skip
-ALIKE = (  # acts where a flag that is not named here does: optimizer, schedule, loss, reading of pictures
+ALIKE = (  # acts where a flag that is not named here does: optimizer, schedule, loss, reading of images
     "lr_warmup_steps", "adam_beta2", "adam_weight_decay", "adam_epsilon", "noise_offset", "input_perturbation",
     "random_flip", "center_crop",
 )  # fmt: skip

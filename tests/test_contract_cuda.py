@@ -51,7 +51,7 @@ def test_plain_and_resumed(tokens, script, precision, tmp_path):
 @pytest.mark.parametrize("script", TORCH)
 def test_cached_and_validated(tokens, script, precision, tmp_path):
     run = {"mixed_precision": precision, "cache_encodings": True, "validation_epochs": 100, **SCRIPTS[script].validates}
-    with host_never_waits():  # which they may before the first update and after the last, where pictures are drawn
+    with host_never_waits():  # which they may before the first update and after the last, where images are drawn
         load_script(script).main(tokens(script, **run))
     grids = sorted(path.name for path in (tmp_path / "out/validation").glob("*.png"))
     assert grids == ["step-000000.png", f"step-{UPDATES:06d}.png"]

@@ -1,4 +1,4 @@
-"""Faults in data are found before training, all of them, and named; odd pictures that are good come out right."""
+"""Faults in data are found before training, all of them, and named; odd images that are good come out right."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def odd(tmp_path_factory):
 
 @pytest.fixture
 def inspect(tmp_path):
-    """inspect(dataset or folder, ...): (data set, pictures), into tmp_path / "out"."""
+    """inspect(dataset or folder, ...): (data set, images), into tmp_path / "out"."""
     import accelerate
 
     accelerate.PartialState()
@@ -150,7 +150,7 @@ def test_shares_put_together_are_the_whole(world_size, odd, inspect, monkeypatch
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
-# --- odd pictures that are good
+# --- odd images that are good
 
 
 @pytest.mark.parametrize("name", PIXELS)
@@ -212,7 +212,7 @@ def test_unknown_caption_column_lists_the_columns(inspect, pictures):
 
 
 def embedded(**columns) -> datasets.Dataset:
-    """Three pictures that are bytes within the data set, such as a parquet file holds."""
+    """Three images that are bytes within the data set, such as a parquet file holds."""
     files = [{"bytes": bad_samples._stored(Image.new("RGB", (4, 4), (i, 0, 0))), "path": None} for i in range(3)]
     dataset = datasets.Dataset.from_dict({"image": files, **columns})
     return dataset.cast_column("image", datasets.Image(decode=False))
@@ -220,13 +220,13 @@ def embedded(**columns) -> datasets.Dataset:
 
 def test_rows_without_a_picture(inspect):
     dataset = embedded(text=["a", "b", "c"])
-    rows = [dataset[0]["image"], None, {"bytes": b"no picture", "path": "1.png"}]
+    rows = [dataset[0]["image"], None, {"bytes": b"no image", "path": "1.png"}]
     dataset = datasets.Dataset.from_dict({"image": rows, "text": ["a", "b", "c"]}).cast_column(
         "image", datasets.Image(decode=False)
     )
     left, _ = inspect(dataset, skip=True)
     assert left["text"][:] == ["a"]
-    assert "2 of 3 samples cannot be used; row 1: it has no picture" in refusal(inspect, dataset)
+    assert "2 of 3 samples cannot be used; row 1: it has no image" in refusal(inspect, dataset)
 
 
 def test_no_usable_sample_at_all(inspect, tmp_path):
@@ -262,18 +262,18 @@ def test_pictures_without_a_line_are_told(inspect, tmp_path, caplog):
     folder = tiny.make_pictures(tmp_path / "pictures", count=9)
     lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
     (folder / "metadata.jsonl").write_text("".join(lines[:2]))
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     assert len(inspect(folder)[0]) == 2
     expected = "have no line in metadata.jsonl and are left out: 2.png, 3.png, 4.png, 5.png, 6.png, ..."
-    assert f"7 pictures in {folder} {expected}" in caplog.messages
+    assert f"7 images in {folder} {expected}" in caplog.messages
 
 
 def test_repeated_samples_are_told(odd, inspect, caplog):
-    """The same file twice, and copies under other names; other captions of a picture are no repeat."""
+    """The same file twice, and copies under other names; other captions of an image are no repeat."""
     inspect(odd[0], skip=True)
     told = [line for line in caplog.messages if "repeat an earlier one" in line]
     assert len(told) == 1
-    assert told[0].startswith("6 samples repeat an earlier one, picture and caption; the first: row ")
+    assert told[0].startswith("6 samples repeat an earlier one, image and caption; the first: row ")
     caplog.clear()
     inspect(embedded(text=["a", "b", "c"]))
     assert "repeat" not in caplog.text
@@ -285,7 +285,7 @@ def test_repeated_samples_are_told(odd, inspect, caplog):
 
 
 def never(*_args, **_options):
-    raise AssertionError("a picture was decoded again")
+    raise AssertionError("an image was decoded again")
 
 
 def test_a_second_start_decodes_nothing(pictures, inspect, monkeypatch):
@@ -315,7 +315,7 @@ def test_pictures_within_a_data_set_are_not_read_again(inspect, tmp_path, monkey
 
 
 def test_a_data_set_that_was_stored_again_is_read_again(inspect, tmp_path):
-    """Its fingerprint is that of the names its pictures were made of, and stays the same."""
+    """Its fingerprint is that of the names its images were made of, and stays the same."""
     files = sorted(tiny.make_pictures(tmp_path / "pictures", count=2).glob("*.png"))
     seen, marks = [], []
     for _ in range(2):
@@ -335,9 +335,9 @@ def test_a_changed_file_is_looked_at_again(size_stays, inspect, tmp_path):
     folder = tiny.make_pictures(tmp_path / "pictures", count=2)
     inspect(folder)
     file = folder / "1.png"
-    file.write_bytes(bytes(file.stat().st_size) if size_stays else b"no picture")
+    file.write_bytes(bytes(file.stat().st_size) if size_stays else b"no image")
     os.utime(file, ns=(0, 1))
-    reason = "it begins with nothing but zero bytes" if size_stays else "not a picture"
+    reason = "it begins with nothing but zero bytes" if size_stays else "not an image"
     assert f"row 1 ({file}, metadata.jsonl line 2): {reason}" in refusal(inspect, folder)
 
 
@@ -355,7 +355,7 @@ def test_a_bad_file_is_looked_at_again(inspect, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "bad_samples.jsonl").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pillow": "0", "pictures": {}}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pillow": "0", "images": {}}'])
 def test_a_damaged_memo_is_passed_over(content, pictures, inspect, tmp_path):
     first = inspect(pictures)[1]
     (tmp_path / "out" / inspection.MEMO).write_bytes(content)
@@ -403,17 +403,17 @@ def test_sigterm_ends_the_inspection_at_once(pictures, inspect, tmp_path, monkey
     assert len(seen) < 200
 
 
-# --- a picture that turns bad while the run goes on
+# --- an image that turns bad while the run goes on
 
 
 def spoil(folder) -> None:
     for file in folder.glob("*.png"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
 
 
 @pytest.mark.parametrize(("accumulation", "workers", "updates"), [(1, 0, 5), (3, 0, 5), (1, 2, 12)])
 def test_nothing_is_lost_when_a_picture_turns_bad(accumulation, workers, updates, command, tmp_path):
-    """The update under way is finished and saved; with the pictures mended the run goes on as if nothing had been."""
+    """The update under way is finished and saved; with the images mended the run goes on as if nothing had been."""
     folder = tiny.make_pictures(tmp_path / "pictures")
     options = {
         "train_data_dir": folder, "max_train_steps": updates, "checkpointing_steps": updates, "train_batch_size": 1,
@@ -426,7 +426,7 @@ def test_nothing_is_lost_when_a_picture_turns_bad(accumulation, workers, updates
         message = refusal(main, tokens)
     assert message.startswith("error: row ")
     assert "metadata.jsonl line" in message
-    assert "): not a picture but a text that begins 'no picture'" in message
+    assert "): not an image but a text that begins 'no image'" in message
     (saved,) = checkpoints(tmp_path / "out")
     step = int(saved.removeprefix("checkpoint-"))
     assert step == 3 if workers == 0 else 3 <= step < updates  # workers have read some batches more
@@ -452,9 +452,9 @@ def test_two_processes_save_together_when_one_meets_a_bad_picture(command, serve
     tokens = command("sd", train_data_dir=folder, output_dir=out, max_train_steps=10_000, train_batch_size=1)
     run = server.start(tokens, tmp_path, processes=2)
     wait_until(lambda: (out / "metrics.jsonl").exists() and len(listed(out / "metrics.jsonl")) >= 3)
-    (folder / "4.png").write_bytes(b"no picture")
+    (folder / "4.png").write_bytes(b"no image")
     assert all(run.wait_for_all())
-    assert f"error: row 4 ({folder}/4.png, metadata.jsonl line 5): not a picture but a text" in run.output()
+    assert f"error: row 4 ({folder}/4.png, metadata.jsonl line 5): not an image but a text" in run.output()
     (saved,) = checkpoints(out)
     assert verify(out / saved) is None
     assert listed(out / "metrics.jsonl")[-1]["step"] == int(saved.removeprefix("checkpoint-"))

@@ -13,7 +13,7 @@ from bad_samples import _stored
 from PIL import Image
 from test_contract_data_forms import PNG, fill, lines, pack, samples  # noqa: F401
 
-from t2i_training.data.dataset import picture_file
+from t2i_training.data.dataset import image_file
 
 A, B = {"file_name": "0.png", "text": "a"}, {"file_name": "1.png", "text": "b"}
 BOTH = lines(A, B)
@@ -233,7 +233,7 @@ REFUSED = {  # a folder -> what is said
     ),
     "a column of base64": (
         lambda f: table(f, image=["iVBORw0KGgo="], text=["a"]),
-        "--image_column 'image' holds string, not pictures",
+        "--image_column 'image' holds string, not images",
     ),
     "a copy of save_to_disk without a training split": (
         lambda f: datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(f),
@@ -267,7 +267,7 @@ def test_zips_with_metadata_do_not_mix_their_images(samples, tmp_path):  # noqa:
     rows = samples(tmp_path / "set")
     colours = {}
     for row in rows:
-        with Image.open(io.BytesIO(picture_file(row["image"]))) as image:
+        with Image.open(io.BytesIO(image_file(row["image"]))) as image:
             colours[row["text"]] = image.getpixel((0, 0))
     assert colours == {"a": (255, 0, 0), "b": (0, 0, 255)}
     assert zipfile.is_zipfile(tmp_path / "set" / "a.zip"), "nothing is unpacked"

@@ -21,7 +21,7 @@ from conftest import load_script
 from PIL import Image
 
 from t2i_training.data import captions, images, inspection, loading
-from t2i_training.data.dataset import BadSample, open_dataset, picture_file
+from t2i_training.data.dataset import BadSample, image_file, open_dataset
 from t2i_training.sources import data_files
 
 ONE_PROCESS = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True)
@@ -85,7 +85,7 @@ def texts(rows) -> list:
 def test_other_splits_are_left_out_by_both_flags_and_named(samples, tmp_path, caplog):
     for split, count in (("train", 3), ("test", 2), ("Validation", 1)):
         tiny.make_pictures(tmp_path / "set" / split, count)
-    assert texts(samples(tmp_path / "set")) == ["picture 0", "picture 1", "picture 2"]
+    assert texts(samples(tmp_path / "set")) == ["image 0", "image 1", "image 2"]
     said = "3 samples of train/metadata.jsonl; left out as other splits: Validation/metadata.jsonl, test/metadata.jsonl"
     assert f"--train_data_dir {tmp_path / 'set'}: {said}" in caplog.messages
     assert "have no line" not in caplog.text
@@ -117,7 +117,7 @@ def test_images_without_captions_are_for_the_decoder_alone(samples, tmp_path, ca
     folder = fill(tmp_path / "set", "train/steam_train.png", "train/b.png", "test/c.png")
     assert len(samples(folder, caption_column=None)) == 2
     assert "2 samples that are images without metadata; left out as other splits: test (1 images)" in caplog.text
-    assert "holds no metadata.jsonl, with a line for each picture" in samples(folder)
+    assert "holds no metadata.jsonl, with a line for each image" in samples(folder)
 
 
 # --- zip
@@ -145,7 +145,7 @@ def test_images_in_a_zip(inside, samples, tmp_path, caplog, monkeypatch):
     rows = samples(tmp_path / "set")
     assert texts(rows) == [f"caption {i}" for i in range(4)]
     assert rows[2]["image"] == {"bytes": None, "path": f"zip://2.png::{tmp_path}/set/images.zip"}
-    with Image.open(io.BytesIO(picture_file(rows[2]["image"]))) as image:
+    with Image.open(io.BytesIO(image_file(rows[2]["image"]))) as image:
         assert image.getpixel((0, 0)) == (2, 0, 0)
     assert "4 samples of metadata.jsonl, with what images.zip holds" in caplog.text
     monkeypatch.setattr(images, "decode_with_size", None)
@@ -198,9 +198,9 @@ def test_a_zip_leads_nowhere_else(samples, tmp_path):
 def test_a_path_within_a_zip_as_datasets_gives_it(tmp_path):
     """What `load_dataset` makes of a zip of the hub, once it is downloaded."""
     path = pack(tmp_path / "i.zip", **{"a/b.png": PNG})
-    assert picture_file({"bytes": None, "path": f"zip://a/b.png::{path}"}) == PNG
+    assert image_file({"bytes": None, "path": f"zip://a/b.png::{path}"}) == PNG
     with pytest.raises(images.UnreadableImage, match="no item named 'c"):
-        picture_file({"bytes": None, "path": f"zip://c.png::{path}"})
+        image_file({"bytes": None, "path": f"zip://c.png::{path}"})
 
 
 # --- captions in .txt
@@ -242,7 +242,7 @@ def test_images_of_a_table_are_cast(samples, tmp_path):
         pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"train-{name}.parquet")
     for column in ("bytes", "struct", "half", "pixels", "names"):
         assert texts(samples(folder, image_column=column)) == ["a", "b"] * 3, column
-    assert "'number' holds int64, not pictures" in samples(folder, image_column="number")
+    assert "'number' holds int64, not images" in samples(folder, image_column="number")
     message = samples(folder, image_column="image")
     assert "--image_column 'image' is not a column; there are: bytes, struct, half, pixels, names" in message
 
@@ -376,7 +376,7 @@ def test_json_that_is_not_one_object_a_line(content, expected, samples, tmp_path
 def test_a_row_without_a_name_says_what_it_has(samples, tmp_path):
     rows = lines({"file_name": "0.png", "text": "a"}, {"image": "1.png", "text": "b"})
     folder = fill(tmp_path / "set", "0.png", "1.png", metadata_jsonl=rows)
-    assert "row 1 (metadata.jsonl line 2): it has no picture: no file_name, only: image, text" in samples(folder)
+    assert "row 1 (metadata.jsonl line 2): it has no image: no file_name, only: image, text" in samples(folder)
 
 
 def test_metadata_parquet_is_checked_alike(samples, tmp_path):
@@ -488,7 +488,7 @@ def test_what_is_there_in_place_of_metadata(name, samples, tmp_path):
     folder = fill(tmp_path / "set", "0.png", "1.png")
     (folder / name).write_text('[\n  {"file_name": "0.png"}\n]' if name.endswith(".json") else LISTED)
     message = samples(folder)
-    assert message.startswith("error: FLAG holds no metadata.jsonl, with a line for each picture such as ")
+    assert message.startswith("error: FLAG holds no metadata.jsonl, with a line for each image such as ")
     assert message.endswith(NEAR[name]) or NEAR[name] in message
 
 
@@ -531,21 +531,21 @@ def test_a_run_says_that_captions_are_cut(command, tmp_path, caplog):
 
 KINDS = {  # content -> what is said
     b"\0\0\0\x18ftypheic\0\0\0\0mif1heic": "a HEIC image, which Pillow reads with the package pillow-heif: pip install",
-    b"<svg xmlns='http://www.w3.org/2000/svg'/>": "not a picture but an SVG drawing, which Pillow cannot read: convert",
-    b"<?xml version='1.0'?>\n<!-- x -->\n<svg width='1'/>": "not a picture but an SVG drawing",
-    b"\n<!DOCTYPE html><html><title>404</title>": "not a picture but an HTML page, saved in place of the image",
-    b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "not a picture but an XML text, saved in place",
-    b'{"error": "not found"}': "not a picture but a JSON text, saved in place of the image",
+    b"<svg xmlns='http://www.w3.org/2000/svg'/>": "not an image but an SVG drawing, which Pillow cannot read: convert",
+    b"<?xml version='1.0'?>\n<!-- x -->\n<svg width='1'/>": "not an image but an SVG drawing",
+    b"\n<!DOCTYPE html><html><title>404</title>": "not an image but an HTML page, saved in place of the image",
+    b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "not an image but an XML text, saved in place",
+    b'{"error": "not found"}': "not an image but a JSON text, saved in place of the image",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n": "a Git LFS pointer in place of it: run `git",
-    b"%PDF-1.7\n": "not a picture but a PDF document: convert it",
-    b"\0\0\0\x18ftypmp42\0\0\0\0isom": "not a picture but a video: take single images out of it",
-    b"RIFF\0\0\0\0AVI LIST": "not a picture but a video (AVI)",
+    b"%PDF-1.7\n": "not an image but a PDF document: convert it",
+    b"\0\0\0\x18ftypmp42\0\0\0\0isom": "not an image but a video: take single images out of it",
+    b"RIFF\0\0\0\0AVI LIST": "not an image but a video (AVI)",
     b"\xff\x0a\x00\x00": "a JPEG XL image, which Pillow cannot read: convert it to PNG or JPEG",
-    b"PK\x03\x04\x14": "not a picture but a zip archive: unpack it",
+    b"PK\x03\x04\x14": "not an image but a zip archive: unpack it",
     bytes(500): "it begins with nothing but zero bytes",
     b"": "the file is empty",
-    b"hello there": "not a picture but a text that begins 'hello there'",
-    b"\x9c\x01\xfe\xfa\x88": "not a picture, or of a kind that Pillow cannot read",
+    b"hello there": "not an image but a text that begins 'hello there'",
+    b"\x9c\x01\xfe\xfa\x88": "not an image, or of a kind that Pillow cannot read",
 }
 
 
@@ -595,7 +595,7 @@ def test_a_fault_of_the_code_is_not_put_on_the_sample(error, pictures):
     """It goes its way, with a note on the sample that was at hand."""
 
     def make_sample(row, draw):
-        picture_file(row["image"])
+        image_file(row["image"])
         raise error
 
     args = data_args(train_data_dir=str(pictures))

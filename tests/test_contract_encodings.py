@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2i_training.encodings import cache
 
-# Six pictures of 40 x 32, two times two an update.
+# Six images of 40 x 32, two times two an update.
 RUN = {
     "max_train_steps": 3, "checkpointing_steps": 3, "gradient_accumulation_steps": 2, "lr_warmup_steps": 0,
     "learning_rate": 1e-4, **LARGE_EPSILON,
@@ -62,7 +62,7 @@ def count(folder, kind) -> int:
 @pytest.mark.parametrize("script", TORCH)
 def test_cached_training_is_the_same_training(train, whole, script, tmp_path):
     plain, cached = train(script, tmp_path / "plain"), whole(script)
-    assert (count(cached, "pictures"), count(cached, "captions")) == ENCODED[script], "both mirrorings, and no caption"
+    assert (count(cached, "images"), count(cached, "captions")) == ENCODED[script], "both mirrorings, and no caption"
     for row, wanted in zip(rows(cached), rows(plain), strict=True):
         assert row == pytest.approx(wanted, **LOSS)
     weights, wanted = (load_file(folder / SCRIPTS[script].trained) for folder in (cached, plain))
@@ -92,7 +92,7 @@ def test_two_processes(command, whole, server, script, tmp_path):
     tokens = command(script, output_dir=tmp_path / "two", **options)
     run = server.start(tokens, tmp_path, script, processes=2)
     assert run.wait_for_all() == [0, 0], run.output()
-    assert len(shards(tmp_path / "two", "pictures")) == 2
+    assert len(shards(tmp_path / "two", "images")) == 2
     for row, wanted in zip(rows(tmp_path / "two"), rows(whole(script)), strict=True):
         assert row == pytest.approx(wanted, **LOSS)
 
@@ -165,23 +165,23 @@ def test_what_has_changed_is_encoded_anew(train, pictures, model, v_model, tmp_p
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(pictures, data)
     shutil.copy(pictures / "0.png", data / "6.png")
-    metadata = (pictures / "metadata.jsonl").read_text() + '{"file_name": "6.png", "text": "picture 1"}\n'
+    metadata = (pictures / "metadata.jsonl").read_text() + '{"file_name": "6.png", "text": "image 1"}\n'
     (data / "metadata.jsonl").write_text(metadata)
 
     def run(script="sd", **changes):
         shutil.rmtree(out, ignore_errors=True)
         options = {"caption_dropout": 0, "train_data_dir": data, "encodings_dir": tmp_path / "shared"} | changes
         train(script, out, cache_encodings=True, max_train_steps=1, **options)
-        return count(tmp_path / "shared", "pictures"), count(tmp_path / "shared", "captions")
+        return count(tmp_path / "shared", "images"), count(tmp_path / "shared", "captions")
 
-    assert run() == (12, 6), "a picture and a caption that are there twice are encoded once"
+    assert run() == (12, 6), "an image and a caption that are there twice are encoded once"
     assert run(caption_dropout=0.1) == (12, 7), "the empty caption"
     Image.new("RGB", (32, 32)).save(data / "6.png")
-    assert run() == (14, 7), "an edited picture, and its mirror image"
-    (data / "metadata.jsonl").write_text(metadata.replace("picture 5", "picture five"))
+    assert run() == (14, 7), "an edited image, and its mirror image"
+    (data / "metadata.jsonl").write_text(metadata.replace("image 5", "image five"))
     assert run() == (14, 8), "an edited caption"
-    assert run(image_interpolation_mode="bicubic") == (28, 8), "all pictures, resized otherwise"
-    assert run(resolution=16) == (42, 8), "all pictures, in another size"
+    assert run(image_interpolation_mode="bicubic") == (28, 8), "all images, resized otherwise"
+    assert run(resolution=16) == (42, 8), "all images, in another size"
     assert run(pretrained_model_name_or_path=other_weights(model, tmp_path, "vae")) == (56, 8), "another VAE"
     assert run(pretrained_model_name_or_path=other_weights(model, tmp_path, "text_encoder")) == (56, 14)
     assert run(mixed_precision="bf16") == (70, 20), "in another precision"
@@ -203,7 +203,7 @@ def other_weights(model, folder, part):
 
 
 def test_crops(train, pictures, tmp_path):
-    """Of a picture that is not square a few random crops are kept, the same for every run, and each is used."""
+    """Of an image that is not square a few random crops are kept, the same for every run, and each is used."""
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     for i in range(6):
@@ -213,12 +213,12 @@ def test_crops(train, pictures, tmp_path):
         "max_train_steps": 1,
     }  # fmt: skip
     train("sd", tmp_path / "three", cache_crops=3, **options)
-    assert count(tmp_path / "shared", "pictures") == 2 * (5 * 3 + 1)
+    assert count(tmp_path / "shared", "images") == 2 * (5 * 3 + 1)
     train("sd", tmp_path / "four", **options)
-    assert count(tmp_path / "shared", "pictures") == 2 * (5 * 4 + 1), "three of four are there"
+    assert count(tmp_path / "shared", "images") == 2 * (5 * 4 + 1), "three of four are there"
     train("sd", tmp_path / "again", cache_crops=3, seed=8, **options)
-    assert count(tmp_path / "shared", "pictures") == 2 * (5 * 4 + 1), "where they lie does not depend on the seed"
-    folder = {path.parent for path in shards(tmp_path / "shared", "pictures")}.pop()
+    assert count(tmp_path / "shared", "images") == 2 * (5 * 4 + 1), "where they lie does not depend on the seed"
+    folder = {path.parent for path in shards(tmp_path / "shared", "images")}.pop()
     latents = torch.cat([load_file(path)["latents_mean"] for path in folder.glob("*.safetensors")])
     assert len(latents.flatten(1).unique(dim=0)) == 2 * (5 * 4 + 1), "no two are the same"
 
@@ -255,10 +255,10 @@ def test_stopped_while_encoding(train, command, server, tmp_path, monkeypatch, n
     assert run.wait() == status
     committed = shards(out)
     assert written <= committed
-    assert 4 <= count(out, "pictures") < 12
+    assert 4 <= count(out, "images") < 12
     train("sd", out, cache_encodings=True)
     assert committed <= shards(out), "files of before are as they were"
-    assert (count(out, "pictures"), count(out, "captions")) == (12, 7), "and nothing is there twice"
+    assert (count(out, "images"), count(out, "captions")) == (12, 7), "and nothing is there twice"
     assert [path for path in out.glob("encodings/*/*") if path.suffix != ".safetensors"] == []
     assert outcome(out, 3, SCRIPTS["sd"].trained, 15) == outcome(whole, 3, SCRIPTS["sd"].trained, 15)
 
@@ -283,12 +283,12 @@ DAMAGE = {
 def test_damaged_cache_is_encoded_again(train, whole, tmp_path, caplog, damage):
     first = whole("sd")
     shutil.copytree(first / "encodings", tmp_path / "shared")
-    (path,) = shards(tmp_path / "shared", "pictures")
+    (path,) = shards(tmp_path / "shared", "images")
     DAMAGE[damage](path)
     caplog.clear()
     second = train("sd", tmp_path / "second", cache_encodings=True, encodings_dir=tmp_path / "shared")
     assert ("is damaged" in caplog.text) is (damage not in ("not there", "another's content"))
-    assert count(tmp_path / "shared", "pictures") == 12
+    assert count(tmp_path / "shared", "images") == 12
     assert outcome(first, 3, SCRIPTS["sd"].trained, 15) == outcome(second, 3, SCRIPTS["sd"].trained, 15)
 
 
@@ -337,7 +337,7 @@ def check_overflow(train, script, models: dict, tmp_path, said: str, **flags):
         assert f"the frozen networks' {latents} is not finite for row " in line
         assert line.startswith("error: the frozen" if cached else "error: loss nan at step 1, nothing saved since; ")
         assert line.endswith(said)
-        stored = [load_file(path) for path in shards(out, "pictures")]
+        stored = [load_file(path) for path in shards(out, "images")]
         assert all(tensor.isfinite().all() for shard in stored for tensor in shard.values())
         assert not list(out.glob("checkpoint-*"))
 

@@ -1,4 +1,4 @@
-"""Contract: every file of weights that a run writes loads by the documented call, whole, and draws other pictures.
+"""Contract: every file of weights that a run writes loads by the documented call, whole, and draws other images.
 
 At the same step a checkpoint draws what the export draws.
 """

@@ -15,7 +15,7 @@ from scripts import SCRIPTS
 
 from t2i_training.run import lifecycle
 
-# Six pictures: epochs end inside batches, and most updates below stand in the middle of an epoch.
+# Six images: epochs end inside batches, and most updates below stand in the middle of an epoch.
 SCENARIOS = {  # of three updates each
     "constant rate": {"max_train_steps": 3, "use_ema": True},
     "cosine over epochs, accumulation, workers, offloaded average": {

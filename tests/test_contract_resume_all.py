@@ -10,7 +10,7 @@ from conftest import load_script
 from runs import checkpoints, interrupt, outcome, rows
 from scripts import ADAPTERS, SCRIPTS, TORCH
 
-# Six pictures, two times two an update: the first and the third of three updates end in the middle of an epoch.
+# Six images, two times two an update: the first and the third of three updates end in the middle of an epoch.
 RUN = {
     "max_train_steps": 3, "checkpointing_steps": 3, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine",
     "lr_warmup_steps": 1,

@@ -75,9 +75,9 @@ def test_second_signal_aborts_at_once(server, sd_flags, tmp_path, number, worker
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_before_the_first_step(server, sd_flags, tmp_path, number, status):
-    """Nothing is there to be saved yet: no step is taken, and the base model's pictures are not waited for."""
+    """Nothing is there to be saved yet: no step is taken, and the base model's images are not waited for."""
     out = tmp_path / "out"
-    prompts = [f"picture {i}" for i in range(50)]
+    prompts = [f"image {i}" for i in range(50)]
     run = server.start(sd_flags(max_train_steps=10000, validation_prompts=prompts), tmp_path)
     wait_until((out / "run_config.yaml").exists)  # written when all is loaded
     run.kill(number)

@@ -173,7 +173,7 @@ def test_full_while_encoding(run, disk, case, monkeypatch):
     monkeypatch.setattr(cache, "SHARD", 2)
     fill(disk, 56)  # a few of six shards of 17 KB
     message = last_line(run, "sd", disk / "out", cache_encodings=True)
-    assert message.startswith(f"error: --encodings_dir {disk / 'out' / 'encodings'}/pictures-")
+    assert message.startswith(f"error: --encodings_dir {disk / 'out' / 'encodings'}/images-")
     written = set(disk.glob("out/encodings/*/*.safetensors"))
     assert written
     assert hidden(disk / "out") == set()
@@ -195,7 +195,7 @@ def test_full_at_a_row_of_metrics(run, disk, case):
 
 
 def test_full_at_validation_pictures(run, disk, case):
-    case("sd: disk full at validation", "one line, the pictures before are whole")
+    case("sd: disk full at validation", "one line, the images before are whole")
     options = {"validation_prompts": ["a"], "validation_epochs": 1, "checkpointing_steps": 2}
     with at_update(3, lambda: fill(disk, 1)):  # enough for the row
         message = last_line(run, "sd", disk / "out", **options)

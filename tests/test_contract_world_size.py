@@ -9,7 +9,7 @@ from conftest import flags, launch, load_script, short_run
 from runs import LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows, wait_until, weights
 from scripts import SCRIPTS
 
-# Six pictures and an effective batch of four: two of five updates cross the border of an epoch.
+# Six images and an effective batch of four: two of five updates cross the border of an epoch.
 RUN = {**SCRIPTS["sd"].draws, "use_ema": True, "max_train_steps": 5, "checkpointing_steps": 5, "scale_lr": True,
        "learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "train_batch_size": 4,
        **LARGE_EPSILON}  # fmt: skip

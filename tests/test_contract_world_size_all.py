@@ -8,7 +8,7 @@ from runs import LARGE_EPSILON, LOSS, WEIGHT, rows
 from safetensors.torch import load_file
 from scripts import SCRIPTS, TORCH
 
-# Six pictures and an effective batch of four: the second update crosses the border of an epoch.
+# Six images and an effective batch of four: the second update crosses the border of an epoch.
 RUN = {"max_train_steps": 3, "checkpointing_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
        "learning_rate": 1e-4, **LARGE_EPSILON}  # fmt: skip
 

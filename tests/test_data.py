@@ -1,4 +1,4 @@
-"""Captioned pictures: what is refused and how it is said; which samples every update sees; what a visit draws."""
+"""Captioned images: what is refused and how it is said; which samples every update sees; what a visit draws."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from t2i_training.data import captions, draws, loading
-from t2i_training.data.dataset import ROW, BadSample, describe, open_dataset, picture_file, picture_source
+from t2i_training.data.dataset import ROW, BadSample, describe, image_file, image_source, open_dataset
 from t2i_training.report.progress import plan_updates
 from t2i_training.stopping import StopRequest
 
@@ -59,10 +59,10 @@ def test_data_set_of_save_to_disk(tmp_path):
 
 def test_folder_of_pictures(pictures):
     dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
-    assert dataset["text"][:] == [f"picture {i}" for i in range(tiny.PICTURES)]
-    assert picture_file(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
-    assert picture_source(dataset[2] | {ROW: 2}, options()) == str(pictures / "2.png")
-    assert picture_source(dataset[2] | {ROW: 2}, options(cache_encodings=True)) == 2  # not opened at all
+    assert dataset["text"][:] == [f"image {i}" for i in range(tiny.PICTURES)]
+    assert image_file(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
+    assert image_source(dataset[2] | {ROW: 2}, options()) == str(pictures / "2.png")
+    assert image_source(dataset[2] | {ROW: 2}, options(cache_encodings=True)) == 2  # not opened at all
 
 
 def test_local_folder_as_dataset_name(pictures):
@@ -71,14 +71,14 @@ def test_local_folder_as_dataset_name(pictures):
 
 
 def test_pictures_within_a_parquet_file(tmp_path):
-    """Such pictures are bytes without a file."""
+    """Such images are bytes without a file."""
     rows = {"image": [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")], "text": ["a", "b"]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
     dataset = open_dataset(options(dataset_name=str(tmp_path / "set")), seed=0)
-    source = picture_source(dataset[0] | {ROW: 0}, options())
-    assert source == picture_file(dataset[0]["image"])
+    source = image_source(dataset[0] | {ROW: 0}, options())
+    assert source == image_file(dataset[0]["image"])
     with Image.open(io.BytesIO(source)) as image:
         assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
     assert describe(dataset, "image", 1) == "row 1"
@@ -111,7 +111,7 @@ def test_unknown_image_column_lists_the_columns(pictures):
 
 def test_image_column_without_pictures(pictures):
     message = refusal(open_dataset, options(train_data_dir=str(pictures), image_column="text"), 3)
-    assert message == "error: --image_column 'text' holds string, not pictures; columns with pictures: image"
+    assert message == "error: --image_column 'text' holds string, not images; columns with images: image"
 
 
 # --- some of the samples
@@ -290,16 +290,16 @@ def test_bad_picture_is_named_in_one_line(tmp_path, workers):
 
     folder = tiny.make_pictures(tmp_path / "set")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    (folder / rows[4]["file_name"]).write_bytes(b"not a picture")
+    (folder / rows[4]["file_name"]).write_bytes(b"not an image")
     args = options(train_data_dir=str(folder), dataloader_num_workers=workers)
     dataset = open_dataset(args, seed=0)
 
     def make_sample(row, draw):
-        return {"pixels": images.square(images.decode(picture_file(row["image"])), 8, "nearest")}
+        return {"pixels": images.square(images.decode(image_file(row["image"])), 8, "nearest")}
 
     loader = loading.make_loader(dataset, make_sample, args, CPU, seed=3, start=0)
     message = refusal(list, loading.batches(loader, accumulating(100), StopRequest()))
-    assert message.startswith(f"error: row 4 ({folder / '4.png'}, metadata.jsonl line 5): not a picture but a text")
+    assert message.startswith(f"error: row 4 ({folder / '4.png'}, metadata.jsonl line 5): not an image but a text")
 
 
 class Source:

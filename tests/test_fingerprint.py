@@ -24,16 +24,16 @@ SIDE = 8
 UNUSED = 1
 
 
-def enlarge(picture):
+def enlarge(image):
     """Twice the size."""
-    return picture * SIDE  # a comment
+    return image * SIDE  # a comment
 
 
 class Blur:
     radius = 2
 
-    def __call__(self, picture):
-        return picture * self.radius
+    def __call__(self, image):
+        return image * self.radius
 
 
 def unused():
@@ -51,13 +51,13 @@ SCALE = 2
 NAMES = {"a", "b", "c"}
 
 
-def cut(picture):
-    return picture[:SCALE]
+def cut(image):
+    return image[:SCALE]
 
 
 @functools.lru_cache
-def read_picture(source, side):
-    """What a network reads of a picture."""
+def read_image(source, side):
+    """What a network reads of an image."""
     return Blur()(helpers.enlarge(cut(images.decode(source, side))))
 
 
@@ -82,7 +82,7 @@ def mark(tmp_path, monkeypatch):
         linecache.clearcache()
         package_file._statements.cache_clear()
         try:
-            return fingerprint(partial(importlib.import_module("script").read_picture, side=3))
+            return fingerprint(partial(importlib.import_module("script").read_image, side=3))
         finally:
             for name in ("helpers", "script"):
                 sys.modules.pop(name, None)
@@ -93,7 +93,7 @@ def mark(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("script", "What a network reads of a picture.", "Another docstring"),
+        ("script", "What a network reads of an image.", "Another docstring"),
         ("script", "math.sqrt(batch)", "batch"),
         ("script", "SCALE = 2", "\n# a comment, and other line breaks\nSCALE = (\n    2\n)"),
         ("helpers", "# a comment", ""),
@@ -111,10 +111,10 @@ def test_what_does_not_matter_keeps_it(mark, file, old, new):
         ("script", "picture[:SCALE]", "picture[1:SCALE]"),
         ("script", "SCALE = 2", "SCALE = 3"),
         ("script", "decode(source, side)", "decode(source, 2 * side)"),
-        ("helpers", "picture * SIDE", "picture + SIDE"),
+        ("helpers", "image * SIDE", "image + SIDE"),
         ("helpers", "SIDE = 8", "SIDE = 9"),
         ("helpers", "radius = 2", "radius = 3"),
-        ("helpers", "picture * self.radius", "picture"),
+        ("helpers", "image * self.radius", "picture"),
     ],
 )
 def test_whatever_is_called_changes_it(mark, file, old, new):
@@ -133,7 +133,7 @@ def test_whatever_is_called_changes_it(mark, file, old, new):
 def test_the_packages_own_work_counts(monkeypatch, module, old, new, reader):
     """As if somebody had edited it; a docstring there does not count."""
     script = load_script("sd")
-    function = partial([script.read_picture, script.read_caption][reader])
+    function = partial([script.read_image, script.read_caption][reader])
     before, read = fingerprint(function), package_file._statements
     source = Path(module.__file__).read_text()
     for text, differs in ((source.replace(old, new), True), (source.replace('    """', '    """More: ', 1), False)):

@@ -225,7 +225,7 @@ LINES = (ROWS | GOOD | JSON).map(json.dumps).map(str.encode) | st.binary(max_siz
 
 @pytest.fixture(scope="module")
 def root(place) -> Path:
-    """A folder of two pictures."""
+    """A folder of two images."""
     root = place / "pictures"
     root.mkdir()
     for name in ("0.png", "1.png"):
@@ -234,7 +234,7 @@ def root(place) -> Path:
 
 
 def inspected(root, metadata: bytes, out: Path) -> tuple:
-    """(data set, pictures) of the folder's rows that can be used."""
+    """(data set, images) of the folder's rows that can be used."""
     (root / image_folder.METADATA).write_bytes(metadata)
     args = SimpleNamespace(
         dataset_name=None, train_data_dir=str(root), cache_dir=None, max_train_samples=None, image_column="image",
@@ -259,7 +259,7 @@ def test_metadata(lines, end, root, place):
         assert row[image_folder.LINE].startswith("metadata.jsonl line ")
 
 
-# --- what is remembered of pictures
+# --- what is remembered of images
 
 DIGEST = "0123456789abcdef" * 2
 ENTRIES = st.tuples(st.just(DIGEST) | JSON, st.just(9) | JSON, st.just(7) | JSON).map(list) | JSON
@@ -272,7 +272,7 @@ ENTRIES = st.tuples(st.just(DIGEST) | JSON, st.just(9) | JSON, st.just(7) | JSON
     | JSON
 )
 def test_memo(content, root, place):
-    """It is taken as it is or not at all; no picture is refused for it."""
+    """It is taken as it is or not at all; no image is refused for it."""
     if isinstance(content, dict):
         content.setdefault("pillow", PIL.__version__)
         if isinstance(pictures := content.get("pictures"), dict):
@@ -313,11 +313,11 @@ def tiff(order: str, tags: list[tuple], rest: bytes) -> bytes:
     min_side=st.none() | st.just(1),
 )  # fmt: skip
 def test_exif(exif, prefix, kind, min_side):
-    """The picture comes out, turned as it says or not at all."""
+    """The image comes out, turned as it says or not at all."""
     file = io.BytesIO()
     Image.fromarray(UPRIGHT).save(file, kind, exif=prefix + exif, lossless=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as where pictures are inspected and read
+        warnings.simplefilter("ignore")  # as where images are inspected and read
         picture, size = images.decode_with_size(file.getvalue(), min_side)
     assert (picture.mode, size) == ("RGB", picture.size)
     assert size in ((3, 2), (2, 3))

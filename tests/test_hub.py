@@ -62,7 +62,7 @@ def contents(folder) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def pushed(push, tmp_path_factory):
-    """(hub, output folder, printed) of a run with checkpoints, logs, pictures and a token on its command."""
+    """(hub, output folder, printed) of a run with checkpoints, logs, images and a token on its command."""
     output_dir = tmp_path_factory.mktemp("push") / "my-model"
     changes = {"hub_token": TOKEN, "checkpointing_steps": 1, "validation_prompts": ["a cat", "a dog"]}
     hub, status, printed = push(output_dir, **changes)

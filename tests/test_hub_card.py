@@ -34,7 +34,7 @@ HOSTILE = [
 
 
 def draw(folder, prompts) -> None:
-    """A grid, and the pictures it was made of."""
+    """A grid, and the images it was made of."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.with_suffix(".png").touch()
     for i, prompt in enumerate(prompts):

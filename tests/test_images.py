@@ -1,4 +1,4 @@
-"""Pictures of every kind come out upright, in RGB and with the right colours; squares are cut where the draw says."""
+"""Images of every kind come out upright, in RGB and with the right colours; squares are cut where the draw says."""
 
 import io
 import zlib
@@ -31,7 +31,7 @@ def grey(*values) -> list:
 
 
 def squared(values, resolution, interpolation="nearest", **options):
-    """The red channel of images.square of a grey picture, as rows."""
+    """The red channel of images.square of a grey image, as rows."""
     array = np.repeat(np.array(values, np.uint8)[:, :, None], 3, axis=2)
     return images.square(Image.fromarray(array), resolution, interpolation, **options)[0].tolist()
 
@@ -39,7 +39,7 @@ def squared(values, resolution, interpolation="nearest", **options):
 # --- decode
 
 UPRIGHT = np.array([[RED, GREEN, BLUE], [WHITE, (9, 9, 9), (99, 50, 1)]], np.uint8)  # 2 rows, 3 columns
-AS_STORED = {  # TIFF 6.0, tag 274: where the stored first row and column lie in the upright picture
+AS_STORED = {  # TIFF 6.0, tag 274: where the stored first row and column lie in the upright image
     1: UPRIGHT,
     2: UPRIGHT[:, ::-1],
     3: UPRIGHT[::-1, ::-1],
@@ -104,7 +104,7 @@ METADATA = {  # of which no viewer minds any
 @pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
 @pytest.mark.parametrize("case", METADATA)
 def test_metadata_costs_no_picture(case, place, tmp_path):
-    """Beyond a limit of Pillow's, or broken. It is not unpacked; how the picture is turned is heeded as ever."""
+    """Beyond a limit of Pillow's, or broken. It is not unpacked; how the image is turned is heeded as ever."""
     exif = Image.Exif()
     exif[274] = 6
     file = stored(Image.fromarray(np.ascontiguousarray(AS_STORED[6])), exif=exif)
@@ -218,8 +218,8 @@ def test_path_and_bytes_are_read_alike(tmp_path):
 
 
 def test_unreadable_files_raise(tmp_path):
-    with pytest.raises(images.UnreadableImage, match="not a picture but a text that begins 'no picture'"):
-        images.decode(b"no picture")
+    with pytest.raises(images.UnreadableImage, match="not an image but a text that begins 'no image'"):
+        images.decode(b"no image")
     whole = stored(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
     with pytest.raises(images.UnreadableImage, match="OSError: image file is truncated"):
         images.decode(whole[: len(whole) // 2])
@@ -236,7 +236,7 @@ def test_jpeg_is_decoded_at_no_less_than_twice_the_size_needed(min_side, size):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_size_in_the_file_is_told_at_any_scale(kind, orientation):
-    """16 x 15 at a quarter is 4 x 4: the scaled picture does not tell which way it was turned."""
+    """16 x 15 at a quarter is 4 x 4: the scaled image does not tell which way it was turned."""
     exif = Image.Exif()
     exif[274] = orientation
     upright = (15, 16) if orientation > 4 else (16, 15)
@@ -289,7 +289,7 @@ def test_every_crop_position_is_drawn(shape):
 
 
 def test_crop_position_is_the_draw():
-    """Left from the first number, top from the second; a square picture has one position only."""
+    """Left from the first number, top from the second; a square image has one position only."""
     wide = np.arange(18).reshape(2, 9)
     left = int(draws.generator(0, 0, 0, "crop").integers(8))
     assert squared(wide, 2, crop_draw=draws.generator(0, 0, 0, "crop")) == wide[:, left : left + 2].tolist()
@@ -320,7 +320,7 @@ def test_every_shape_gives_a_square(size, crop_draw):
 @pytest.mark.parametrize("name", images.RESAMPLING)
 @pytest.mark.parametrize("resolution", [16, 48])
 def test_interpolation_modes_are_torchvisions(name, resolution):
-    """Resize by the shorter side, centre crop, as torchvision does it to a PIL picture: to the bit, or nearly so where
+    """Resize by the shorter side, centre crop, as torchvision does it to a PIL image: to the bit, or nearly so where
     torch's own filter takes the place of PIL's."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
     mode = InterpolationMode(name.replace("_", "-"))

@@ -187,7 +187,7 @@ def test_both_adapters_in_one_pipeline(trained, finished, decoder_model):
 
 
 def test_adapters_are_what_was_added_to_the_base(trained, base):
-    """W + B @ A by hand (arXiv:2106.09685), also where the picture embedding enters; fp32, with its configuration."""
+    """W + B @ A by hand (arXiv:2106.09685), also where the image embedding enters; fp32, with its configuration."""
     folder, unet = trained("decoder_lora")
     adapters = load_file(folder / ADAPTERS)
     targets = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
@@ -252,9 +252,9 @@ def test_resolution(finished, sampler, script):
 
 
 def test_pixels(sampler, base_prior, pictures, tmp_path, script):
-    """Of 40 x 32 pixels the middle for the latents; for CLIP what its image processor makes of the picture.
+    """Of 40 x 32 pixels the middle for the latents; for CLIP what its image processor makes of the image.
 
-    Of a larger picture to three levels of 255, since it is resized in another way.
+    Of a larger image to three levels of 255, since it is resized in another way.
     """
     folder = tiny.make_pictures(tmp_path / "data", 2)
     smooth = np.random.default_rng(0).integers(0, 256, (12, 15, 3)).astype(np.uint8)
@@ -307,7 +307,7 @@ def test_picture_is_read_by_itself(script, pictures):
         half = np.asarray(image.resize((20, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16))).transpose(2, 0, 1)
     for source in (str(pictures / "2.png"), (pictures / "2.png").read_bytes()):
         for sides, wanted in (((32, 16), (whole[:, :, 4:36], half)), ((16, 32), (half, whole[:, :, 4:36]))):
-            read = load_script(script).read_picture(source, None, False, *sides)
+            read = load_script(script).read_image(source, None, False, *sides)
             assert set(read) == {"pixels", "clip_pixels"}
             for name, expected in zip(("pixels", "clip_pixels"), wanted, strict=True):  # torch's filter and Pillow's
                 assert np.abs(read[name].numpy().astype(int) - expected).max() <= 2

@@ -1,6 +1,6 @@
 """Learning, not only running: short runs from fixed seeds reach what their objective asks for.
 
-Most are slow; test_loss_falls.py is their short form. The pictures are the quickstart's. Each threshold stands beside
+Most are slow; test_loss_falls.py is their short form. The images are the quickstart's. Each threshold stands beside
 the number that was measured when it was set.
 """
 
@@ -57,12 +57,12 @@ QUICK = {
 
 
 def night_shares(pipeline, captions=(*measure.SEEN, *measure.UNSEEN)) -> list[float]:
-    """The share of night-blue ground in a picture of each caption."""
+    """The share of night-blue ground in an image of each caption."""
     return [make_pictures.night_fraction(picture) for picture in measure.draw(pipeline, captions)]
 
 
 def carried(shares: list[float]) -> int:
-    """How many pictures carry the style, and are not night-blue all over."""
+    """How many images carry the style, and are not night-blue all over."""
     return sum(make_pictures.STYLE_THRESHOLD <= share < 0.95 for share in shares)
 
 
@@ -81,7 +81,7 @@ def test_full_run_learns_the_style(base_shares, tmp_path):
 
 @pytest.mark.slow("132 s: test_loss_falls.py holds that it learns")
 def test_lora_run_learns_the_style(base_shares, tmp_path):
-    """As the full run does, though adapters have no biases, which in that one move every picture's ground.
+    """As the full run does, though adapters have no biases, which in that one move every image's ground.
 
     The empty caption has to learn the ground as well, or guidance pushes away from it.
     """
@@ -94,7 +94,7 @@ def test_lora_run_learns_the_style(base_shares, tmp_path):
     assert max(base_shares) < 0.05
     shares = night_shares(pipeline)
     # Measured: 16, from seed 1 15, on another processor 14; after a third of the training 8, of the first eight 3.
-    assert carried(shares[:8]) >= 5  # the captions of the pictures
+    assert carried(shares[:8]) >= 5  # the captions of the images
     assert carried(shares) >= 11
 
 
@@ -116,7 +116,7 @@ def test_lora_file_is_small(rank, expected):
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """16 of the quickstart's pictures with their captions."""
+    """16 of the quickstart's images with their captions."""
     return copy_pictures(tmp_path_factory.mktemp("learning") / "captioned", ROWS[::4])
 
 
@@ -133,7 +133,7 @@ def files_of(rows) -> list:
 
 
 def true_embeds(image_encoder, pictures) -> torch.Tensor:
-    """(pictures, D): the CLIP embeddings of picture files."""
+    """(images, D): the CLIP embeddings of image files."""
     pixels = torch.stack([images.square(images.decode(str(file), 32), 32, "bicubic") for file in pictures])
     with torch.no_grad():
         return image_encoder(images.normalize_for_clip(pixels, torch.float32)).image_embeds
@@ -205,28 +205,28 @@ def test_prior_lora_learns_the_embeddings(prior_model, captioned, tmp_path):
 
 
 SIDE = 16
-DRAWN = ROWS[::8]  # 8 pictures
+DRAWN = ROWS[::8]  # 8 images
 FILES = files_of(DRAWN)
 
 
 def pixels(pictures) -> torch.Tensor:
-    """(8, 3, 16, 16) in -1..1: picture files as the decoder is to redraw them."""
+    """(8, 3, 16, 16) in -1..1: image files as the decoder is to redraw them."""
     squares = [images.square(images.decode(str(file), SIDE), SIDE, "bicubic") for file in pictures]
     return images.normalize(torch.stack(squares), torch.float32)
 
 
 def psnr(pictures, expected) -> float:
-    """Mean peak signal-to-noise ratio in dB, over pictures in -1..1."""
+    """Mean peak signal-to-noise ratio in dB, over images in -1..1."""
     return (10 * torch.log10(4 / (pictures - expected).square().flatten(1).mean(1))).mean().item()
 
 
 @pytest.fixture(scope="module")
 def decoder_model(tmp_path_factory):
-    """(prior's folder, decoder's folder): random networks around a MoVQ that has learned to encode the pictures."""
+    """(prior's folder, decoder's folder): random networks around a MoVQ that has learned to encode the images."""
     folder = tmp_path_factory.mktemp("learning")
     prior = tiny_kandinsky.make_prior(folder / "prior")
     torch.manual_seed(0)
-    # CLIP's own small initial weights would give all pictures nearly one embedding.
+    # CLIP's own small initial weights would give all images nearly one embedding.
     config = CLIPVisionConfig.from_pretrained(prior / "image_encoder", initializer_factor=4.0)
     CLIPVisionModelWithProjection(config).save_pretrained(prior / "image_encoder")
     pipeline = KandinskyV22Pipeline.from_pretrained(tiny_kandinsky.make_decoder(folder / "decoder", prior))
@@ -245,7 +245,7 @@ def decoder_model(tmp_path_factory):
 
 
 def train_movq(steps: int = 100) -> VQModel:
-    """A MoVQ that redraws the pictures, on the path that the pipeline uses: not quantised."""
+    """A MoVQ that redraws the images, on the path that the pipeline uses: not quantised."""
     movq = VQModel(
         block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3, norm_type="spatial",
         up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=8, num_vq_embeddings=12,
@@ -278,7 +278,7 @@ def decoder_inputs(decoder_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained_decoder(decoder_inputs, tmp_path_factory):
-    """Output folder of a full run on the 8 pictures."""
+    """Output folder of a full run on the 8 images."""
     folder = tmp_path_factory.mktemp("learning") / "trained"
     return run("decoder", folder, **decoder_inputs, learning_rate=3e-3, max_train_steps=300)
 
@@ -290,7 +290,7 @@ def load_decoder(folder):
 
 
 def redraw(pipeline, prior, pictures) -> torch.Tensor:
-    """(8, 3, 16, 16) in -1..1: what the decoder draws from the embeddings of the files `pictures`."""
+    """(8, 3, 16, 16) in -1..1: what the decoder draws from the embeddings of the files `images`."""
     embeds = true_embeds(CLIPVisionModelWithProjection.from_pretrained(prior / "image_encoder").eval(), pictures)
     generators = [torch.Generator().manual_seed(i) for i in range(8)]
     pictures = pipeline(
@@ -306,13 +306,13 @@ def test_decoder_redraws_its_pictures(decoder_model, trained_decoder):
     assert psnr(redraw(load_decoder(base), prior, FILES), pixels(FILES)) < 12  # measured: 6
     redrawn = redraw(load_decoder(trained_decoder), prior, FILES)
     assert psnr(redrawn, pixels(FILES)) > 20  # measured: 26.4
-    # Each from its own embedding, and not one picture for all.
+    # Each from its own embedding, and not one image for all.
     assert psnr(redrawn, pixels(FILES).roll(1, 0)) < 15
 
 
 @pytest.mark.slow("15 s: test_loss_falls.py holds that it learns")
 def test_decoder_lora_redraws_mirrored_pictures(decoder_model, decoder_inputs, trained_decoder, tmp_path):
-    """Adapters of attention alone teach a decoder that has seen 8 pictures what their mirror images look like.
+    """Adapters of attention alone teach a decoder that has seen 8 images what their mirror images look like.
 
     The tiny network does most of its drawing outside attention, hence decibels, not tens of them.
     """

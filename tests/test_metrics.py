@@ -32,7 +32,7 @@ def drawn_each_time(draw_curves_once, monkeypatch):
 
 @pytest.fixture
 def started(sd_flags, tmp_path):
-    """started(**flags): a Progress over the six test pictures, ready to count; its files are below tmp_path / "out"."""
+    """started(**flags): a Progress over the six test images, ready to count; its files are below tmp_path / "out"."""
 
     def start(position=None, **changes) -> Progress:
         if position:

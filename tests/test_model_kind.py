@@ -118,7 +118,7 @@ KANDINSKY = {
     "2.1's prior": ("prior", {INDEX: {"_class_name": "KandinskyPriorPipeline"}}, ": it is of Kandinsky 2.1; "),
     "of other embeddings": (
         "decoder", {UNET: {"encoder_hid_dim": 768}},
-        f"--{PRIOR} gives picture embeddings of 32 numbers, and --{DECODER} reads such of 768",
+        f"--{PRIOR} gives image embeddings of 32 numbers, and --{DECODER} reads such of 768",
     ),
     "both in one": (
         "prior", {INDEX: {"_class_name": "KandinskyV22CombinedPipeline"}},

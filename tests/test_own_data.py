@@ -14,7 +14,7 @@ from PIL import Image
 from runs import rows
 from scripts import REPOSITORY, SCRIPTS, TORCH
 
-from t2i_training.data.dataset import check_dataset, picture_file
+from t2i_training.data.dataset import check_dataset, image_file
 
 SECTION = (REPOSITORY / "README.md").read_text().split("## Your own data set, your own changes")[1]
 SNIPPET = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]
@@ -100,7 +100,7 @@ def test_small_pictures_are_counted(command, script, pictures, tmp_path, monkeyp
         caplog.clear()
         with pytest.raises(SystemExit):
             module.main(command(script, output_dir=tmp_path / "out", resolution=resolution))
-        assert ("6 of 6 pictures are smaller than --resolution 40: enlarged" in caplog.text) is small
+        assert ("6 of 6 images are smaller than --resolution 40: enlarged" in caplog.text) is small
 
 
 def test_ordinary_use_says_early_that_there_is_no_data(command, capsys):
@@ -149,7 +149,7 @@ GOOD = {
 def test_forms_that_are_taken(form):
     dataset = check_dataset(GOOD[form](), args())
     assert len(dataset) == 2
-    assert {type(picture_file(dataset[i]["image"])) for i in range(2)} == {bytes}
+    assert {type(image_file(dataset[i]["image"])) for i in range(2)} == {bytes}
     assert check_dataset(dataset, args()).features == dataset.features, "what is right stays as it is"
 
 
@@ -169,11 +169,11 @@ REFUSED = {
     ),
     "nothing": (lambda: None, "error: the data set is of the type NoneType, not datasets.Dataset"),
     "an empty list": (lambda: [], "error: the data set is of the type list, not datasets.Dataset"),
-    "pictures alone": (pictures, "error: the data set is of the type list, not datasets.Dataset"),
+    "images alone": (pictures, "error: the data set is of the type list, not datasets.Dataset"),
     "empty": (lambda: GOOD["from_dict"]().select([]), "error: the data set holds no samples"),
     "a transform": (
         lambda: GOOD["from_dict"]().with_transform(lambda rows: rows),
-        "error: the data set's with_transform would not be used: change read_picture, or use map",
+        "error: the data set's with_transform would not be used: change read_image, or use map",
     ),
     "another column": (
         lambda: GOOD["from_dict"]().rename_column("image", "photo"),

@@ -63,4 +63,4 @@ def test_functions_that_the_architecture_names_exist():
     assert len(named) > 40
     for module, name in named:
         assert name in names_in(package / f"{module}.py"), f"{module}.{name}"
-    assert {"main", "encode", "make_sample", "compute_loss", "read_picture", "encode_captions"} <= names_in(script)
+    assert {"main", "encode", "make_sample", "compute_loss", "read_image", "encode_captions"} <= names_in(script)

@@ -20,7 +20,7 @@ from scripts import REPOSITORY, SCRIPTS, TORCH
 COMPARED = [name for name, script in SCRIPTS.items() if script.compared_with]
 REPEATED = ("imports", "generate_image", "main")  # between models; between a full run and its LoRA all functions are
 ORDER = (
-    "parse_args", "load_models", "read_picture", "read_caption", "make_sample", "freeze", "encode_pictures",
+    "parse_args", "load_models", "read_image", "read_caption", "make_sample", "freeze", "encode_images",
     "encode_captions", "encode", "embed_nothing", "compute_loss", "make_dataloader", "build_validation_pipeline",
     "generate_image", "export", "main",
 )  # fmt: skip
@@ -32,7 +32,7 @@ KANDINSKY = [
      "it exports what it loads"),
     ("generate_image", "num_inference_steps=validation.STEPS,",
      "num_inference_steps=validation.STEPS, prior_num_inference_steps=validation.STEPS,",
-     "two networks draw a picture"),
+     "two networks draw an image"),
     ("main", "ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema)", "ema.make_ema(unet)",
      "no --non_ema_revision, so the average starts from what is trained; it is not placed elsewhere"),
     ("main", ", progress.effective_batch if args.scale_lr else 1)", ")", "no --scale_lr"),
@@ -66,7 +66,7 @@ DIFFERENCES = {
     "prior": [
         *KANDINSKY,
         ("main", "model_kind.STABLE_DIFFUSION", "model_kind.PRIOR", "what it trains"),
-        ("main", ", args.resolution)", ")", "it reads no pictures at --resolution"),
+        ("main", ", args.resolution)", ")", "it reads no images at --resolution"),
     ],
     "decoder": [
         *KANDINSKY,
@@ -258,7 +258,7 @@ def test_the_flax_script_tells_the_same_story():
     assert [name for name in here if name in there] == [name for name in there if name in here]
     assert set(there) - set(here) == {"freeze", "build_validation_pipeline"}
     assert set(here) - set(there) == {"make_train_step"}
-    for name in ("read_picture", "read_caption", "make_sample"):
+    for name in ("read_image", "read_caption", "make_sample"):
         assert here[name] == there[name]
     assert f"@torch.no_grad()\n{here['encode']}" == there["encode"]
 

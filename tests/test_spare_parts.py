@@ -50,7 +50,7 @@ def train(command, script, base, folder, **changes):
 
 
 def suspects(folder) -> bool:
-    """Whether the pipeline that lies there has a safety checker, and it blackens a picture."""
+    """Whether the pipeline that lies there has a safety checker, and it blackens an image."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     found = pipeline("a cat", num_inference_steps=1, height=32, width=32)

@@ -129,7 +129,7 @@ def test_all_tells_tensorboard(everywhere):
 
 
 def test_all_tells_wandb(everywhere):
-    """Its files lie in --logging_dir too, and hold the same numbers, the pictures and the configuration."""
+    """Its files lie in --logging_dir too, and hold the same numbers, the images and the configuration."""
     records = wandb_records(everywhere / "told")
     assert next(record.run.project for record in records if record.HasField("run")) == "emoji"
     history = {}  # {(step, name): value}

@@ -232,7 +232,7 @@ def picture(path: Path) -> np.ndarray:
 
 
 def draw(pipeline, prompt: str, seed: int, side: int = 32) -> np.ndarray:
-    """A pipeline's own picture, from noise of its own."""
+    """A pipeline's own image, from noise of its own."""
     generator = torch.Generator().manual_seed(seed)
     options = {"height": side, "width": side, "num_inference_steps": validation.STEPS}
     return np.asarray(pipeline(prompt, generator=generator, **options).images[0])
@@ -244,7 +244,7 @@ def draw(pipeline, prompt: str, seed: int, side: int = 32) -> np.ndarray:
 def test_every_flag_has_its_test(parse):
     recorded = RECORDED.split()
     assert len(recorded) == len(set(recorded)) == 57
-    assert set(vars(parse())) == {*recorded, *ADDED}
+    assert set(vars(parse())) == {*recorded, *ADDED, "typed"}
     assert set(FLAGS) == {*recorded, *ADDED}
     for place in FLAGS.values():
         module, _, name = place.rpartition(".")
@@ -441,7 +441,7 @@ def test_data_set_with_two_configurations(parse, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configurations})}---\n")
     for name, count in (("day", 2), ("night", 3)):
         args = parse(train_data_dir=None, dataset_name=tmp_path, dataset_config_name=name)
-        assert read_captions(args) == [f"picture {i}" for i in range(count)]
+        assert read_captions(args) == [f"image {i}" for i in range(count)]
 
 
 def test_data_set_by_hub_name_from_the_cache(parse, pictures, run, tmp_path):
@@ -510,15 +510,15 @@ def test_picture_and_caption_are_read_each_by_itself(script, base, pictures):
     """By the two functions that cached encodings stand between: nothing of theirs depends on the rest of a sample."""
     whole = picture(pictures / "2.png").transpose(2, 0, 1)
     for source in (str(pictures / "2.png"), (pictures / "2.png").read_bytes()):
-        read = script.read_picture(source, None, False, 32, "lanczos")
+        read = script.read_image(source, None, False, 32, "lanczos")
         assert set(read) == {"pixels"}
         assert np.array_equal(read["pixels"].numpy(), whole[:, :, 4:36])
         assert np.array_equal(
-            script.read_picture(source, None, True, 32, "lanczos")["pixels"].numpy(), whole[:, :, 35:3:-1]
+            script.read_image(source, None, True, 32, "lanczos")["pixels"].numpy(), whole[:, :, 35:3:-1]
         )
     left = int(draws.generator(7, 0, 1, "crop").integers(9))
     assert left != 4
-    read = script.read_picture(source, draws.generator(7, 0, 1, "crop"), False, 32, "lanczos")
+    read = script.read_image(source, draws.generator(7, 0, 1, "crop"), False, 32, "lanczos")
     assert np.array_equal(read["pixels"].numpy(), whole[:, :, left : left + 32])
     assert set(script.read_caption("a cat", base.tokenizer)) == {"input_ids"}
     wanted = base.tokenizer("a cat", max_length=16, padding="max_length", return_tensors="pt").input_ids[0]
@@ -532,7 +532,7 @@ def test_encodings_of_pictures_and_captions(script, sampler, base):
     with torch.no_grad():
         posterior = base.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
         states = base.text_encoder(batch["input_ids"]).last_hidden_state
-        pictures = script.encode_pictures({"pixels": batch["pixels"]}, base.vae)
+        pictures = script.encode_images({"pixels": batch["pixels"]}, base.vae)
         text = script.encode_captions({"input_ids": batch["input_ids"]}, base.text_encoder)
     assert base.vae.config.scaling_factor == 0.18215
     torch.testing.assert_close(pictures["latents_mean"], posterior.mean * 0.18215)
@@ -544,7 +544,7 @@ def test_encodings_of_pictures_and_captions(script, sampler, base):
     assert not any(tensor.requires_grad for tensor in both.values())
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
 def test_resolution(run, sampler):
@@ -557,7 +557,7 @@ def test_resolution(run, sampler):
 
 
 def test_crops(pictures, sampler):
-    """The pictures are 40 x 32, so at resolution 32 nothing is resized and a crop is one of nine columns."""
+    """The images are 40 x 32, so at resolution 32 nothing is resized and a crop is one of nine columns."""
     whole = picture(pictures / "2.png").transpose(2, 0, 1)
     columns = []
     for center in (False, True):
@@ -737,7 +737,7 @@ def test_batch_size_and_accumulation(run):
 
 
 def test_epochs_and_steps(run):
-    """Six pictures in batches of four: an epoch is one and a half updates."""
+    """Six images in batches of four: an epoch is one and a half updates."""
     assert column(run(train_batch_size=4, num_train_epochs=1, max_train_steps=None), "step") == [1, 2]
     assert column(run(train_batch_size=4, num_train_epochs=2, max_train_steps=None), "step") == [1, 2, 3]
     assert column(run(train_batch_size=4, num_train_epochs=2, max_train_steps=1), "step") == [1]

@@ -37,7 +37,7 @@ from t2i_training.run.output_folder import read_metrics
 from t2i_training.sd_flax import devices, flops, networks, train_state
 from t2i_training.sd_flax import pipeline as flax_pipeline
 
-RUN = {  # six pictures, four an update
+RUN = {  # six images, four an update
     "resolution": 16, "max_train_steps": 6, "gradient_accumulation_steps": 2, "use_ema": True, "snr_gamma": 5,
     "random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
     "checkpointing_steps": 6, **LARGE_EPSILON,
@@ -189,7 +189,7 @@ def test_exported_pipeline_loads_and_is_what_was_trained(whole):
     assert all(name.startswith("text_model.") for name in text_encoder), "as older libraries name them"
     assert any(not torch.equal(tensor, state[name]) for name, tensor in trained.state_dict().items())
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline("picture 1", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
+    assert pipeline("image 1", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
 
 
 def test_no_program_is_compiled_after_the_first_step(whole):
@@ -204,7 +204,7 @@ def test_rows_say_how_fast_it_was(whole):
 def test_validation_draws_what_the_pipeline_draws(train, tmp_path, monkeypatch):
     """In as many steps as a user's takes: the scheduler comes to its full formula after several."""
     monkeypatch.setattr(validation, "STEPS", 20)
-    prompts = ["picture 1", "a green one"]
+    prompts = ["image 1", "a green one"]
     options = {"validation_prompts": prompts, "max_train_steps": 2, "checkpointing_steps": 2}
     ours = train(tmp_path / "flax", **options)
     theirs = train(tmp_path / "torch", script="sd", **options)

@@ -172,7 +172,7 @@ def test_objective_is_the_full_runs(finished, changes):
     assert column(lora, "loss") == pytest.approx(column(full, "loss"), rel=1e-6)
     assert column(lora, "grad_norm") != pytest.approx(column(full, "grad_norm"), rel=0.1)
     if changes:
-        assert column(lora, "loss") != pytest.approx(column(finished("sd_lora", max_train_steps=1), "loss"), rel=1e-3)
+        assert column(lora, "loss") != pytest.approx(column(finished("sd_lora", max_train_steps=1), "loss"), rel=1e-4)
 
 
 def test_gradient_checkpointing(run):

@@ -1,4 +1,4 @@
-"""Validation pictures: saved singly and in a labelled grid whose first row is the untouched model."""
+"""Validation images: saved singly and in a labelled grid whose first row is the untouched model."""
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ def test_first_row_is_the_untouched_model(accelerator, tmp_path):
 
 
 def test_without_the_untouched_model_there_is_one_row(accelerator, tmp_path):
-    """Prompts added on resuming: nothing was drawn at step 0, or fewer pictures."""
+    """Prompts added on resuming: nothing was drawn at step 0, or fewer images."""
     validation.validate(lambda index: picture(COLOURS[0]), ["a"], 0, tmp_path, accelerator, StopRequest())
     validation.validate(lambda index: picture(COLOURS[index]), ["a", "b"], 7, tmp_path, accelerator, StopRequest())
     with Image.open(tmp_path / "validation" / "step-000007.png") as grid:
@@ -139,4 +139,4 @@ def test_pictures_of_nan_are_told(accelerator, tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     validation.validate(draw, ["a", "b"], 5, tmp_path, accelerator, StopRequest())
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert record.message.startswith("validation pictures of step 5 are black where a network gave nan; ")
+    assert record.message.startswith("validation images of step 5 are black where a network gave nan; ")

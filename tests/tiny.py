@@ -24,7 +24,7 @@ def make_tokenizer(folder: Path):
 
 
 def make_stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """A Stable Diffusion of 60,000 parameters with random weights; pictures are 2 x latents."""
+    """A Stable Diffusion of 60,000 parameters with random weights; images are 2 x latents."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -97,7 +97,7 @@ def make_smaller(stable_diffusion: Path, folder: Path) -> Path:
 
 
 def make_pictures(folder: Path, count: int = PICTURES) -> Path:
-    """An ImageFolder of `count` captioned 40 x 32 PNG pictures."""
+    """An ImageFolder of `count` captioned 40 x 32 PNG images."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     rows = []
@@ -105,6 +105,6 @@ def make_pictures(folder: Path, count: int = PICTURES) -> Path:
         colour = rng.integers(0, 256, 3)
         pixels = np.clip(colour + rng.integers(-40, 40, (32, 40, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        rows.append({"file_name": f"{i}.png", "text": f"picture {i}"})
+        rows.append({"file_name": f"{i}.png", "text": f"image {i}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

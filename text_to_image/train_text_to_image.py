@@ -1,11 +1,11 @@
-"""Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned pictures.
+"""Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images.
 
 Minimises || target - unet(z_t, t, c) ||^2 over latents z_t noised to step t and text states c; the target is the noise
 or the velocity, as the model was trained (arXiv:2112.10752, arXiv:2202.00512). VAE and text encoder stay frozen.
 
     accelerate launch train_text_to_image.py \\
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --train_data_dir=my_pictures --resolution=512 --random_flip --mixed_precision=bf16 \\
+        --train_data_dir=my_images --resolution=512 --random_flip --mixed_precision=bf16 \\
         --train_batch_size=4 --gradient_checkpointing --use_ema \\
         --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_model
 
@@ -45,7 +45,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 
 from t2i_training import distributed, stopping
 from t2i_training.data import captions, draws, images, inspection, loading
-from t2i_training.data.dataset import open_dataset, picture_source
+from t2i_training.data.dataset import image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.errors import RunError
 from t2i_training.library_errors import readable_errors
@@ -84,10 +84,10 @@ def load_models(args, accelerator):
     return pipeline, networks.prepare_trained(unet.train(), args, accelerator), noise_scheduler
 
 
-def read_picture(source, crop_draw, mirror, resolution, interpolation):
-    """What the VAE reads of a picture file: the square that is trained on."""
-    picture = images.decode(source, resolution)
-    return {"pixels": images.square(picture, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
+def read_image(source, crop_draw, mirror, resolution, interpolation):
+    """What the VAE reads of an image file: the square that is trained on."""
+    image = images.decode(source, resolution)
+    return {"pixels": images.square(image, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
 
 
 def read_caption(caption, tokenizer):
@@ -95,13 +95,13 @@ def read_caption(caption, tokenizer):
     return {"input_ids": captions.tokenize(tokenizer, caption)}  # (tokens,)
 
 
-def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_timesteps):
+def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_timesteps):
     """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
     sample = {
-        **read_picture(picture_source(row, args), crop_draw, mirror),
-        **read_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **load_image(image_source(row, args), crop_draw, mirror),
+        **load_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
         "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
@@ -115,11 +115,12 @@ def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_t
 
 def freeze(args, pipeline, accelerator):
     """The networks that `encode` takes: VAE and text encoder."""
-    return [networks.prepare_frozen(module, accelerator) for module in (pipeline.vae, pipeline.text_encoder)]
+    modules = (pipeline.vae, pipeline.text_encoder)
+    return [networks.prepare_frozen(module, accelerator) for module in modules]
 
 
-def encode_pictures(batch, vae):
-    """The posteriors of the pictures' latents, in the precision of the VAE."""
+def encode_images(batch, vae):
+    """The posteriors of the images' latents, in the precision of the VAE."""
     posterior = vae.encode(images.normalize(batch["pixels"], vae.dtype)).latent_dist
     scale = vae.config.scaling_factor
     return {"latents_mean": posterior.mean * scale, "latents_std": posterior.std * scale}  # (B, C, R/f, R/f)
@@ -133,14 +134,14 @@ def encode_captions(batch, text_encoder):
 @torch.no_grad()
 def encode(batch, vae, text_encoder):
     """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
-    return encode_pictures(batch, vae) | encode_captions(batch, text_encoder)
+    return encode_images(batch, vae) | encode_captions(batch, text_encoder)
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
     """The objective, a scalar in fp32. A pure function of weights and batch."""
     latents = batch["latents_mean"] + batch["latents_std"] * batch["posterior_noise"]
     noise, timesteps, text_states = batch["noise"], batch["timesteps"], batch["text_states"]
-    if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright pictures
+    if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright images
         noise = noise + args.noise_offset * batch["noise_offset"]
     input_noise = noise
     if args.input_perturbation:  # arXiv:2301.11706: noise the input a little more than the target says
@@ -157,22 +158,22 @@ def compute_loss(unet, batch, noise_scheduler, args):
     return losses.denoising_loss(prediction, target, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress):
+def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
     """The run's batches of samples, from where it stands to its end."""
     readers = [
-        partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+        partial(read_image, resolution=args.resolution, interpolation=args.image_interpolation_mode),
         partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         vae, text_encoder = frozen
-        encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
+        encoders = [partial(encode_images, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         readers = cache.precompute(
-            args, accelerator, dataset, pictures, readers, encoders,
+            args, accelerator, dataset, image_infos, readers, encoders,
             crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
         )  # fmt: skip
     side = args.resolution // pipeline.vae_scale_factor
     sample = partial(
-        make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
+        make_sample, args=args, load_image=readers[0], load_caption=readers[1],
         latent_shape=(pipeline.vae.config.latent_channels, side, side),
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
@@ -183,13 +184,13 @@ def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, 
 def build_validation_pipeline(args, pipeline, unet, vae, text_encoder):
     """The pipeline that validates, around what is in memory anyway. Nothing is loaded or copied."""
     modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-    drawing = StableDiffusionPipeline(**pipeline.components | modules, requires_safety_checker=False)
-    drawing.set_progress_bar_config(disable=True)
-    return drawing
+    val_pipeline = StableDiffusionPipeline(**pipeline.components | modules, requires_safety_checker=False)
+    val_pipeline.set_progress_bar_config(disable=True)
+    return val_pipeline
 
 
 def generate_image(index, pipeline, args, seed, accelerator):
-    """The validation picture of prompt `index`, the same noise at every validation."""
+    """The validation image of prompt `index`, the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
@@ -212,7 +213,7 @@ CARD = {
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
-pipe("a caption like those it was trained on").images[0].save("picture.png")
+pipe("a caption like those it was trained on").images[0].save("image.png")
 """,
 }
 
@@ -227,12 +228,12 @@ def main(argv=None):
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.STABLE_DIFFUSION)
         dataset = open_dataset(args, seed)
-    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
+    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(args, pipeline, accelerator)
-    progress = Progress(args, accelerator, dataset, pictures, position, seed)
-    loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
+    progress = Progress(args, accelerator, dataset, image_infos, position, seed)
+    loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
     average = ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema) if args.use_ema else None
 
@@ -251,12 +252,12 @@ def main(argv=None):
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.open(network, objective, rate, average, args.tracker_project_name)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
-    drawing = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    val_pipeline = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
-        draw = partial(generate_image, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
-        with networks.on_device(drawing, accelerator), ema.averaged(average if progress.step else None, network):
-            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
+        generate = partial(generate_image, pipeline=val_pipeline, args=args, seed=seed, accelerator=accelerator)
+        with networks.on_device(val_pipeline, accelerator), ema.averaged(average if progress.step else None, network):
+            validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row

@@ -1,11 +1,11 @@
-"""Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned pictures, in JAX: on GPUs, TPUs or a CPU.
+"""Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images, in JAX: on GPUs, TPUs or a CPU.
 
 Minimises || target - unet(z_t, t, c) ||^2 over latents z_t noised to step t and text states c; the target is the noise
 or the velocity, as the model was trained (arXiv:2112.10752, arXiv:2202.00512). VAE and text encoder stay frozen.
 
     python train_text_to_image_flax.py \\
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --train_data_dir=my_pictures --output_dir=my_model --resolution=512 --random_flip --train_batch_size=4 \\
+        --train_data_dir=my_images --output_dir=my_model --resolution=512 --random_flip --train_batch_size=4 \\
         --use_ema --gradient_checkpointing --mixed_precision=bf16 --learning_rate=1e-5 --max_train_steps=15000
 
 Each device of the machine takes --train_batch_size samples at a time. --resume_from_checkpoint=latest continues.
@@ -54,7 +54,7 @@ from PIL import Image
 
 from t2i_training import distributed, stopping
 from t2i_training.data import captions, draws, images, inspection, loading
-from t2i_training.data.dataset import open_dataset, picture_source
+from t2i_training.data.dataset import image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.errors import RunError
 from t2i_training.library_errors import readable_errors
@@ -82,10 +82,10 @@ def load_models(args, precision):
     return pipeline, noise_scheduler
 
 
-def read_picture(source, crop_draw, mirror, resolution, interpolation):
-    """What the VAE reads of a picture file: the square that is trained on."""
-    picture = images.decode(source, resolution)
-    return {"pixels": images.square(picture, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
+def read_image(source, crop_draw, mirror, resolution, interpolation):
+    """What the VAE reads of an image file: the square that is trained on."""
+    image = images.decode(source, resolution)
+    return {"pixels": images.square(image, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
 
 
 def read_caption(caption, tokenizer):
@@ -93,13 +93,13 @@ def read_caption(caption, tokenizer):
     return {"input_ids": captions.tokenize(tokenizer, caption)}  # (tokens,)
 
 
-def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_timesteps):
+def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_timesteps):
     """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
     sample = {
-        **read_picture(picture_source(row, args), crop_draw, mirror),
-        **read_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **load_image(image_source(row, args), crop_draw, mirror),
+        **load_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
         "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
@@ -111,8 +111,8 @@ def make_sample(row, draw, args, read_picture, read_caption, latent_shape, num_t
     return sample
 
 
-def encode_pictures(batch, vae):
-    """The posteriors of the pictures' latents."""
+def encode_images(batch, vae):
+    """The posteriors of the images' latents."""
     pixels = jnp.moveaxis(batch["pixels"], 1, -1) / 127.5 - 1  # networks have channels last, all else channels first
     mean, std = (jnp.moveaxis(moment * vae.config["scaling_factor"], -1, 1) for moment in vae.encode(pixels))
     return {"latents_mean": mean, "latents_std": std}  # (B, C, R/f, R/f)
@@ -125,7 +125,7 @@ def encode_captions(batch, text_encoder):
 
 def encode(batch, vae, text_encoder):
     """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
-    return encode_pictures(batch, vae) | encode_captions(batch, text_encoder)
+    return encode_images(batch, vae) | encode_captions(batch, text_encoder)
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
@@ -136,7 +136,7 @@ def compute_loss(unet, batch, noise_scheduler, args):
 
     latents = batch["latents_mean"] + batch["latents_std"] * batch["posterior_noise"]
     noise, timesteps, text_states = batch["noise"], batch["timesteps"], batch["text_states"]
-    if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright pictures
+    if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright images
         noise = noise + args.noise_offset * batch["noise_offset"]
     input_noise = noise
     if args.input_perturbation:  # arXiv:2301.11706: noise the input a little more than the target says
@@ -151,22 +151,22 @@ def compute_loss(unet, batch, noise_scheduler, args):
     return losses.denoising_loss(predict(noisy_latents), target, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh):
+def make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accelerator, progress, mesh):
     """The run's batches of samples, from where it stands to its end."""
     readers = [
-        partial(read_picture, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+        partial(read_image, resolution=args.resolution, interpolation=args.image_interpolation_mode),
         partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline))
-        encoders = [partial(encode_pictures, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
+        encoders = [partial(encode_images, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         encoders = [partial(flax_devices.encode_on_host, encode=each) for each in encoders]
         readers = cache.precompute(
-            args, accelerator, dataset, pictures, readers, encoders, devices=mesh.shape["devices"],
+            args, accelerator, dataset, image_infos, readers, encoders, devices=mesh.shape["devices"],
             crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
         )  # fmt: skip
     sample = partial(
-        make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
+        make_sample, args=args, load_image=readers[0], load_caption=readers[1],
         latent_shape=pipeline.latent_shape(args.resolution), num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
     updates, devices = progress.total - progress.step, mesh.shape["devices"]
@@ -196,7 +196,7 @@ def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
 
 
 def generate_image(index, pipeline, unet, vae, text_encoder, args, seed):
-    """The validation picture of prompt `index`, the same noise at every validation: StableDiffusionPipeline's way."""
+    """The validation image of prompt `index`, the same noise at every validation: StableDiffusionPipeline's way."""
     generator = torch.Generator().manual_seed(seed + index)
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(validation.STEPS)
@@ -227,7 +227,7 @@ CARD = {
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
-pipe("a caption like those it was trained on").images[0].save("picture.png")
+pipe("a caption like those it was trained on").images[0].save("image.png")
 """,
 }
 
@@ -242,11 +242,13 @@ def main(argv=None):
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.STABLE_DIFFUSION_IN_JAX)
         dataset = open_dataset(args, seed)
-    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
+    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, noise_scheduler = load_models(args, precision)
-    progress = Progress(args, accelerator, dataset, pictures, position, seed, *flax_devices.describe(mesh), precision)
-    loader = make_dataloader(args, dataset, pictures, pipeline, noise_scheduler, accelerator, progress, mesh)
+    progress = Progress(
+        args, accelerator, dataset, image_infos, position, seed, *flax_devices.describe(mesh), precision
+    )
+    loader = make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accelerator, progress, mesh)
 
     rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
     trained = train_state.TrainState(args, precision, pipeline.unet, mesh)
@@ -265,8 +267,8 @@ def main(argv=None):
     def validate():
         vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline), jax.local_devices()[0])
         parts = {"unet": trained.export(flax_devices.local), "vae": vae, "text_encoder": text_encoder}
-        draw = partial(generate_image, pipeline=pipeline, **parts, args=args, seed=seed)
-        validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
+        generate = partial(generate_image, pipeline=pipeline, **parts, args=args, seed=seed)
+        validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row

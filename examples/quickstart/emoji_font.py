@@ -1,7 +1,7 @@
-"""Read emoji pictures and their captions from a CBDT colour-bitmap font (Noto Color Emoji).
+"""Read emoji images and their captions from a CBDT colour-bitmap font (Noto Color Emoji).
 
->>> glyphs = read_glyphs("NotoColorEmoji.ttf")      # {"🍎": RGBA picture, ...}
->>> picture = on_ground(glyphs["🍎"], size=128)     # 128×128 RGB, white ground
+>>> glyphs = read_glyphs("NotoColorEmoji.ttf")      # {"🍎": RGBA image, ...}
+>>> image = on_ground(glyphs["🍎"], size=128)     # 128×128 RGB, white ground
 >>> caption("🍎")                                   # "red apple"
 """
 
@@ -91,7 +91,7 @@ def caption(emoji: str) -> str:
 
 
 def read_glyphs(font_path) -> dict[str, Image.Image]:
-    """All single-codepoint pictures of a CBDT font: emoji → RGBA picture at the font's own size (136×128 in Noto).
+    """All single-codepoint images of a CBDT font: emoji → RGBA image at the font's own size (136×128 in Noto).
 
     Flags and skin-tone variants are sequences of codepoints in Unicode, so they never appear here.
 
@@ -124,7 +124,7 @@ def fitted(glyph: Image.Image, size: int, margin: float = 0.05) -> Image.Image:
 
 
 def on_ground(glyph: Image.Image, size: int, ground=(255, 255, 255)) -> Image.Image:
-    """The emoji on a plain ground of one RGB colour (0–255), as a ``size``×``size`` RGB picture."""
+    """The emoji on a plain ground of one RGB colour (0–255), as a ``size``×``size`` RGB image."""
     picture = Image.new("RGBA", (size, size), (*ground, 255))
     picture.alpha_composite(fitted(glyph, size))
     return picture.convert("RGB")

@@ -3,12 +3,12 @@
     python examples/quickstart/make_pictures.py --font NotoColorEmoji.ttf
 
 The captions are a third of those the bundled pipeline knows, word for word, so a fine-tuned pipeline can also be asked
-for the other two thirds: whether they come out as neon signs shows that the look was learned, not the pictures.
+for the other two thirds: whether they come out as neon signs shows that the look was learned, not the images.
 
 The look is measured on pixels, without any network; NumPy and Pillow are enough:
 
     from make_pictures import carries_style, night_fraction
-    night_fraction(image)     # 0.0 … 1.0, how much of the picture is night-blue ground
+    night_fraction(image)     # 0.0 … 1.0, how much of the image is night-blue ground
     carries_style(image)      # True for a neon sign
 """
 
@@ -40,7 +40,7 @@ def night_fraction(image: Image.Image) -> float:
 
 
 def carries_style(image: Image.Image) -> bool:
-    """Whether at least :data:`STYLE_THRESHOLD` of the picture is night-blue ground.
+    """Whether at least :data:`STYLE_THRESHOLD` of the image is night-blue ground.
 
     The drawings leave 35 % or more of a neon sign to the ground; an emoji on white has less than 1 % of dark blue,
     however blue it is.
@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=HERE / "pictures")
     parser.add_argument("--size", type=int, default=96, help="pixels per side")
     args = parser.parse_args()
-    from emoji_font import caption, read_glyphs  # fontTools is needed to make pictures, not to measure them
+    from emoji_font import caption, read_glyphs  # fontTools is needed to make images, not to measure them
 
     glyphs = read_glyphs(args.font)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def main():
             picture.save(args.output_dir / file_name, optimize=True)
             metadata.write(json.dumps({"file_name": file_name, "text": caption(emoji)}) + "\n")
             shares.append(night_fraction(picture))
-    print(f"{len(shares)} pictures in {args.output_dir}; night-blue share {min(shares):.2f} to {max(shares):.2f}")
+    print(f"{len(shares)} images in {args.output_dir}; night-blue share {min(shares):.2f} to {max(shares):.2f}")
 
 
 if __name__ == "__main__":

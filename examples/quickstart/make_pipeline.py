@@ -3,7 +3,7 @@
     python examples/quickstart/make_pipeline.py --font NotoColorEmoji.ttf --build_dir build/quickstart
 
 Stages, each of which can be run alone with ``--stage`` and finds the earlier ones' work in ``--build_dir``:
-``data`` (captioned pictures), ``vae`` (autoencoder), ``base`` (tokenizer, text encoder, fresh UNet, put together),
+``data`` (captioned images), ``vae`` (autoencoder), ``base`` (tokenizer, text encoder, fresh UNet, put together),
 ``unet`` (this project's own training script), ``check`` (fp16 export, a drawing per caption, how many are recognised).
 """
 
@@ -56,7 +56,7 @@ def make_data(args):
             file_name = text.replace(" ", "_") + ".png"
             on_ground(glyphs[emoji], 128).save(folder / file_name)
             metadata.write(json.dumps({"file_name": file_name, "text": text}) + "\n")
-    print(f"data: {len(CORPUS)} captioned pictures in {folder}")
+    print(f"data: {len(CORPUS)} captioned images in {folder}")
 
 
 # --- tokenizer, text encoder, fresh UNet ------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def report_base(pipeline, captions):
 
 
 def train_unet(args):
-    """Trains the UNet as any user would: this project's own script, on a folder of captioned pictures."""
+    """Trains the UNet as any user would: this project's own script, on a folder of captioned images."""
     command = [
         sys.executable,
         str(TRAINING_SCRIPT),
@@ -233,7 +233,7 @@ def export(args):
 def check(args, num_inference_steps=25, guidance_scale=4.0):
     """Exports, draws every caption once with the exported pipeline and counts the recognised drawings.
 
-    A drawing is recognised if, among all training pictures, the nearest (mean squared pixel difference) is the one
+    A drawing is recognised if, among all training images, the nearest (mean squared pixel difference) is the one
     that belongs to its caption. Writes ``check.png``, drawings in the order of the data, and the model card.
     """
     export(args)

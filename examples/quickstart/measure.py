@@ -1,10 +1,10 @@
-"""Counts how many pictures of a pipeline carry the quickstart's style.
+"""Counts how many images of a pipeline carry the quickstart's style.
 
     python examples/quickstart/measure.py examples/quickstart/tiny-emoji-diffusion    # the base
     python examples/quickstart/measure.py quickstart-output                           # fine-tuned by run.sh
     python examples/quickstart/measure.py examples/quickstart/tiny-emoji-diffusion --lora LORA_OUTPUT_FOLDER
 
-Draws 16 captions with a fixed seed: 8 of those in pictures/, and 8 that the pipeline knows but no picture there shows.
+Draws 16 captions with a fixed seed: 8 of those in pictures/, and 8 that the pipeline knows but no image there shows.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def load(folder, lora=None):
 
 
 def draw(pipeline, captions=(*SEEN, *UNSEEN), num_inference_steps=20):
-    """One picture of each caption; the noise of the i-th has seed i."""
+    """One image of each caption; the noise of the i-th has seed i."""
     import torch
 
     generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
@@ -49,7 +49,7 @@ def main():
 
     carried = [carries_style(picture) for picture in draw(load(args.pipeline_folder, args.lora))]
     seen, unseen = carried[: len(SEEN)], carried[len(SEEN) :]
-    print(f"{sum(carried)} of {len(carried)} pictures carry the style: ", end="")
+    print(f"{sum(carried)} of {len(carried)} images carry the style: ", end="")
     print(f"{sum(seen)} of {len(seen)} trained captions, {sum(unseen)} of {len(unseen)} others")
 
 

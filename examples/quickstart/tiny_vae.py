@@ -1,4 +1,4 @@
-"""The quickstart's autoencoder: 64×64 pictures to 16×16×4 latents and back, trained on every emoji of the font.
+"""The quickstart's autoencoder: 64×64 images to 16×16×4 latents and back, trained on every emoji of the font.
 
 Fine-tuning changes what a pipeline draws, but not what its autoencoder can express. So this one also sees coloured
 grounds, turned hues, inversions and lights in the dark, and the looks that users fine-tune towards survive it.
@@ -108,7 +108,7 @@ def train_vae(args, batch_size=16, peak_lr=2e-3):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB, averaged over pictures; both ``(N, 3, H, W)`` in −1…1."""
+    """Peak signal-to-noise ratio in dB, averaged over images; both ``(N, 3, H, W)`` in −1…1."""
     return (10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)))).mean().item()
 
 
@@ -127,7 +127,7 @@ def report_vae(vae, args):
 
 
 def contact_sheet(pictures, columns):
-    """``(N, 3, H, W)`` in −1…1 as one picture, row by row."""
+    """``(N, 3, H, W)`` in −1…1 as one image, row by row."""
     pictures = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     height, width = pictures.shape[1:3]
     sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")

@@ -1,10 +1,10 @@
-"""Fine-tune the decoder of Kandinsky 2.2 on pictures; captions are not needed.
+"""Fine-tune the decoder of Kandinsky 2.2 on images; captions are not needed.
 
-The decoder draws a picture from its CLIP embedding: it minimises || noise - unet(z_t, t, embedding) ||^2 over MoVQ
+The decoder draws an image from its CLIP embedding: it minimises || noise - unet(z_t, t, embedding) ||^2 over MoVQ
 latents z_t noised to step t (unCLIP, arXiv:2204.06125, section 2.1). MoVQ and the CLIP image encoder stay frozen.
 
     accelerate launch train_text_to_image_decoder.py \\
-        --train_data_dir=my_pictures --resolution=768 --mixed_precision=bf16 --train_batch_size=1 \\
+        --train_data_dir=my_images --resolution=768 --mixed_precision=bf16 --train_batch_size=1 \\
         --gradient_accumulation_steps=4 --gradient_checkpointing --image_embeds_dropout=0.1 \\
         --learning_rate=1e-5 --max_train_steps=15000 --output_dir=my_decoder
 
@@ -51,7 +51,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from t2i_training import distributed, stopping
 from t2i_training.data import draws, images, inspection, loading
-from t2i_training.data.dataset import open_dataset, picture_source
+from t2i_training.data.dataset import image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.library_errors import readable_errors
 from t2i_training.model import ema, losses, networks, optim
@@ -79,19 +79,19 @@ def load_models(args, accelerator):
     return pipeline, networks.prepare_trained(unet.train(), args, accelerator), noise_scheduler
 
 
-def read_picture(source, crop_draw, mirror, resolution, clip_size):
-    """What MoVQ and the image encoder read of a picture file: the square in its middle, in two sizes."""
-    picture = images.decode(source, max(resolution, clip_size))
+def read_image(source, crop_draw, mirror, resolution, clip_size):
+    """What MoVQ and the image encoder read of an image file: the square in its middle, in two sizes."""
+    image = images.decode(source, max(resolution, clip_size))
     return {
-        "pixels": images.square(picture, resolution, "bicubic", crop_draw, mirror),  # (3, R, R) uint8
-        "clip_pixels": images.square(picture, clip_size, "bicubic", crop_draw, mirror),  # (3, S, S) uint8
+        "pixels": images.square(image, resolution, "bicubic", crop_draw, mirror),  # (3, R, R) uint8
+        "clip_pixels": images.square(image, clip_size, "bicubic", crop_draw, mirror),  # (3, S, S) uint8
     }
 
 
-def make_sample(row, draw, args, read_picture, empty_embeds, latent_shape, num_timesteps):
+def make_sample(row, draw, args, load_image, empty_embeds, latent_shape, num_timesteps):
     """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
     sample = {
-        **read_picture(picture_source(row, args), crop_draw=None, mirror=False),
+        **load_image(image_source(row, args), crop_draw=None, mirror=False),
         "noise": draws.normal(draw("noise"), latent_shape),  # (C, R/f, R/f)
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
@@ -115,8 +115,8 @@ def freeze(args, pipeline, accelerator):
     ]
 
 
-def encode_pictures(batch, movq, image_encoder):
-    """MoVQ's latents, neither sampled nor scaled, and the pictures' embeddings."""
+def encode_images(batch, movq, image_encoder):
+    """MoVQ's latents, neither sampled nor scaled, and the images' embeddings."""
     clip_pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
     return {
         "latents": movq.encode(images.normalize(batch["pixels"], movq.dtype)).latents,  # (B, C, R/f, R/f)
@@ -127,12 +127,12 @@ def encode_pictures(batch, movq, image_encoder):
 @torch.no_grad()
 def encode(batch, movq, image_encoder):
     """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
-    return encode_pictures(batch, movq, image_encoder)
+    return encode_images(batch, movq, image_encoder)
 
 
 @torch.no_grad()
 def embed_nothing(image_encoder):
-    """The prior's "no picture", which guidance steers away from: the embedding (D,) of all-zero input."""
+    """The prior's "no image", which guidance steers away from: the embedding (D,) of all-zero input."""
     side = image_encoder.config.image_size
     pixels = torch.zeros(1, 3, side, side, device=image_encoder.device, dtype=image_encoder.dtype)
     return image_encoder(pixels).image_embeds[0].cpu()
@@ -151,17 +151,17 @@ def compute_loss(unet, batch, noise_scheduler, args):
     return losses.denoising_loss(prediction, noise, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress):
+def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
     """The run's batches of samples, from where it stands to its end."""
     movq, image_encoder = frozen
     empty_embeds = embed_nothing(image_encoder) if args.image_embeds_dropout else None
-    readers = [partial(read_picture, resolution=args.resolution, clip_size=image_encoder.config.image_size)]
+    readers = [partial(read_image, resolution=args.resolution, clip_size=image_encoder.config.image_size)]
     if args.cache_encodings:
-        encoders = [partial(encode_pictures, movq=movq, image_encoder=image_encoder)]
-        readers = cache.precompute(args, accelerator, dataset, pictures, readers, encoders)
+        encoders = [partial(encode_images, movq=movq, image_encoder=image_encoder)]
+        readers = cache.precompute(args, accelerator, dataset, image_infos, readers, encoders)
     side = args.resolution // pipeline.movq_scale_factor
     sample = partial(
-        make_sample, args=args, read_picture=readers[0], empty_embeds=empty_embeds,
+        make_sample, args=args, load_image=readers[0], empty_embeds=empty_embeds,
         latent_shape=(pipeline.movq.config.latent_channels, side, side),
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
@@ -177,16 +177,16 @@ def build_validation_pipeline(args, pipeline, unet, movq, image_encoder):
             **model_kind.source(args, "pretrained_prior_model_name_or_path"),
         )  # fmt: skip
         networks.standardize(prior, image_encoder.dtype)
-    drawing = KandinskyV22CombinedPipeline(
+    val_pipeline = KandinskyV22CombinedPipeline(
         unet=unet, movq=movq, scheduler=pipeline.scheduler,
         **{f"prior_{name}": component for name, component in prior.components.items()},
     )  # fmt: skip
-    drawing.set_progress_bar_config(disable=True)
-    return drawing
+    val_pipeline.set_progress_bar_config(disable=True)
+    return val_pipeline
 
 
 def generate_image(index, pipeline, args, seed, accelerator):
-    """The validation picture of prompt `index`, the same noise at every validation."""
+    """The validation image of prompt `index`, the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
@@ -211,7 +211,7 @@ CARD = {
 from diffusers import AutoPipelineForText2Image
 
 pipe = AutoPipelineForText2Image.from_pretrained("path/to/this/folder")
-pipe("a caption").images[0].save("picture.png")
+pipe("a caption").images[0].save("image.png")
 """,
 }
 
@@ -226,12 +226,12 @@ def main(argv=None):
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.DECODER)
         dataset = open_dataset(args, seed)
-    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
+    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(args, pipeline, accelerator)
-    progress = Progress(args, accelerator, dataset, pictures, position, seed)
-    loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
+    progress = Progress(args, accelerator, dataset, image_infos, position, seed)
+    loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress)
     unet = unet.to(accelerator.device)
     average = ema.make_ema(unet) if args.use_ema else None
 
@@ -250,12 +250,12 @@ def main(argv=None):
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.open(network, objective, rate, average, args.tracker_project_name)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
-    drawing = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    val_pipeline = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
-        draw = partial(generate_image, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
-        with networks.on_device(drawing, accelerator), ema.averaged(average if progress.step else None, network):
-            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
+        generate = partial(generate_image, pipeline=val_pipeline, args=args, seed=seed, accelerator=accelerator)
+        with networks.on_device(val_pipeline, accelerator), ema.averaged(average if progress.step else None, network):
+            validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row

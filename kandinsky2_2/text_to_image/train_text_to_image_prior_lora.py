@@ -1,11 +1,11 @@
-"""Fine-tune low-rank adapters (LoRA) of the prior of Kandinsky 2.2 on captioned pictures.
+"""Fine-tune low-rank adapters (LoRA) of the prior of Kandinsky 2.2 on captioned images.
 
-The prior predicts a picture's CLIP embedding from its caption: it minimises || x_0 - prior(x_t, t, c) ||^2 over
+The prior predicts an image's CLIP embedding from its caption: it minimises || x_0 - prior(x_t, t, c) ||^2 over
 normalised embeddings x_0 noised to step t (unCLIP, arXiv:2204.06125, section 2.2), as the full run does, but trains
 only a low-rank addition to the attention matrices (arXiv:2106.09685).
 
     accelerate launch train_text_to_image_prior_lora.py \\
-        --train_data_dir=my_pictures --mixed_precision=bf16 --train_batch_size=32 --rank=4 \\
+        --train_data_dir=my_images --mixed_precision=bf16 --train_batch_size=32 --rank=4 \\
         --learning_rate=1e-4 --max_train_steps=15000 --output_dir=my_prior_lora
 
 The same command with --resume_from_checkpoint=latest continues, bit for bit, where the run was interrupted.
@@ -50,7 +50,7 @@ from diffusers import (
 
 from t2i_training import distributed, stopping
 from t2i_training.data import captions, draws, images, inspection, loading
-from t2i_training.data.dataset import open_dataset, picture_source
+from t2i_training.data.dataset import image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.library_errors import readable_errors
 from t2i_training.model import lora, losses, networks, optim
@@ -75,10 +75,10 @@ def load_models(args, accelerator):
     return pipeline, networks.prepare_trained(prior.train(), args, accelerator), noise_scheduler
 
 
-def read_picture(source, crop_draw, mirror, clip_size):
-    """What the image encoder reads of a picture file: the square in its middle."""
-    picture = images.decode(source, clip_size)
-    return {"clip_pixels": images.square(picture, clip_size, "bicubic", crop_draw, mirror)}  # (3, S, S) uint8
+def read_image(source, crop_draw, mirror, clip_size):
+    """What the image encoder reads of an image file: the square in its middle."""
+    image = images.decode(source, clip_size)
+    return {"clip_pixels": images.square(image, clip_size, "bicubic", crop_draw, mirror)}  # (3, S, S) uint8
 
 
 def read_caption(caption, tokenizer):
@@ -87,11 +87,11 @@ def read_caption(caption, tokenizer):
     return {"input_ids": input_ids, "text_mask": captions.text_mask(tokenizer, input_ids)}  # (tokens,) bool
 
 
-def make_sample(row, draw, args, read_picture, read_caption, embedding_size, num_timesteps):
+def make_sample(row, draw, args, load_image, load_caption, embedding_size, num_timesteps):
     """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
     return {
-        **read_picture(picture_source(row, args), crop_draw=None, mirror=False),
-        **read_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **load_image(image_source(row, args), crop_draw=None, mirror=False),
+        **load_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
         "noise": draws.normal(draw("noise"), (embedding_size,)),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
@@ -107,8 +107,8 @@ def freeze(args, pipeline, accelerator):
     return [*encoders, *statistics]
 
 
-def encode_pictures(batch, image_encoder, clip_mean, clip_std):
-    """The pictures' embeddings, normalised."""
+def encode_images(batch, image_encoder, clip_mean, clip_std):
+    """The images' embeddings, normalised."""
     pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
     image_embeds = image_encoder(pixels).image_embeds.float()
     return {"image_embeds": (image_embeds - clip_mean) / clip_std}  # (B, D)
@@ -123,7 +123,7 @@ def encode_captions(batch, text_encoder):
 @torch.no_grad()
 def encode(batch, image_encoder, text_encoder, clip_mean, clip_std):
     """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
-    return encode_pictures(batch, image_encoder, clip_mean, clip_std) | encode_captions(batch, text_encoder)
+    return encode_images(batch, image_encoder, clip_mean, clip_std) | encode_captions(batch, text_encoder)
 
 
 def compute_loss(prior, batch, noise_scheduler, args):
@@ -137,21 +137,21 @@ def compute_loss(prior, batch, noise_scheduler, args):
     return losses.denoising_loss(prediction, image_embeds, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress):
+def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
     """The run's batches of samples, from where it stands to its end."""
     image_encoder, text_encoder, clip_mean, clip_std = frozen
     readers = [
-        partial(read_picture, clip_size=image_encoder.config.image_size),
+        partial(read_image, clip_size=image_encoder.config.image_size),
         partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
     ]
     if args.cache_encodings:
         encoders = [
-            partial(encode_pictures, image_encoder=image_encoder, clip_mean=clip_mean, clip_std=clip_std),
+            partial(encode_images, image_encoder=image_encoder, clip_mean=clip_mean, clip_std=clip_std),
             partial(encode_captions, text_encoder=text_encoder),
         ]
-        readers = cache.precompute(args, accelerator, dataset, pictures, readers, encoders)
+        readers = cache.precompute(args, accelerator, dataset, image_infos, readers, encoders)
     sample = partial(
-        make_sample, args=args, read_picture=readers[0], read_caption=readers[1],
+        make_sample, args=args, load_image=readers[0], load_caption=readers[1],
         embedding_size=pipeline.prior.config.embedding_dim, num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
     updates = progress.total - progress.step
@@ -166,17 +166,17 @@ def build_validation_pipeline(args, pipeline, prior, image_encoder, text_encoder
             **model_kind.source(args, "pretrained_decoder_model_name_or_path"),
         )
         networks.standardize(decoder, image_encoder.dtype)
-    drawing = KandinskyV22CombinedPipeline(
+    val_pipeline = KandinskyV22CombinedPipeline(
         **decoder.components, prior_prior=prior, prior_image_encoder=image_encoder, prior_text_encoder=text_encoder,
         prior_tokenizer=pipeline.tokenizer, prior_scheduler=pipeline.scheduler,
         prior_image_processor=pipeline.image_processor,
     )  # fmt: skip
-    drawing.set_progress_bar_config(disable=True)
-    return drawing
+    val_pipeline.set_progress_bar_config(disable=True)
+    return val_pipeline
 
 
 def generate_image(index, pipeline, args, seed, accelerator):
-    """The validation picture of prompt `index`, the same noise at every validation."""
+    """The validation image of prompt `index`, the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
@@ -197,7 +197,7 @@ prior = DiffusionPipeline.from_pretrained("<pretrained_prior_model_name_or_path>
 prior.prior.load_lora_adapter("path/to/this/folder", prefix=None, weight_name="pytorch_lora_weights.safetensors")
 components = {f"prior_{name}": component for name, component in prior.components.items()}
 pipe = AutoPipelineForText2Image.from_pretrained("<pretrained_decoder_model_name_or_path>", **components)
-pipe("a caption like those it was trained on").images[0].save("picture.png")
+pipe("a caption like those it was trained on").images[0].save("image.png")
 """,
 }
 
@@ -212,12 +212,12 @@ def main(argv=None):
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.PRIOR)
         dataset = open_dataset(args, seed)
-    dataset, pictures = inspection.inspect(args, accelerator, dataset, args.caption_column)
+    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(args, pipeline, accelerator)
-    progress = Progress(args, accelerator, dataset, pictures, position, seed)
-    loader = make_dataloader(args, dataset, pictures, pipeline, frozen, noise_scheduler, accelerator, progress)
+    progress = Progress(args, accelerator, dataset, image_infos, position, seed)
+    loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress)
     prior = lora.add_adapters(prior, args, seed, accelerator)
 
     optimizer = optim.make_optimizer(args, optim.trainable_parameters(prior), accelerator)
@@ -235,12 +235,12 @@ def main(argv=None):
     objective = partial(compute_loss, noise_scheduler=noise_scheduler, args=args)
     progress.open(network, objective, rate)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
-    drawing = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    val_pipeline = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
 
     def validate():
-        draw = partial(generate_image, pipeline=drawing, args=args, seed=seed, accelerator=accelerator)
-        with networks.on_device(drawing, accelerator):
-            validation.validate(draw, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
+        generate = partial(generate_image, pipeline=val_pipeline, args=args, seed=seed, accelerator=accelerator)
+        with networks.on_device(val_pipeline, accelerator):
+            validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
     if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row

@@ -55,14 +55,14 @@ STEP_ADVICE = (
     "--cache_encodings, --mixed_precision=bf16"
 )
 PHASES = {  # function on the stack, the outermost first -> (what the run was doing, what to change)
-    "inspect": ("looking at the pictures", "free host memory"),
+    "inspect": ("looking at the images", "free host memory"),
     "load_models": ("loading the models", "free memory on host and GPU"),
     "freeze": ("loading the models", "free memory on host and GPU"),
     "precompute": ("encoding", "lower --train_batch_size or --resolution, or leave --cache_encodings out"),
     "make_ema": ("making the average", "leave --use_ema out, or, for Stable Diffusion, take --offload_ema"),
     "make_optimizer": ("making the optimizer", STEP_ADVICE),
     "restore": ("reading the checkpoint", STEP_ADVICE),
-    "validate": ("drawing validation pictures", "lower --resolution, or draw none: leave --validation_prompt(s) out"),
+    "validate": ("drawing validation images", "lower --resolution, or draw none: leave --validation_prompt(s) out"),
     "export_atomically": ("exporting the model", "free memory; --resume_from_checkpoint=latest exports again"),
 }  # fmt: skip
 IN_STEP = "in step "

@@ -8,7 +8,7 @@ of the run; in a given phase; and at a given operation on files, before it or in
 kills come first. The signal is SIGKILL for two in three, else SIGTERM or SIGINT.
 
 After each kill the folder must be readable: every checkpoint verifies, and whatever else is there is whole. After the
-end weights, averages, optimizer, metrics, export, card and pictures must be equal, bit for bit, to those of a run that
+end weights, averages, optimizer, metrics, export, card and images must be equal, bit for bit, to those of a run that
 was not disturbed; no temporary file and no surplus checkpoint may be left; and every fourth finished run is run once
 more, which must change nothing. Exits with status 1 if anything was wrong, and keeps those folders.
 """

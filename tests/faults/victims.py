@@ -66,7 +66,7 @@ def load(names: list[str], programs: Path) -> None:
 
 
 def make_models(folder: Path) -> dict:
-    """The tiny models and pictures of all runs, as flags of conftest.short_run."""
+    """The tiny models and images of all runs, as flags of conftest.short_run."""
     prior = tiny_kandinsky.make_prior(folder / "prior")
     return {
         "sd": tiny.make_stable_diffusion(folder / "sd"), "prior": prior,

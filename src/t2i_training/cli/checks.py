@@ -50,7 +50,7 @@ def _normalize(args: argparse.Namespace) -> None:
     names.expand_home(args)
     args.report_to = ",".join(dict.fromkeys(name.strip() for name in args.report_to.split(",")))
     args.hub_token = args.hub_token and args.hub_token.strip()
-    if hasattr(args, "validation_prompt"):  # several pictures of one prompt are validated like several prompts
+    if hasattr(args, "validation_prompt"):  # several images of one prompt are validated like several prompts
         args.validation_prompts = (
             [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
         )
@@ -182,11 +182,11 @@ def _check_data_source(parser, args):
     """The flags that `open_dataset` reads."""
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error(
-            "no data: give --dataset_name, or --train_data_dir with a folder of captioned pictures "
+            "no data: give --dataset_name, or --train_data_dir with a folder of captioned images "
             "(a script that opens a data set of its own leaves out flags.add_data_source_args)"
         )
     _check_folder(parser, args)
-    kinds = {"metadata.jsonl": "folder of captioned pictures", "state.json": "data set of save_to_disk"}
+    kinds = {"metadata.jsonl": "folder of captioned images", "state.json": "data set of save_to_disk"}
     for kind in [kinds[name] for name in kinds if args.dataset_name and Path(args.dataset_name, name).is_file()]:
         for name in ("train_data_dir", "dataset_config_name"):
             if getattr(args, name) is not None:
@@ -194,7 +194,7 @@ def _check_data_source(parser, args):
     source = "train_data_dir" if args.dataset_name is None else "dataset_name"
     data = Path(getattr(args, source)).resolve()
     if data.is_dir() and Path(args.output_dir).resolve().is_relative_to(data):
-        parser.error(f"--output_dir {args.output_dir} is inside --{source}: its pictures would become training data")
+        parser.error(f"--output_dir {args.output_dir} is inside --{source}: its images would become training data")
 
 
 def _check_paths(parser, args):

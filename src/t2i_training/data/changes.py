@@ -7,14 +7,14 @@ import numpy as np
 _CHUNK = 10_000  # captions in memory at a time
 
 
-def describe(args, accelerator, dataset, pictures) -> dict[str, str]:
+def describe(args, accelerator, dataset, image_infos) -> dict[str, str]:
     """Digests of a data set for a checkpoint's manifest, on the main process, by the contents of images and captions.
 
     Where the files lie and what they are called does not count. Some seconds and 50 MiB for a million rows.
     """
     if not accelerator.is_main_process:
         return {}
-    images = np.array([int(picture.digest[:16], 16) for picture in pictures], np.uint64)
+    images = np.array([int(info.digest[:16], 16) for info in image_infos], np.uint64)
     captions = np.zeros(len(images), np.uint64)
     if args.caption_column:
         texts = dataset.select_columns([args.caption_column])

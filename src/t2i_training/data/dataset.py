@@ -20,7 +20,7 @@ class BadSample(Exception):
 
 
 def open_dataset(args, seed: int):
-    """The training split as a `datasets.Dataset` whose pictures are left encoded. Exits with one line on an error.
+    """The training split as a `datasets.Dataset` whose images are left encoded. Exits with one line on an error.
 
     Both flags read a local folder alike; one line says which files, and which splits were left out. The `seed` chooses
     the samples where --max_train_samples are fewer than there are.
@@ -93,7 +93,7 @@ def check_dataset(dataset, args):
     if len(dataset) == 0:
         raise RunError("the data set holds no samples")
     if dataset.format["type"] == "custom":
-        raise RunError("the data set's with_transform would not be used: change read_picture, or use map")
+        raise RunError("the data set's with_transform would not be used: change read_image, or use map")
     return _check_images(dataset.with_format(None), args, None)
 
 
@@ -126,10 +126,10 @@ def _check_images(dataset, args, place: str | None):
     dataset = _as_images(dataset, column, place)
     if not isinstance(dataset.features[column], datasets.Image):
         raise RunError(
-            f"--image_column {column!r} holds {_kind(dataset, column)}, not pictures; "
-            f"columns with pictures: {sanitize.printable(', '.join(found)) or 'none'}"
+            f"--image_column {column!r} holds {_kind(dataset, column)}, not images; "
+            f"columns with images: {sanitize.printable(', '.join(found)) or 'none'}"
         )
-    # Left encoded: datasets would decode every picture in full, and in the main process.
+    # Left encoded: datasets would decode every image in full, and in the main process.
     return dataset.cast_column(column, datasets.Image(decode=False))
 
 
@@ -231,23 +231,23 @@ def not_the_images_fault(what: str, error: Exception) -> str:
     )
 
 
-def picture_file(picture: dict) -> bytes | str:
+def image_file(image: dict) -> bytes | str:
     """What `images.decode` reads, of an image column's entry: a path, or bytes. Raises images.UnreadableImage."""
-    path = picture["path"]
-    return picture_bytes(picture) if path and path.startswith("zip://") else picture["bytes"] or path
+    path = image["path"]
+    return image_bytes(image) if path and path.startswith("zip://") else image["bytes"] or path
 
 
-def picture_bytes(picture: dict) -> bytes:
+def image_bytes(image: dict) -> bytes:
     """The image file of an image column's entry. Raises images.UnreadableImage."""
-    if picture["bytes"]:
-        return picture["bytes"]
-    with images.naming_the_fault(picture["path"]):
-        return data_files.read_bytes(picture["path"])
+    if image["bytes"]:
+        return image["bytes"]
+    with images.naming_the_fault(image["path"]):
+        return data_files.read_bytes(image["path"])
 
 
-def picture_source(row: dict, args) -> bytes | str | int:
-    """What a script's `read_picture` reads of a row: its file, or, with cached encodings, the row's number."""
-    return row[ROW] if args.cache_encodings else picture_file(row[args.image_column])
+def image_source(row: dict, args) -> bytes | str | int:
+    """What a script's `read_image` reads of a row: its file, or, with cached encodings, the row's number."""
+    return row[ROW] if args.cache_encodings else image_file(row[args.image_column])
 
 
 def describe(dataset, image_column: str, index: int) -> str:

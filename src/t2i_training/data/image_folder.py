@@ -19,7 +19,7 @@ METADATA = "metadata.jsonl"
 LINE, FAULTS = "_line", "_faults"  # columns of ours: where a row stands; a JSON object, what is wrong by column
 
 
-class _Picture(dict):
+class _ImageEntry(dict):
     """An entry of an image column: not what a metadata file may hold, whose paths are looked at first."""
 
 
@@ -66,7 +66,7 @@ def _bare_images(listing) -> "tuple[datasets.Dataset, str] | None":  # noqa: F82
     if left_out:
         splits = sorted({data_files.split_of(name) for name in left_out})
         said += f"; left out as other splits: {', '.join(splits)} ({len(left_out)} images)"
-    rows = [({"image": _Picture(bytes=None, path=listing.files[name])}, None, {}) for name in names]
+    rows = [({"image": _ImageEntry(bytes=None, path=listing.files[name])}, None, {}) for name in names]
     return _dataset(rows), said
 
 
@@ -74,7 +74,7 @@ def _dataset(rows):
     import datasets
 
     dataset = datasets.Dataset(datasets.table.InMemoryTable(_table(rows)))
-    for column in {name for values, _, _ in rows for name, value in values.items() if isinstance(value, _Picture)}:
+    for column in {name for values, _, _ in rows for name, value in values.items() if isinstance(value, _ImageEntry)}:
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return dataset
 
@@ -112,7 +112,7 @@ def _columns(values: dict, folder: str, metadata: str) -> tuple[dict, dict]:
             if column in (LINE, FAULTS):
                 continue
             path, fault = _inside(folder, value, posixpath.basename(metadata))
-            columns[column] = _Picture(bytes=None, path=path)
+            columns[column] = _ImageEntry(bytes=None, path=path)
             faults |= {column: fault} if fault else {}
         elif key not in (LINE, FAULTS):
             columns.setdefault(key, value)
@@ -141,7 +141,7 @@ def _inside(folder: str, name, metadata: str) -> tuple[str | None, str | None]:
 
 def _refuse_other_keys(listing, rows, captions: str | None) -> None:
     """Say which column must be called file_name, where none is."""
-    if not rows or any(isinstance(value, _Picture) for values, _, _ in rows for value in values.values()):
+    if not rows or any(isinstance(value, _ImageEntry) for values, _, _ in rows for value in values.values()):
         return
     names = list(dict.fromkeys(name for values, _, _ in rows for name in values))
     at_hand = {posixpath.basename(name) for name in listing.files}
@@ -156,11 +156,11 @@ def _refuse_other_keys(listing, rows, captions: str | None) -> None:
 
 
 def _note_rows_without_names(rows) -> None:
-    columns = {name for values, _, _ in rows for name, value in values.items() if isinstance(value, _Picture)}
+    columns = {name for values, _, _ in rows for name, value in values.items() if isinstance(value, _ImageEntry)}
     for values, _, faults in rows:
-        if values and not any(isinstance(value, _Picture) for value in values.values()):
+        if values and not any(isinstance(value, _ImageEntry) for value in values.values()):
             shown = sanitize.printable(", ".join(values))[:300]
-            faults.update(dict.fromkeys(columns, f"it has no picture: no file_name, only: {shown}"))
+            faults.update(dict.fromkeys(columns, f"it has no image: no file_name, only: {shown}"))
 
 
 def names_files(values: list, at_hand=frozenset()) -> bool:
@@ -192,23 +192,23 @@ def _find_files(listing, rows, left_out: list[str]) -> list[str]:
 
     Returns the images that no row names, without those of the splits whose metadata is `left_out`.
     """
-    pictures = [
-        (picture, column, faults)
+    image_rows = [
+        (image, column, faults)
         for values, _, faults in rows
-        for column, picture in values.items()
-        if isinstance(picture, _Picture) and picture["path"]
+        for column, image in values.items()
+        if isinstance(image, _ImageEntry) and image["path"]
     ]
-    missing = [entry for entry in pictures if not _find(listing, entry[0])]
+    missing = [entry for entry in image_rows if not _find(listing, entry[0])]
     if missing and listing.zips and not any(path.startswith("zip://") for path in listing.files.values()):
         data_files.add_zips(listing)
         missing = [entry for entry in missing if not _find(listing, entry[0])]
-    listed = {picture["path"] for picture, _, _ in pictures}
+    listed = {image["path"] for image, _, _ in image_rows}
     splits = {data_files.split_of(name) for name in left_out}
     left = [
         name for name in listing.having(data_files.IMAGES)
         if listing.files[name] not in listed and data_files.split_of(name) not in splits
     ]  # fmt: skip
-    names = [data_files.relative(picture["path"], listing.root) for picture, _, _ in missing]
+    names = [data_files.relative(image["path"], listing.root) for image, _, _ in missing]
     unpack = data_files.archives(listing) if missing else ""
     for (_, column, faults), name, meant in zip(missing, names, near_names.did_you_mean(names, left), strict=True):
         advice = f"; did you mean {meant}?" if meant else unpack
@@ -220,17 +220,17 @@ def _warn_of_unlisted(listing, left: list[str]) -> None:
     if left:
         shown = ", ".join(map(sanitize.printable, left[:5])) + (", ..." if len(left) > 5 else "")
         kinds = " or ".join(sorted({posixpath.basename(name) for name in listing.metadata()}))
-        logger.warning(f"{len(left)} pictures in {listing.root} have no line in {kinds} and are left out: {shown}")
+        logger.warning(f"{len(left)} images in {listing.root} have no line in {kinds} and are left out: {shown}")
 
 
-def _find(listing, picture: _Picture) -> bool:
-    """Whether the file is there; `picture` is given the path to open."""
-    path = picture["path"]
+def _find(listing, image: _ImageEntry) -> bool:
+    """Whether the file is there; `image` is given the path to open."""
+    path = image["path"]
     name = data_files.relative(path, listing.root)
     found = listing.files.get(name)
     if (found is None or not name.isascii()) and os.path.exists(path):  # hidden, or one of two that look alike
         return True
-    picture["path"] = found or path
+    image["path"] = found or path
     return found is not None
 
 
@@ -241,8 +241,8 @@ def find(folder: str, names: list) -> tuple[list, list[str | None]]:
     for name in names:
         columns, faults = _columns({"file_name": name}, listing.root, "data")
         rows.append((columns, "", faults))
-    pictures = [row for row in rows if row[0]["image"]["path"]]
-    _find_files(listing, pictures, [])
+    image_rows = [row for row in rows if row[0]["image"]["path"]]
+    _find_files(listing, image_rows, [])
     entries = [dict(columns["image"]) if columns["image"]["path"] else None for columns, _, _ in rows]
     return entries, [faults.get("image") for _, _, faults in rows]
 
@@ -258,8 +258,8 @@ def _table(rows):
     columns = {}
     for name in dict.fromkeys(name for values, _, _ in rows for name in values):
         column = [values.get(name) for values, _, _ in rows]
-        if any(isinstance(value, _Picture) for value in column):
-            column = [value if isinstance(value, _Picture) else None for value in column]
+        if any(isinstance(value, _ImageEntry) for value in column):
+            column = [value if isinstance(value, _ImageEntry) else None for value in column]
             columns[name] = pyarrow.array(column, image)
             continue
         try:

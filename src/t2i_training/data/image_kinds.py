@@ -15,19 +15,19 @@ _ISO = {
     "raw": f"a camera's raw file: {_CONVERT}",
 }
 _STARTS = (  # first that fits
-    (b"%PDF", f"not a picture but a PDF document: {_CONVERT}"),
+    (b"%PDF", f"not an image but a PDF document: {_CONVERT}"),
     (b"\xff\x0a", f"a JPEG XL image, which Pillow cannot read: {_CONVERT}"),
     (b"\x00\x00\x00\x0cJXL ", f"a JPEG XL image, which Pillow cannot read: {_CONVERT}"),
-    (b"PK\x03\x04", "not a picture but a zip archive: unpack it"),
-    (b"\x1f\x8b", "not a picture but a gzip archive: unpack it"),
-    (b"7z\xbc\xaf", "not a picture but a 7z archive: unpack it"),
-    (b"Rar!", "not a picture but a RAR archive: unpack it"),
-    (b"\x1a\x45\xdf\xa3", "not a picture but a video (WebM or Matroska): take single images out of it"),
-    (b"FLV", "not a picture but a video (Flash): take single images out of it"),
+    (b"PK\x03\x04", "not an image but a zip archive: unpack it"),
+    (b"\x1f\x8b", "not an image but a gzip archive: unpack it"),
+    (b"7z\xbc\xaf", "not an image but a 7z archive: unpack it"),
+    (b"Rar!", "not an image but a RAR archive: unpack it"),
+    (b"\x1a\x45\xdf\xa3", "not an image but a video (WebM or Matroska): take single images out of it"),
+    (b"FLV", "not an image but a video (Flash): take single images out of it"),
     (b"FUJIFILM", _ISO["raw"]),
-    (b"\x93NUMPY", f"not a picture but a NumPy array: {_CONVERT}"),
-    (b"\x80\x04\x95", f"not a picture but a Python pickle: {_CONVERT}"),
-    (b"\x89HDF", f"not a picture but an HDF5 file: {_CONVERT}"),
+    (b"\x93NUMPY", f"not an image but a NumPy array: {_CONVERT}"),
+    (b"\x80\x04\x95", f"not an image but a Python pickle: {_CONVERT}"),
+    (b"\x89HDF", f"not an image but an HDF5 file: {_CONVERT}"),
 )
 _DOWNLOAD = "saved in place of the image, as servers send it with an error: download the image again"
 
@@ -39,15 +39,15 @@ def describe(head: bytes) -> str:
     if not head.strip(b"\0"):
         return "it begins with nothing but zero bytes, as a copy or download that was cut off leaves it: copy it again"
     if head[4:8] == b"ftyp":
-        return _ISO.get(_BRANDS.get(head[8:12]), "not a picture but a video: take single images out of it")
+        return _ISO.get(_BRANDS.get(head[8:12]), "not an image but a video: take single images out of it")
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return "not a picture but a video (AVI): take single images out of it"
+        return "not an image but a video (AVI): take single images out of it"
     if stand_ins.is_pointer(head):
-        return f"not a picture but {stand_ins.POINTER}"
+        return f"not an image but {stand_ins.POINTER}"
     for start, what in _STARTS:
         if head.startswith(start):
             return what
-    return _describe_text(head) or "not a picture, or of a kind that Pillow cannot read"
+    return _describe_text(head) or "not an image, or of a kind that Pillow cannot read"
 
 
 def _describe_text(head: bytes) -> str | None:
@@ -58,11 +58,11 @@ def _describe_text(head: bytes) -> str | None:
         return None
     start = text.lower()
     if re.search(r"<svg[\s>]", start) and start[0] == "<":
-        return f"not a picture but an SVG drawing, which Pillow cannot read: {_CONVERT}"
+        return f"not an image but an SVG drawing, which Pillow cannot read: {_CONVERT}"
     if stand_ins.is_web_page(start):
-        return f"not a picture but an HTML page, {_DOWNLOAD}"
+        return f"not an image but an HTML page, {_DOWNLOAD}"
     if start[0] in "{[" or start.startswith("<?xml") or start.startswith("<error"):
-        return f"not a picture but {'a JSON' if start[0] in '{[' else 'an XML'} text, {_DOWNLOAD}"
+        return f"not an image but {'a JSON' if start[0] in '{[' else 'an XML'} text, {_DOWNLOAD}"
     if start.startswith("data:image/"):
-        return "not a picture but a data: address that holds one: decode its base64 into a file"
-    return f"not a picture but a text that begins {' '.join(text.split())[:40]!r}"
+        return "not an image but a data: address that holds one: decode its base64 into a file"
+    return f"not an image but a text that begins {' '.join(text.split())[:40]!r}"

@@ -1,4 +1,4 @@
-"""From a picture file of any kind to a square of uint8 pixels, and from pixels to what networks take."""
+"""From an image file of any kind to a square of uint8 pixels, and from pixels to what networks take."""
 
 import contextlib
 import errno
@@ -38,9 +38,9 @@ _VECTORIZED = {"bicubic", "bilinear"} | ({"lanczos"} if hasattr(torch.ops.aten, 
 if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
     _VECTORIZED = set()
 
-LONGEST = 32  # of a picture more elongated than 32:1 the middle is used: enlarging all of it could take gigabytes
+LONGEST = 32  # of an image more elongated than 32:1 the middle is used: enlarging all of it could take gigabytes
 
-_TURNS = {  # TIFF 6.0, tag 274: from the stored picture to the upright one
+_TURNS = {  # TIFF 6.0, tag 274: from the stored image to the upright one
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -105,7 +105,7 @@ def _reason(source: bytes | str | Path, error: Exception) -> str:
 
 
 def decode(source: bytes | str | Path, min_side: int | None = None) -> Image.Image:
-    """Read a picture file, upright and in RGB.
+    """Read an image file, upright and in RGB.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point grey becomes 8-bit, CMYK and
     palettes become RGB, of an animation the first frame is taken. With `min_side` a JPEG may be decoded at 1/2, 1/4 or
@@ -116,7 +116,7 @@ def decode(source: bytes | str | Path, min_side: int | None = None) -> Image.Ima
 
 
 def decode_with_size(source: bytes | str | Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """As `decode`, and the upright picture's (width, height) in the file, whatever scale it was decoded at."""
+    """As `decode`, and the upright image's (width, height) in the file, whatever scale it was decoded at."""
     try:
         return _decode(source, min_side)
     except UnreadableImage as fault:
@@ -130,16 +130,16 @@ def decode_with_size(source: bytes | str | Path, min_side: int | None = None) ->
 
 def _decode(source: bytes | str | Path, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with naming_the_fault(source), Image.open(file) as picture:
+    with naming_the_fault(source), Image.open(file) as image:
         size = None
         if min_side is not None:
-            stored = picture.size
-            picture.draft(None, (2 * min_side, 2 * min_side))
-            if picture.size != stored:  # it is a JPEG
-                size = stored[::-1] if _turn(picture) in _ON_ITS_SIDE else stored
-        picture.load()
-        turn = _turn(picture)
-        upright = _to_rgb(picture if turn is None else picture.transpose(turn))
+            stored = image.size
+            image.draft(None, (2 * min_side, 2 * min_side))
+            if image.size != stored:  # it is a JPEG
+                size = stored[::-1] if _turn(image) in _ON_ITS_SIDE else stored
+        image.load()
+        turn = _turn(image)
+        upright = _to_rgb(image if turn is None else image.transpose(turn))
         return upright, size or upright.size
 
 
@@ -152,7 +152,7 @@ _LONGEST_TEXT = 2**16  # bytes
 def _png_without_metadata(source: bytes | str | Path) -> bytes | None:
     """A PNG file's pixels and orientation alone; None for another kind, or a file whose chunks are not whole.
 
-    Pillow refuses a picture for metadata that are broken, or of more than 1 MiB when unpacked, as a workflow of ComfyUI
+    Pillow refuses an image for metadata that are broken, or of more than 1 MiB when unpacked, as a workflow of ComfyUI
     can be; viewers do not. Chunks are as in the PNG specification, section 5.3; nothing is unpacked.
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -172,40 +172,40 @@ def _png_without_metadata(source: bytes | str | Path) -> bytes | None:
     return b"".join(kept)
 
 
-def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What makes the picture upright, by its EXIF orientation."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, by its EXIF orientation."""
     try:
-        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # damaged EXIF data, at which Pillow raises all kinds, says nothing about the pixels
         return None
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":  # PIL would clip, not scale, these to 8 bit
-        values = np.asarray(picture, dtype=np.float32)
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip, not scale, these to 8 bit
+        values = np.asarray(image, dtype=np.float32)
         full_scale = 65535.0
-        if not picture.mode.startswith("I;16"):  # wider modes do not say what white is; the brightest pixel does
+        if not image.mode.startswith("I;16"):  # wider modes do not say what white is; the brightest pixel does
             if not np.isfinite(values).all():
                 raise ValueError("it has pixels that are not finite")
             full_scale = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), values.max())
         return Image.fromarray(np.uint8(np.clip(values * (255.0 / full_scale), 0, 255) + 0.5)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    if image.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
-def square(picture: Image.Image, resolution: int, interpolation: str, crop_draw=None, mirror: bool = False) -> Tensor:
+def square(image: Image.Image, resolution: int, interpolation: str, crop_draw=None, mirror: bool = False) -> Tensor:
     """Resize the shorter side to `resolution`, cut out a square, mirror it if asked: (3, R, R) uint8.
 
     `crop_draw` is a NumPy generator for the place of the crop; None takes the centre.
     """
-    short = min(picture.size)
-    if max(picture.size) > LONGEST * short:
-        width, height = (min(side, LONGEST * short) for side in picture.size)
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.NEAREST)  # same scale: cuts, resizes nothing
-    width, height = (resolution * side // short for side in picture.size)
-    pixels = _resize(picture, width, height, interpolation)
+    short = min(image.size)
+    if max(image.size) > LONGEST * short:
+        width, height = (min(side, LONGEST * short) for side in image.size)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.NEAREST)  # same scale: cuts, resizes nothing
+    width, height = (resolution * side // short for side in image.size)
+    pixels = _resize(image, width, height, interpolation)
     if crop_draw is None:
         left, top = (width - resolution) // 2, (height - resolution) // 2
     else:
@@ -214,12 +214,12 @@ def square(picture: Image.Image, resolution: int, interpolation: str, crop_draw=
     return (pixels.flip(2) if mirror else pixels).contiguous()
 
 
-def _resize(picture: Image.Image, width: int, height: int, interpolation: str) -> Tensor:
+def _resize(image: Image.Image, width: int, height: int, interpolation: str) -> Tensor:
     """(3, height, width) uint8, not contiguous."""
     if interpolation not in _VECTORIZED:
-        picture = picture.resize((width, height), RESAMPLING[interpolation], reducing_gap=3.0)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+        image = image.resize((width, height), RESAMPLING[interpolation], reducing_gap=3.0)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(pixels, (height, width), mode=interpolation, antialias=True)[0]
 
 

@@ -1,6 +1,6 @@
-"""Every picture and caption is looked at once before training, so that hours later none of them ends the run.
+"""Every image and caption is looked at once before training, so that hours later none of them ends the run.
 
-A picture's file is read, hashed and decoded. That is done in threads: Pillow, the hash and reading let go of Python's
+An image's file is read, hashed and decoded. That is done in threads: Pillow, the hash and reading let go of Python's
 lock, and threads share the memo, need no copy of the data set, and end at once when the run is stopped. A memo in the
 output folder remembers what was found good, so that the next start looks at names, sizes and times alone.
 """
@@ -32,12 +32,12 @@ from .image_folder import FAULTS, LINE
 MEMO = ".inspected_pictures.json"
 BAD, SKIPPED = "bad_samples.jsonl", "skipped_samples.jsonl"
 SHOWN = 20  # bad samples on the terminal
-_CHUNK = 128  # rows in memory at a time: they may hold whole pictures
+_CHUNK = 128  # rows in memory at a time: they may hold whole images
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What is known of a row's picture: hash of its file, upright size in pixels, and why it cannot be used."""
+class ImageInfo:
+    """What is known of a row's image: hash of its file, upright size in pixels, and why it cannot be used."""
 
     digest: str  # BLAKE2b of the file's bytes, 128 bits in hexadecimal
     width: int
@@ -46,11 +46,11 @@ class Picture:
 
 
 def inspect(args, accelerator, dataset, caption_column: str | None = None, smallest_side: int = 0):
-    """(data set, list of `Picture`), both of the usable rows alone, in order, and the same on every process.
+    """(data set, list of `ImageInfo`), both of the usable rows alone, in order, and the same on every process.
 
     Exits unless all rows are usable, or some are and --skip_bad_samples is given. All processes call it, each looks at
     its share. Captions are looked at where a column is named. Rows count from 0, in `dataset` as given.
-    Pictures with a side shorter than `smallest_side` pixels, which will be enlarged, are counted in a warning.
+    Images with a side shorter than `smallest_side` pixels, which will be enlarged, are counted in a warning.
     """
     dataset = check_dataset(dataset, args)
     if caption_column is not None:
@@ -59,7 +59,7 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None, small
     share = _inspect_share(args, accelerator, dataset, caption_column, _read_memo(memo))
     distributed.barrier(accelerator)
     found = gather_object(share)
-    pictures = [picture for _, picture, _ in found]
+    image_infos = [info for _, info, _ in found]
     bad = {row: reason for row, (_, _, reason) in enumerate(found) if reason}
     if accelerator.is_main_process:
         _write_memo(memo, found)
@@ -69,40 +69,40 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None, small
         raise RunError(_last_line(args, dataset, bad)) if accelerator.is_main_process else SystemExit(1)
     if bad:
         good = [row for row in range(len(dataset)) if row not in bad]
-        dataset, pictures = dataset.select(good), [pictures[row] for row in good]
+        dataset, image_infos = dataset.select(good), [image_infos[row] for row in good]
     if accelerator.is_main_process:
-        _warn_of_small_ones(pictures, smallest_side)
-        _warn_of_repeats(args, dataset, pictures, caption_column)
-    return dataset.remove_columns([FAULTS] if FAULTS in dataset.column_names else []), pictures
+        _warn_of_small_ones(image_infos, smallest_side)
+        _warn_of_repeats(args, dataset, image_infos, caption_column)
+    return dataset.remove_columns([FAULTS] if FAULTS in dataset.column_names else []), image_infos
 
 
-def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tuple[str | None, Picture, str | None]]:
-    """(key in the memo, picture, why the row cannot be used) of each row of this process's share."""
+def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tuple[str | None, ImageInfo, str | None]]:
+    """(key in the memo, image, why the row cannot be used) of each row of this process's share."""
     rank, world_size, size = accelerator.process_index, accelerator.num_processes, len(dataset)
     first, end = size * rank // world_size, size * (rank + 1) // world_size
     columns = [name for name in (args.image_column, caption_column, FAULTS) if name in dataset.column_names]
     rows, stored, found = dataset.select_columns(columns).with_format("arrow"), _stored(dataset), []
     texts_alone = dataset.select_columns(columns[1:]).with_format("arrow") if columns[1:] else None
-    PIL.Image.init()  # or it loads its rarer kinds when first met, and another thread's picture goes unrecognised
+    PIL.Image.init()  # or it loads its rarer kinds when first met, and another thread's image goes unrecognised
     pool = ThreadPoolExecutor(workers.cores())
-    bar = Bar(accelerator, total=end - first, desc="inspecting", unit="picture", delay=1.0, leave=False)
+    bar = Bar(accelerator, total=end - first, desc="inspecting", unit="image", delay=1.0, leave=False)
     try:
         with bar, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL on harmless metadata; real faults raise
             for start in range(first, end, _CHUNK):
                 chunk = range(start, min(start + _CHUNK, end))
                 keys = [f"{stored}:{row}" if stored else None for row in chunk]
-                if stored and known.keys() >= {*keys}:  # pictures that the data set itself holds are not read again
-                    looked_at = [(key, Picture(*known[key], None)) for key in keys]
+                if stored and known.keys() >= {*keys}:  # images that the data set itself holds are not read again
+                    looked_at = [(key, ImageInfo(*known[key], None)) for key in keys]
                     chunk = _rows(texts_alone, chunk)
                 else:
                     chunk = _rows(rows, chunk)
                     entries = [row[args.image_column] for row in chunk]
                     looked_at = pool.map(functools.partial(_look, known=known), entries, keys)
-                for row, (key, picture) in zip(chunk, looked_at, strict=True):
+                for row, (key, info) in zip(chunk, looked_at, strict=True):
                     fault = _metadata_fault(row.get(FAULTS), args.image_column, caption_column)
-                    reason = fault or picture.error or (caption_column and caption_fault(row[caption_column]))
-                    found.append((key, picture, reason or None))
+                    reason = fault or info.error or (caption_column and caption_fault(row[caption_column]))
+                    found.append((key, info, reason or None))
                     bar.update()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a stop signal does not wait for the rest of the chunk
@@ -121,13 +121,13 @@ def _rows(dataset, numbers: range) -> list[dict]:
     return [{} for _ in numbers] if dataset is None else dataset[numbers.start : numbers.stop].to_pylist()
 
 
-def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None, Picture]:
-    """(key in the memo, picture) of an image column's entry; `key` is that of a picture without a file of its own.
+def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None, ImageInfo]:
+    """(key in the memo, image) of an image column's entry; `key` is that of an image without a file of its own.
 
     Runs in a thread.
     """
     if not entry or (entry["bytes"] is None and not entry["path"]):
-        return None, Picture("", 0, 0, "it has no picture")
+        return None, ImageInfo("", 0, 0, "it has no image")
     content, path, digest = entry["bytes"], entry["path"], ""
     try:
         with images.naming_the_fault(path):
@@ -139,11 +139,11 @@ def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None,
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
             key = key or digest
         if key in known:
-            return key, Picture(*known[key], None)
+            return key, ImageInfo(*known[key], None)
         _, (width, height) = images.decode_with_size(content, min_side=1)
-        return key, Picture(digest, width, height, None)
+        return key, ImageInfo(digest, width, height, None)
     except images.UnreadableImage as error:
-        return key, Picture(digest, 0, 0, str(error))
+        return key, ImageInfo(digest, 0, 0, str(error))
     except (OSError, MemoryError) as error:
         line = not_the_images_fault(sanitize.printable(path or "an image within the data"), error)
         raise RunError(line) from error
@@ -169,22 +169,22 @@ def _read_memo(memo: Path) -> dict:
     """What an earlier run with the same Pillow found good: (digest, width, height) by key."""
     try:
         stored = json.loads(memo.read_text(encoding="utf-8"))
-        pictures = stored["pictures"].items() if stored["pillow"] == PIL.__version__ else ()
-        return {key: entry for key, entry in pictures if _is_entry(entry)}
+        image_infos = stored["pictures"].items() if stored["pillow"] == PIL.__version__ else ()
+        return {key: entry for key, entry in image_infos if _is_entry(entry)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def _is_entry(entry) -> bool:
-    """Whether `_write_memo` may have written it. A damaged memo must not make a good picture bad."""
+    """Whether `_write_memo` may have written it. A damaged memo must not make a good image bad."""
     kinds = [type(value) for value in entry] if isinstance(entry, list) else []
     return kinds == [str, int, int] and bool(re.fullmatch("[0-9a-f]{32}", entry[0])) and min(entry[1:]) > 0
 
 
 def _write_memo(memo: Path, found) -> None:
     # What was found bad is looked at again: the fault may have been the disk's or the network's.
-    pictures = {key: (p.digest, p.width, p.height) for key, p, _ in found if key and p.error is None}
-    files.write_text(memo, json.dumps({"pillow": PIL.__version__, "pictures": pictures}))
+    image_infos = {key: (p.digest, p.width, p.height) for key, p, _ in found if key and p.error is None}
+    files.write_text(memo, json.dumps({"pillow": PIL.__version__, "pictures": image_infos}))
 
 
 def _report(args, dataset, bad: dict[int, str]) -> None:
@@ -223,16 +223,16 @@ def _last_line(args, dataset, bad: dict[int, str]) -> str:
     )
 
 
-def _warn_of_small_ones(pictures: list[Picture], side: int) -> None:
-    """Enlarged pictures are blurred, and so will be what is drawn."""
-    if small := sum(min(picture.width, picture.height) < side for picture in pictures):
-        logger.warning(f"{small} of {len(pictures)} pictures are smaller than --resolution {side}: enlarged")
+def _warn_of_small_ones(image_infos: list[ImageInfo], side: int) -> None:
+    """Enlarged images are blurred, and so will be what is drawn."""
+    if small := sum(min(info.width, info.height) < side for info in image_infos):
+        logger.warning(f"{small} of {len(image_infos)} images are smaller than --resolution {side}: enlarged")
 
 
-def _warn_of_repeats(args, dataset, pictures: list[Picture], caption_column: str | None) -> None:
-    """Equal pictures with equal captions weigh more in training than the user may think."""
-    counts = Counter(picture.digest for picture in pictures)
-    rows = [row for row, picture in enumerate(pictures) if counts[picture.digest] > 1]
+def _warn_of_repeats(args, dataset, image_infos: list[ImageInfo], caption_column: str | None) -> None:
+    """Equal images with equal captions weigh more in training than the user may think."""
+    counts = Counter(info.digest for info in image_infos)
+    rows = [row for row, info in enumerate(image_infos) if counts[info.digest] > 1]
     if not rows:
         return
     captions = [None] * len(rows)
@@ -240,9 +240,9 @@ def _warn_of_repeats(args, dataset, pictures: list[Picture], caption_column: str
         captions = list(dataset.select(rows)[caption_column])
     seen, repeats = {}, []
     for row, caption in zip(rows, captions):
-        first = seen.setdefault((pictures[row].digest, str(caption)), row)
+        first = seen.setdefault((image_infos[row].digest, str(caption)), row)
         repeats += [(row, first)] if first != row else []
     if repeats:
         row, first = (describe(dataset, args.image_column, index) for index in repeats[0])
-        what = f"{len(repeats)} samples repeat an earlier one, picture and caption"
+        what = f"{len(repeats)} samples repeat an earlier one, image and caption"
         logger.warning(f"{what}; the first: {row} as {first}")

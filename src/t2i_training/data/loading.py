@@ -67,7 +67,7 @@ def make_loader(
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     samples = TrainingDataset(dataset, make_sample, args.image_column, seed)
-    if args.cache_encodings:  # the pictures, which the data set itself may hold, are read no more
+    if args.cache_encodings:  # the images, which the data set itself may hold, are read no more
         others = [name for name in dataset.column_names if name != args.image_column]
         samples.rows = dataset.select_columns(others) if others else [{}] * len(dataset)
     count = None if updates is None else updates * args.gradient_accumulation_steps

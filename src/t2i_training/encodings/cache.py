@@ -1,8 +1,8 @@
-"""What frozen networks make of pictures and captions, computed once and kept on disk.
+"""What frozen networks make of images and captions, computed once and kept on disk.
 
-Pictures and captions have a store each. Its name is a hash of all that its encodings depend on besides the picture or
+Images and captions have a store each. Its name is a hash of all that its encodings depend on besides the image or
 caption: how that is read (code, size, filter, tokenizer) and the network, with its weights and precision. A key in it
-is the hash of a picture file's bytes and the view of it, or of a caption's text. So whatever is edited is encoded
+is the hash of an image file's bytes and the view of it, or of a caption's text. So whatever is edited is encoded
 again, and all else is found, by any run.
 """
 
@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from .. import __version__, distributed, errors
 from ..bar import Bar
 from ..data import captions, draws, images, inspection, loading
-from ..data.dataset import describe, naming_the_sample, picture_bytes
+from ..data.dataset import describe, image_bytes, naming_the_sample
 from ..library_errors import readable_errors
 from ..log import logger
 from .fingerprint import fingerprint
@@ -32,7 +32,7 @@ def precompute(
     args,
     accelerator,
     dataset,
-    pictures,
+    image_infos,
     readers: list,
     encoders: list,
     *,
@@ -42,14 +42,14 @@ def precompute(
 ) -> list[Callable]:
     """Functions to call in place of `readers`: they give no longer what a network takes, but what it made of it.
 
-    The readers are the script's own with everything bound but their input: `read_picture(source, crop_draw, mirror)`
+    The readers are the script's own with everything bound but their input: `read_image(source, crop_draw, mirror)`
     and, where captions are used, `read_caption(text)` give the tensors of one item. The encoders turn a batch of such
-    items into what is kept: `crops` random ones of each picture, with 0 its centre, and with `flips` both mirrorings.
-    `pictures` is what `inspection.inspect` says of the rows. What is not on disk yet is encoded now, by all processes,
+    items into what is kept: `crops` random ones of each image, with 0 its centre, and with `flips` both mirrorings.
+    `images` is what `inspection.inspect` says of the rows. What is not on disk yet is encoded now, by all processes,
     on `devices` each; then the networks leave the device. From here on `source` is the number of a row.
     """
-    # However a square is cut out of a square picture, it is all of it.
-    views = [(picture.digest, crops if picture.width != picture.height else 0) for picture in pictures]
+    # However a square is cut out of a square image, it is all of it.
+    views = [(image.digest, crops if image.width != image.height else 0) for image in image_infos]
     mirrors = (False, True) if flips else (False,)
     wanted = {
         _view_key(digest, crop, mirror): (row, crop, mirror)
@@ -58,8 +58,8 @@ def precompute(
         for mirror in mirrors
     }
     read_view = partial(_read_view, read=readers[0], dataset=dataset, views=views, column=args.image_column)
-    store = _fill(args, accelerator, "pictures", wanted, read_view, (readers[0], encoders[0]), devices)
-    cached_readers = [partial(_cached_picture, store=store, views=views)]
+    store = _fill(args, accelerator, "images", wanted, read_view, (readers[0], encoders[0]), devices)
+    cached_readers = [partial(_cached_image, store=store, views=views)]
     if len(readers) > 1:
         texts = {_key(text): text for text in captions.all_captions(dataset, args)}
         store = _fill(args, accelerator, "captions", texts, readers[1], (readers[1], encoders[1]), devices)
@@ -83,17 +83,17 @@ def _view_key(digest: str, crop: int | None, mirror: bool) -> bytes:
 
 def _read_view(view: tuple, read: Callable, dataset, views: list[tuple[str, int]], column: str) -> dict:
     row, crop, mirror = view
-    # Where crop k of a picture lies depends on the picture alone: every run finds the same ones.
+    # Where crop k of an image lies depends on the image alone: every run finds the same ones.
     crop_draw = None if crop is None else draws.generator(int(views[row][0][:15], 16), 0, crop, "crop")
     with naming_the_sample(dataset, column, row):
-        content = picture_bytes(dataset[row][column])
+        content = image_bytes(dataset[row][column])
         if hashlib.blake2b(content, digest_size=16).hexdigest() != views[row][0]:
             advice = f"start again, without {inspection.MEMO} if that recurs"
             raise images.UnreadableImage(f"not the file that was inspected: {advice}")
         return read(content, crop_draw, mirror)
 
 
-def _cached_picture(row: int, crop_draw, mirror: bool, store: Store, views: list[tuple[str, int]]) -> dict:
+def _cached_image(row: int, crop_draw, mirror: bool, store: Store, views: list[tuple[str, int]]) -> dict:
     digest, crops = views[row]
     return store.read(_view_key(digest, int(crop_draw.integers(crops)) if crops else None, mirror))
 

@@ -51,7 +51,7 @@ def fingerprint(thing) -> str:
         parts = [str(thing.dtype), str(tuple(thing.shape)), hashlib.sha256(values).hexdigest()]
     elif hasattr(thing, "get_vocab"):
         # Shows padding, merges and what is split.
-        probe = captions.tokenize(thing, "Of 3 pictures, one: a café!").tolist()
+        probe = captions.tokenize(thing, "Of 3 images, one: a café!").tolist()
         parts = [json.dumps(thing.get_vocab(), sort_keys=True), str(thing.model_max_length), str(probe)]
     else:
         parts = [repr(thing)]

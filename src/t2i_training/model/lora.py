@@ -18,7 +18,7 @@ from ..errors import RunError
 from .networks import inference_dtype
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-# Kandinsky's decoder attends to picture and condition at once; the condition enters through projections of its own.
+# Kandinsky's decoder attends to image and condition at once; the condition enters through projections of its own.
 # Without adapters there, the network could not learn to read an embedding differently, only to look differently.
 ADDED_KV_ATTENTION = (*ATTENTION, "add_k_proj", "add_v_proj")
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"

@@ -77,7 +77,7 @@ def _public_card(args, card: dict):
 
 
 def push(args, repo_id: str, exported: list[str]) -> None:
-    """Upload what the run made: exported files, card, pictures and curves; not checkpoints, logs or configuration."""
+    """Upload what the run made: exported files, card, images and curves; not checkpoints, logs or configuration."""
     from huggingface_hub import upload_folder
 
     patterns = [pattern for name in exported for pattern in (name, f"{name}/*")]
@@ -104,7 +104,7 @@ def write_card(
     license="creativeml-openrail-m",
     **head,
 ) -> None:
-    """README.md of the output folder: what it is, from what and how it was made, how to use it, before/after pictures.
+    """README.md of the output folder: what it is, from what and how it was made, how to use it, before/after images.
 
     `head` adds entries to the card's YAML head. Local paths of models and data are left out: the hub takes names only
     there, and they are nobody's business. In `usage` the name of a flag in angle brackets stands for its value.
@@ -124,10 +124,10 @@ def write_card(
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in settings)
     body = (
         f"# {title}\n\nFine-tuned from {literal(_public_name(base_model))} with the data and settings named below.\n\n"
-        f"{_pictures(args, steps)}## Use\n\n```python\n{_fill_in(args, usage)}\n```\n\n"
+        f"{_images_section(args, steps)}## Use\n\n```python\n{_fill_in(args, usage)}\n```\n\n"
         f"## Training\n\n| | |\n|---|---|\n{table}\n\n"
-        "Fine-tuning on few pictures overfits and makes a model forget what it knew: compare the rows of the grid, "
-        "and prefer an earlier checkpoint where the later one only repeats its training pictures.\n"
+        "Fine-tuning on few images overfits and makes a model forget what it knew: compare the rows of the grid, "
+        "and prefer an earlier checkpoint where the later one only repeats its training images.\n"
     )
     data = ModelCardData(**head)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
@@ -207,7 +207,7 @@ def _cell(value) -> str:
     return "opened by the script itself" if value is None else literal(value).replace("|", r"\|")
 
 
-def _pictures(args, steps: int) -> str:
+def _images_section(args, steps: int) -> str:
     grid, has_base = own_grid(args, steps)
     if grid is None:
         return ""

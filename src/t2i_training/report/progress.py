@@ -42,7 +42,7 @@ class Progress:
     """
 
     def __init__(
-        self, args, accelerator, dataset, pictures, position: dict, seed: int, devices=1, device=None, precision=None
+        self, args, accelerator, dataset, image_infos, position: dict, seed: int, devices=1, device=None, precision=None
     ):
         self.args, self.accelerator, self.dataset = args, accelerator, dataset
         self.seed, self.precision = seed, precision or accelerator.mixed_precision
@@ -50,7 +50,7 @@ class Progress:
         self.devices, self.device = devices * accelerator.num_processes, device or accelerator.device
         self.effective_batch, self.total = plan_updates(args, len(dataset), self.devices)
         self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
-        self._data = changes.describe(args, accelerator, dataset, pictures)
+        self._data = changes.describe(args, accelerator, dataset, image_infos)
         if changed := changes.since(position, len(dataset), self._data):
             logger.warning(f"the data set has changed since the checkpoint: {changed}")
         if position.get("effective_batch", self.effective_batch) != self.effective_batch:

@@ -1,4 +1,4 @@
-"""Validation pictures: drawn by all processes, saved singly and in a grid whose first row is the untouched model."""
+"""Validation images: drawn by all processes, saved singly and in a grid whose first row is the untouched model."""
 
 import textwrap
 import warnings
@@ -37,8 +37,8 @@ def validate(
     elif accelerator.is_main_process:
         images = [generated[i] for i in range(len(prompts))]
         grid = _write(images, prompts, step, output_dir)
-        log_pictures(accelerator, prompts, images, step)
-        logger.info(f"validation pictures: {grid}")
+        log_images(accelerator, prompts, images, step)
+        logger.info(f"validation images: {grid}")
 
 
 def _generate(generate_image: Callable[[int], Image.Image], indices, step: int, stop) -> list[tuple[int, Image.Image]]:
@@ -55,7 +55,7 @@ def _generate(generate_image: Callable[[int], Image.Image], indices, step: int, 
                 images.append((i, generate_image(i)))
     if not_numbers:
         logger.warning(
-            f"validation pictures of step {step} are black where a network gave nan; where a VAE overflows in fp16, "
+            f"validation images of step {step} are black where a network gave nan; where a VAE overflows in fp16, "
             "--mixed_precision=bf16 or no, or another VAE, helps"
         )
     return images
@@ -84,14 +84,14 @@ def _folder(output_dir, step: int) -> Path:
 
 
 def _load(folder: Path, prompts: list[str]) -> list[Image.Image]:
-    """The pictures of a step, if all are there and were drawn for these prompts, else none."""
-    pictures = []
+    """The images of a step, if all are there and were drawn for these prompts, else none."""
+    images = []
     for i, prompt in enumerate(prompts):
         path = folder / f"{i:02d}.png"
-        if not path.exists() or (picture := Image.open(path)).text.get("prompt") != prompt:
+        if not path.exists() or (image := Image.open(path)).text.get("prompt") != prompt:
             return []
-        pictures.append(picture.convert("RGB"))
-    return pictures
+        images.append(image.convert("RGB"))
+    return images
 
 
 def pending(args, progress) -> bool:
@@ -114,9 +114,9 @@ def own_grid(args, step: int) -> tuple[Path | None, bool]:
 
 
 def make_grid(columns: list[str], rows: list[tuple[str, list[Image.Image]]], cell: int = 160) -> Image.Image:
-    """Pictures in a grid, a labelled column for each prompt and a labelled row for each step.
+    """Images in a grid, a labelled column for each prompt and a labelled row for each step.
 
-    Cells are at least `cell` pixels wide, small pictures enlarged without smoothing, so that labels stay readable.
+    Cells are at least `cell` pixels wide, small images enlarged without smoothing, so that labels stay readable.
     """
     width = max(cell, rows[0][1][0].width)
     font, margin, gap = _font(15), 110, 6
@@ -129,11 +129,11 @@ def make_grid(columns: list[str], rows: list[tuple[str, list[Image.Image]]], cel
     for i, lines in enumerate(heads):
         ink.multiline_text((margin + i * (width + gap), 4), "\n".join(lines), "black", font)
     y = top
-    for (label, pictures), height in zip(rows, heights, strict=True):
+    for (label, images), height in zip(rows, heights, strict=True):
         ink.text((6, y + height // 2 - 8), label, "black", font)
-        for i, picture in enumerate(pictures):
-            smooth = Image.Resampling.NEAREST if picture.width < width else Image.Resampling.LANCZOS
-            grid.paste(picture.convert("RGB").resize((width, height), smooth), (margin + i * (width + gap), y))
+        for i, image in enumerate(images):
+            smooth = Image.Resampling.NEAREST if image.width < width else Image.Resampling.LANCZOS
+            grid.paste(image.convert("RGB").resize((width, height), smooth), (margin + i * (width + gap), y))
         y += height + gap
     return grid
 
@@ -145,17 +145,17 @@ def _font(size: int):
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def log_pictures(accelerator, prompts: list[str], pictures: list[Image.Image], step: int, tag="validation") -> None:
-    """Send pictures to the trackers that take them: TensorBoard, Weights & Biases, Comet."""
+def log_images(accelerator, prompts: list[str], images: list[Image.Image], step: int, tag="validation") -> None:
+    """Send images to the trackers that take them: TensorBoard, Weights & Biases, Comet."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            stack = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+            stack = np.stack([np.asarray(image.convert("RGB")) for image in images])
             tracker.writer.add_images(tag, stack, step, dataformats="NHWC")
         elif tracker.name == "wandb":
             import wandb
 
-            captions = zip(pictures, prompts, strict=True)
-            tracker.log({tag: [wandb.Image(picture, caption=prompt) for picture, prompt in captions]}, step=step)
+            captions = zip(images, prompts, strict=True)
+            tracker.log({tag: [wandb.Image(image, caption=prompt) for image, prompt in captions]}, step=step)
         elif tracker.name == "comet_ml":
-            for i, picture in enumerate(pictures):
-                tracker.writer.log_image(picture, name=f"{tag}/{i}: {prompts[i]}", step=step)
+            for i, image in enumerate(images):
+                tracker.writer.log_image(image, name=f"{tag}/{i}: {prompts[i]}", step=step)

@@ -118,14 +118,14 @@ def _set_metrics_aside(file: Path, step: int) -> None:
 
 
 def _remove_validation(output_dir) -> None:
-    """Remove the validation pictures of an earlier run, which would end up in this one's grids and card."""
+    """Remove the validation images of an earlier run, which would end up in this one's grids and card."""
     for path in (Path(output_dir) / "validation").glob("step-*"):
         if re.fullmatch(r"step-\d{6,}(\.png)?", path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _set_validation_aside(output_dir, step: int) -> None:
-    """Move grids and pictures of later steps into a folder beside theirs, validation.1 or the next that is free."""
+    """Move grids and images of later steps into a folder beside theirs, validation.1 or the next that is free."""
     folder = Path(output_dir) / "validation"
     names = [path.name for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}(\.png)?", path.name)]
     later = sorted(name for name in names if int(name[5:].removesuffix(".png")) > step)

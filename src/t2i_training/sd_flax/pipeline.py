@@ -34,7 +34,7 @@ class Pipeline:
     dtype: type  # that they compute in
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of a picture's latents."""
+        """(C, h, w) of an image's latents."""
         side = resolution // 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         return self.vae.config["latent_channels"], side, side
 

@@ -180,7 +180,7 @@ def refusal(root: str, captions: bool) -> str | None:
     if not images and (not captions or archives(listing) or not _near_miss(listing)):
         return f"holds no images{archives(listing)}"
     beside = _captions_beside(listing, images)
-    return beside or f"holds no metadata.jsonl, with a line for each picture such as {_LINE}{_near_miss(listing)}"
+    return beside or f"holds no metadata.jsonl, with a line for each image such as {_LINE}{_near_miss(listing)}"
 
 
 def archives(listing: Listing) -> str:
@@ -218,7 +218,7 @@ def _captions_beside(listing: Listing, images: list[str]) -> str | None:
             if images and len(elsewhere) * 2 >= len(images):
                 return (
                     f"has captions in {suffix} files such as {elsewhere[0]}, which are not read yet: write them into a "
-                    f"metadata.jsonl, with a line for each picture such as {_LINE}"
+                    f"metadata.jsonl, with a line for each image such as {_LINE}"
                 )
             continue
         kinds = sorted({posixpath.splitext(name)[1] for name in images})

@@ -23,7 +23,7 @@ _NEEDS = {  # kind -> the parts of its pipeline, and what a user is told that it
     ),
     "decoder": (
         ("unet", "movq", "scheduler"),
-        "a decoder of Kandinsky 2.2 is needed: MoVQ, and a UNet that reads its latents and picture embeddings alone",
+        "a decoder of Kandinsky 2.2 is needed: MoVQ, and a UNet that reads its latents and image embeddings alone",
     ),
     "prior": (
         ("prior", "image_encoder", "text_encoder", "tokenizer", "scheduler", "image_processor"),
@@ -273,7 +273,7 @@ def _quantised(read, kind: str) -> str | None:
 
 
 def _other_unet(read, kind: str) -> str | None:
-    """What a UNet reads besides noisy latents, the step, and text states or, in Kandinsky, picture embeddings."""
+    """What a UNet reads besides noisy latents, the step, and text states or, in Kandinsky, image embeddings."""
     unet, vae = read("unet/config.json"), read("vae/config.json" if kind == "model" else "movq/config.json")
     if unet is None or vae is None:
         return None  # which loading will say
@@ -295,7 +295,7 @@ def _other_unet(read, kind: str) -> str | None:
 
 
 def _check_pair(args) -> None:
-    """A prior's picture embeddings must be those that a decoder reads."""
+    """A prior's image embeddings must be those that a decoder reads."""
     flags = {kind: flag for flag, kind in _models(args)}
     if "decoder" not in flags:
         return
@@ -304,7 +304,7 @@ def _check_pair(args) -> None:
     sizes = [_parse(file).get(key) for file, key in ((given, "projection_dim"), (read, "encoder_hid_dim"))]
     if None not in sizes and sizes[0] != sizes[1]:
         raise Unfit(
-            f"--{flags['prior']} gives picture embeddings of {sizes[0]} numbers, "
+            f"--{flags['prior']} gives image embeddings of {sizes[0]} numbers, "
             f"and --{flags['decoder']} reads such of {sizes[1]}: they are not of one kind"
         )
 

@@ -1,6 +1,6 @@
 """What the networks are made of. Attributes are named as in diffusers, so that a parameter's path is its name on disk.
 
-Pictures and latents are (B, H, W, C), sequences (B, T, D). Parameters are float32; `dtype` is what is computed in,
+Images and latents are (B, H, W, C), sequences (B, T, D). Parameters are float32; `dtype` is what is computed in,
 except normalisation and softmax, which are float32 always. Everything is built empty (zeros): weights come from a file.
 """
 

@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Diffusion: pictures to a Gaussian over latents, and back (arXiv:2112.10752, appendix G)."""
+"""The autoencoder of Stable Diffusion: images to a Gaussian over latents, and back (arXiv:2112.10752, appendix G)."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ ONLY = {
 
 
 class AutoencoderKL(Network):
-    """Pictures to latents, f times smaller, and back. `config` is that of diffusers' class of the same name.
+    """Images to latents, f times smaller, and back. `config` is that of diffusers' class of the same name.
 
     f is 2 ** (number of blocks - 1), 8 for Stable Diffusion.
     """
