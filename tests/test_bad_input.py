@@ -130,7 +130,7 @@ USAGE_ERRORS = {  # refused before torch is imported: exit status 2
     "dropout": ({"caption_dropout": 1.5}, "--caption_dropout must be at least 0 and below 1, not 1.5"),
     "infinite": ({"max_grad_norm": "nan"}, "--max_grad_norm must be positive, not nan"),
     "schedule": ({"lr_scheduler": "cosinus"}, "--lr_scheduler must be one of linear, cosine, "),
-    "schedule rules": ({"lr_scheduler": "piecewise_constant"}, "takes its rules behind a colon"),
+    "schedule rules": ({"lr_scheduler": "piecewise_constant"}, "takes its rules after a colon"),
     "DREAM, v flag": (
         {"dream_training": True, "prediction_type": "v_prediction"},
         "--dream_training is defined for epsilon prediction only",

@@ -58,16 +58,16 @@ def exchanged(lines):
 
 CHANGES = {
     "a caption": (
-        lambda f: rows(f, lambda lines: [lines[0] | {"text": "a hen"}, *lines[1:]]), "some of its captions are others"
+        lambda f: rows(f, lambda lines: [lines[0] | {"text": "a hen"}, *lines[1:]]), "some of its captions have changed"
     ),
     "a list in place of a caption": (
         lambda f: rows(f, lambda lines: [line | {"text": [line["text"], "b"]} for line in lines]),
-        "some of its captions are others",
+        "some of its captions have changed",
     ),
-    "an image in place": (painted, "some of its images are others"),
-    "both": (recaptioned_and_painted, "some of its images and captions are others"),
-    "rows sorted anew": (lambda f: rows(f, lambda lines: lines[::-1]), "its samples stand in another order"),
-    "two captions exchanged": (lambda f: rows(f, exchanged), "some captions stand with other images"),
+    "an image in place": (painted, "some of its images have changed"),
+    "both": (recaptioned_and_painted, "some of its images and captions have changed"),
+    "rows sorted anew": (lambda f: rows(f, lambda lines: lines[::-1]), "its samples are in another order"),
+    "two captions exchanged": (lambda f: rows(f, exchanged), "some captions belong to other images"),
     "a row more": (lambda f: rows(f, lambda lines: [*lines, lines[0]]), "it had 6 samples and has 7"),
     "two rows fewer": (lambda f: rows(f, lambda lines: lines[2:]), "it had 6 samples and has 4"),
 }  # fmt: skip

@@ -452,7 +452,10 @@ KEYS = [  # (rows, what is said)
         [{"filename": "gone.jpg", "caption": ["a", "b"]}],
         "rename 'filename' to file_name, and pass --caption_column=cap",
     ),
-    ([{"text": "a"}], "metadata.jsonl line 1 has no file_name, only: text; a file_name must name the image of each"),
+    (
+        [{"text": "a"}],
+        "metadata.jsonl line 1 has no file_name, only: text; each line needs a file_name that names its image",
+    ),
 ]
 
 

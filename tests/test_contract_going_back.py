@@ -119,7 +119,7 @@ def test_the_course_that_was_left_is_taken_up_again(out, train, caplog):
     train(**RUN | {"learning_rate": 1e-4}, resume_from_checkpoint="checkpoint-2")
     assert checkpoints(out)[-2:] == ["checkpoint-6", "checkpoint-6.1"]
     train(**RUN | {"max_train_steps": 7}, resume_from_checkpoint="checkpoint-6.1")
-    assert f"checkpoint-6 is of another course than the checkpoint resumed from; moved to {out}/checkpoint-6.2" in (
+    assert f"checkpoint-6 is of the same step as the checkpoint resumed from; moved to {out}/checkpoint-6.2" in (
         caplog.text
     )
     assert [row["step"] for row in rows(out)] == [7]

@@ -85,7 +85,7 @@ def raised(function: str, error: Exception):
         ("load_models", "out of memory, loading the models: free memory on host and GPU ("),
         ("precompute", "out of memory, encoding: lower --train_batch_size or --resolution, or leave --cache_enc"),
         ("make_ema", "out of memory, making the average: leave --use_ema out, or, for Stable Diffusion, take --offl"),
-        ("validate", "out of memory, drawing validation images: lower --resolution, or draw none: leave --valid"),
+        ("validate", "out of memory, generating validation images: lower --resolution, or leave --valid"),
     ],
 )
 def test_what_the_run_was_doing_is_named(function, said):

@@ -139,4 +139,4 @@ def test_pictures_of_nan_are_told(accelerator, tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     validation.validate(draw, ["a", "b"], 5, tmp_path, accelerator, StopRequest())
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert record.message.startswith("validation images of step 5 are black where a network gave nan; ")
+    assert record.message.startswith("validation images of step 5 are black where a network returned nan; ")

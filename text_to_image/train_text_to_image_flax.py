@@ -162,7 +162,8 @@ def make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accel
         encoders = [partial(encode_images, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         encoders = [partial(flax_devices.encode_on_host, encode=each) for each in encoders]
         readers = cache.precompute(
-            args, accelerator, dataset, image_infos, readers, encoders, devices=mesh.shape["devices"],
+            args, accelerator, dataset, image_infos, readers, encoders,
+            devices=mesh.shape["devices"], precision=progress.precision,
             crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
         )  # fmt: skip
     sample = partial(

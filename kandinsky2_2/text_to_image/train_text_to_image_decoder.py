@@ -1,6 +1,6 @@
 """Fine-tune the decoder of Kandinsky 2.2 on images; captions are not needed.
 
-The decoder draws an image from its CLIP embedding: it minimises || noise - unet(z_t, t, embedding) ||^2 over MoVQ
+The decoder generates an image from its CLIP embedding: it minimises || noise - unet(z_t, t, embedding) ||^2 over MoVQ
 latents z_t noised to step t (unCLIP, arXiv:2204.06125, section 2.1). MoVQ and the CLIP image encoder stay frozen.
 
     accelerate launch train_text_to_image_decoder.py \\

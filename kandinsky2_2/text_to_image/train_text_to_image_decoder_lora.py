@@ -1,6 +1,6 @@
 """Fine-tune low-rank adapters (LoRA) of the decoder of Kandinsky 2.2 on images; captions are not needed.
 
-The decoder draws an image from its CLIP embedding: it minimises || noise - unet(z_t, t, embedding) ||^2 over MoVQ
+The decoder generates an image from its CLIP embedding: it minimises || noise - unet(z_t, t, embedding) ||^2 over MoVQ
 latents z_t noised to step t (unCLIP, arXiv:2204.06125, section 2.1), as the full run does, but trains only a low-rank
 addition to the attention matrices (arXiv:2106.09685).
 

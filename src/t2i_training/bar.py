@@ -1,4 +1,4 @@
-"""Progress bars of what comes before training: of looking at images, and of encoding them."""
+"""Progress bars of the work before training: inspecting images and encoding them."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from .log import logger
 
 
 class Bar(tqdm):
-    """A bar on the terminal of the main process; where stderr is none, a line in the log every minute."""
+    """A bar on the terminal, on rank 0 only; if stderr is not a terminal, a log line every minute."""
 
     def __init__(self, accelerator, **options):
         self._in_log, self._logged = not sys.stderr.isatty(), time.monotonic()

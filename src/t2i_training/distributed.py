@@ -1,6 +1,6 @@
-"""Several processes of one run waiting for each other over the CPU (gloo): no device is waited for, and no time limit.
+"""Barriers and reductions over gloo, on the CPU: without a time limit, and without waiting for the device.
 
-A collective on the device gives up after ten minutes, and writing a checkpoint, or preparing a data set, may take more.
+NCCL's collectives time out after ten minutes, and rank 0 may take longer to write a checkpoint or prepare a data set.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ _group = None  # torch keeps groups for the process, and the accelerator, which 
 
 
 def init_cpu_group() -> None:
-    """Call once on every process, where there are several."""
+    """Make the gloo group. Call once on every process of a run with several."""
     global _group
     _group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
 
 def launched() -> bool:
-    """Whether torchrun, or what goes about it likewise, has started this process as one of several."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process as one of several."""
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def never_joined() -> str | None:
-    """What to say in a process that is alone, where the environment tells of several; exits where it is one of them.
+    """A warning for a process that is alone although the environment speaks of several. Exits if WORLD_SIZE says so.
 
-    Tasks of a cluster or of MPI may be runs of their own, each with its output folder, and so may go on.
+    The tasks of a cluster or of MPI may be independent runs with an output folder each: these only get the warning.
     """
     names = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     name = next((name for name in names if os.environ.get(name, "").isdecimal()), None)  # a launcher's comes first
@@ -46,10 +46,10 @@ def never_joined() -> str | None:
 
 @contextlib.contextmanager
 def _together():
-    """The end of another process ends this one too, in silence: that one has said why."""
+    """If another rank died, exit quietly: it has already reported the reason."""
     try:
         yield
-    except RuntimeError:  # gloo's, of a connection that is closed
+    except RuntimeError:  # what gloo raises when a connection is closed
         raise SystemExit(1) from None
 
 
@@ -61,7 +61,7 @@ def barrier(accelerator) -> None:
 
 
 def all_reduce_max(accelerator, number: int) -> int:
-    """The largest of the processes' numbers, on all of them."""
+    """The largest of all ranks' numbers, on every rank."""
     if accelerator.num_processes == 1:
         return number
     tensor = torch.tensor(number)
@@ -71,7 +71,7 @@ def all_reduce_max(accelerator, number: int) -> int:
 
 
 def prepare(accelerator, network, optimizer):
-    """accelerate's `prepare`, when all processes have come here: DDP's first collective, on the device, has a limit."""
+    """accelerate's `prepare` behind a barrier: DDP starts with a collective on the device, which has a time limit."""
     barrier(accelerator)
     return accelerator.prepare(network, optimizer)
 

@@ -11,11 +11,11 @@ class RunError(SystemExit):
 
 
 class Unfit(Exception):
-    """Why a model cannot be what a flag asks for: one sentence."""
+    """Raised with one sentence on why a model cannot be used for a flag."""
 
 
 def not_finite(name: str, samples: list[str], in_fp16: bool) -> str:
-    """Tell, of frozen networks' output `name` for these samples, that it holds inf or nan, and the way out."""
+    """The message for a frozen network's output `name` that holds inf or nan for these samples."""
     advice = "the weights of a frozen network may be damaged, or too large"
     if in_fp16:  # up to 65504; the VAEs of some models exceed it within their layers
         advice = "a frozen network overflows in fp16: take --mixed_precision=bf16 or no, or a model with another VAE"

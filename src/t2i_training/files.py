@@ -1,4 +1,4 @@
-"""Putting files and folders in place so that a crash leaves the old or the new."""
+"""Atomic replacement of files and folders: a crash leaves either the old one or the new one."""
 
 import contextlib
 import ctypes
@@ -23,13 +23,13 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Rename folder or file `new` to `target`; what stood there is removed afterwards."""
+    """Rename folder or file `new` to `target`, then remove what was at `target` before."""
     old = target.with_name(f".{target.name}.removed")
     remove_folder(old)
     if target.is_dir() and _exchange(new, target):
@@ -45,29 +45,29 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names at once, where the system can: there is no moment at which either is missing."""
+    """Exchange two paths atomically. Returns False on systems that cannot."""
     with contextlib.suppress(OSError, AttributeError):
         here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        rename = ctypes.CDLL(None).renameat2  # of Linux; elsewhere two renames do
+        rename = ctypes.CDLL(None).renameat2  # Linux only; elsewhere the caller makes two renames
         return rename(here, os.fsencode(first), here, os.fsencode(second), both) == 0
     return False
 
 
 def free_name(path: Path) -> Path:
-    """Its name with a number behind it that nothing there has."""
+    """`path` with the first number appended that gives an unused name."""
     names = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
 def move_aside(folder: Path) -> Path:
-    """Keep what stands there under another name, which is returned."""
+    """Rename `path` to an unused name, which is returned."""
     return folder.rename(free_name(folder))
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder (or file) so that a crash half-way never leaves a part of it under its own name.
 
-    Of a link nothing but itself.
+    Of a symbolic link only the link is removed.
     """
     if folder.is_file() or folder.is_symlink():
         folder.unlink()
@@ -79,7 +79,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give files (one, or all in a folder) the modes that the umask asks for: safetensors' are for the owner alone."""
+    """Set the mode of a file, or of all in a folder, by the umask: safetensors creates files for the owner only."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
@@ -89,15 +89,15 @@ def apply_umask(folder: Path) -> None:
 
 @contextlib.contextmanager
 def saving(what: str, partial: Path):
-    """A disk that is full, or that cannot be written, ends the run in one line; `partial` is not left to fill it."""
+    """End the run with one line if writing within fails, e.g. on a full disk. Removes `partial`."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises the second kind
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
         raise RunError(cannot_be_saved(what, partial, error)) from error
 
 
 def cannot_be_saved(what: str, partial: Path, error: Exception) -> str:
-    """One line that says so; `partial` is removed."""
+    """The message for it. Removes `partial`."""
     with contextlib.suppress(OSError):
         remove_folder(partial)
     free = shutil.disk_usage(partial.parent).free / 2**20

@@ -1,4 +1,4 @@
-"""What errors of libraries mean to a user: one line with what failed, and the way out. Imports no torch."""
+"""Turns exceptions of libraries into one line that says what failed and what to do. Imports no torch."""
 
 import contextlib
 import errno
@@ -13,23 +13,23 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR
 
 @contextlib.contextmanager
 def readable_errors(flag: str, value: str):
-    """Loading a model can fail in many ways inside several libraries; say it in one line that names the flag."""
+    """Turn any exception within into a RunError that names the flag and its value."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        stopping.exit_if_stopped_early()  # torch's C++ makes an error of its own of the exit that a signal raises
+        stopping.exit_if_stopped_early()  # torch's C++ turns the SystemExit of a signal handler into a RuntimeError
         if isinstance(error, SystemExit):
             raise
-        # Without diffusers' advice to its callers.
+        # Cut off diffusers' advice to developers.
         reason = sanitize.reason(error)[:500].partition(" If you want to instead")[0]
-        if "ignore_mismatched_sizes" in reason:  # transformers', which names neither
+        if "ignore_mismatched_sizes" in reason:  # from transformers, which names neither file nor sizes
             reason = "a config.json states other sizes than its weights have"
         kind = "" if isinstance(error, Unfit) else f"{type(error).__name__}: "
         raise RunError(f"{flag} {sanitize.printable(str(value))}: {kind}{reason}{cache_hint(error)}") from error
 
 
 def cache_hint(error: BaseException, cache_dir: str | None = None) -> str:
-    """The way out, where what is downloaded or prepared cannot be kept: no right to write, a full disk."""
+    """Advice to append if the cause is a cache folder that is full or not writable; else an empty string."""
     import datasets
     from huggingface_hub import constants
 
@@ -55,32 +55,32 @@ STEP_ADVICE = (
     "--cache_encodings, --mixed_precision=bf16"
 )
 PHASES = {  # function on the stack, the outermost first -> (what the run was doing, what to change)
-    "inspect": ("looking at the images", "free host memory"),
+    "inspect": ("inspecting the images", "free host memory"),
     "load_models": ("loading the models", "free memory on host and GPU"),
     "freeze": ("loading the models", "free memory on host and GPU"),
     "precompute": ("encoding", "lower --train_batch_size or --resolution, or leave --cache_encodings out"),
     "make_ema": ("making the average", "leave --use_ema out, or, for Stable Diffusion, take --offload_ema"),
     "make_optimizer": ("making the optimizer", STEP_ADVICE),
     "restore": ("reading the checkpoint", STEP_ADVICE),
-    "validate": ("drawing validation images", "lower --resolution, or draw none: leave --validation_prompt(s) out"),
+    "validate": ("generating validation images", "lower --resolution, or leave --validation_prompt(s) out"),
     "export_atomically": ("exporting the model", "free memory; --resume_from_checkpoint=latest exports again"),
 }  # fmt: skip
 IN_STEP = "in step "
 
 
 def note_step(error: BaseException, step: int, trained: bool) -> None:
-    """Have an error tell, below its stack trace as well, which step it came in, and how to go on if any was made."""
+    """Add a note to an exception: its step and, if any update was `trained`, how to resume. Stack traces print it."""
     way_out = "; --resume_from_checkpoint=latest continues from the last checkpoint" if trained else ""
     error.add_note(f"{IN_STEP}{step}{way_out}")
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What is said of an error that means too little memory, on the GPU or the host; None for others."""
+    """One line for an exception that means out of memory, on GPU or host; None for other exceptions."""
     kind, reason = type(error), sanitize.reason(error)
     worker = "dataloader worker" in reason.lower() and ("killed" in reason or "exited unexpectedly" in reason)
     words = ("out of memory", "allocate memory", "resource_exhausted", "shared memory")
     memory = worker or isinstance(error, MemoryError) or any(word in reason.lower() for word in words)
-    if not memory or isinstance(error, SystemExit):  # which is one line already
+    if not memory or isinstance(error, SystemExit):  # already one line
         return None
     names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
     doing, advice = next((PHASES[name] for name in names if name in PHASES), ("starting", STEP_ADVICE))

@@ -1,4 +1,4 @@
-"""Where messages go: to stderr, above the progress bars, and into --log_file. Secrets and control characters do not."""
+"""Logs to stderr, above the progress bars, and to --log_file, without secrets and control characters."""
 
 import contextlib
 import logging
@@ -9,9 +9,9 @@ from pathlib import Path
 from . import sanitize
 from .errors import RunError
 
-logger = logging.getLogger("t2i_training")  # `run.lifecycle.start` has all processes but the main one say errors alone
+logger = logging.getLogger("t2i_training")  # `run.lifecycle.start` sets the level: ranks other than 0 log errors only
 logger.addFilter(lambda record: _make_printable(record))
-_steps = logging.getLogger("t2i_training.steps")  # the lines of logging intervals, for which a terminal has a bar
+_steps = logging.getLogger("t2i_training.steps")  # one line per logging interval; a terminal shows a bar instead
 _LINES = {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%Y-%m-%d %H:%M:%S"}
 
 
@@ -22,7 +22,7 @@ def _make_printable(record: logging.LogRecord) -> bool:
 
 def to_stderr() -> None:
     """Log lines stand above the progress bars. Nothing is changed if the caller has set up logging."""
-    from tqdm.auto import tqdm  # a tenth of a second, which --help does without
+    from tqdm.auto import tqdm  # takes 0.1 s, which --help does not need
 
     class Handler(logging.StreamHandler):
         def emit(self, record):
@@ -33,7 +33,7 @@ def to_stderr() -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """What is logged, and the error that ends the run, without tokens. If the disk is full the run goes on without."""
+    """Handler for --log_file. Removes tokens. When the disk is full, it warns once and the run goes on without it."""
 
     def __init__(self, path: Path, token: str | None):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
@@ -49,7 +49,7 @@ class _LogFile(logging.FileHandler):
 
     def end(self) -> None:
         logging.getLogger().removeHandler(self)
-        with contextlib.suppress(OSError):  # what is still to be written does not fit
+        with contextlib.suppress(OSError):  # its buffer does not fit on the disk
             self.close()
 
 
@@ -71,7 +71,7 @@ def _log_files() -> list[_LogFile]:
 
 
 def error_into_file(error: BaseException) -> None:
-    """Write into --log_file, if there is one, what Python is about to print to stderr."""
+    """Write the error that ends the run into --log_file, if there is one, as Python prints it to stderr."""
     said = error.code if isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
     for file in _log_files() if isinstance(said, str) else []:
         file.handle(logging.makeLogRecord({"msg": said, "levelno": logging.ERROR, "levelname": "ERROR"}))

@@ -1,18 +1,18 @@
-"""Texts from elsewhere (file names, captions, libraries' errors) on their way to the terminal, a log or the card."""
+"""Makes foreign texts (file names, captions, errors of libraries) safe for the terminal, logs and the model card."""
 
 import os
 import re
 
 
 def printable(text: str) -> str:
-    """`text` on one line: what could drive a terminal or forge a line of a log as an escape, e.g. \\x1b."""
+    """`text` on one line, control characters and line breaks as escapes (\\x1b), so that it cannot forge a log line."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def redact(text: str, *tokens: str | None) -> str:
-    """`text` without `tokens`, and without that of the environment or of the stored login: a server may repeat them."""
+    """Replace `tokens`, and the token of the environment or the stored login, in `text`: a server may repeat them."""
     from huggingface_hub import get_token
 
     for token in (*tokens, get_token()):

@@ -1,4 +1,4 @@
-"""Stop signals: what a run does when it is asked to end. One before the loop ends it at once, one in it after its step.
+"""Stop signals. During set-up a signal ends the run at once; in the training loop it ends it after the current update.
 
 Imports no torch.
 """
@@ -12,33 +12,32 @@ import time
 from .errors import RunError
 from .log import logger
 
-# Those of clusters are announcements: minutes before a time limit (Slurm, LSF, SGE), or at a soft limit, once a second.
+# Clusters announce a time limit with these: minutes before it (Slurm, LSF, SGE), or once a second after a soft limit.
 _ANNOUNCEMENTS = tuple(getattr(signal, n) for n in ("SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, n))
 STOP_SIGNALS = (*(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, n)), *_ANNOUNCEMENTS)
-FAILED = 127  # in place of a signal's number where the run cannot go on: larger than any, so that all processes take it
+FAILED = 127  # pseudo signal number of a failure; larger than any real one, so that the maximum over ranks picks it
 _SETTING_UP, _IN_LOOP, _DONE = "setting up", "in the loop", "done"
 
 
 class StopRequest:
     """Whether a run has been asked to stop, by a signal or by a failure that lets it finish its step.
 
-    A script makes one in `main`, and from then on a stop signal ends the run: at once while it is set up, inside
-    `after_step()` once the update under way is made and saved. Later it changes nothing. A second signal that is no
-    announcement aborts. A signal that something else in this process handles is left to it, unless it is one of those
-    by which people and systems stop any program.
+    A script makes one in `main`; this installs the signal handlers. During set-up a signal ends the run at once. Within
+    `after_step()` it ends the run once the current update is made and saved. After the loop it changes nothing. A
+    second SIGTERM, SIGINT or SIGHUP aborts. SIGUSR1, SIGUSR2 and SIGXCPU are left to other code that handles them.
     """
 
     def __init__(self):
-        self.agreed = 0  # number of the signal that all processes know of, 0 for none
-        self.failure = None  # the error to end with, after the step under way
-        self._number = 0  # of the signal that this process got
-        self._since = None  # when it got one that a second one can follow to abort
+        self.agreed = 0  # number of the signal that all ranks agreed to stop for, 0 for none
+        self.failure = None  # RunError to end with, after the current update
+        self._number = 0  # of the signal that this rank received
+        self._since = None  # time.monotonic() of the first signal that is no announcement
         self._phase, self._owner = _SETTING_UP, os.getpid()
-        if threading.current_thread() is not threading.main_thread():  # elsewhere signals are the caller's business
+        if threading.current_thread() is not threading.main_thread():  # only it can set handlers
             return
         for number in STOP_SIGNALS:
             handler = signal.getsignal(number)
-            if handler == signal.SIG_IGN:  # nohup's SIGHUP
+            if handler == signal.SIG_IGN:  # as nohup does with SIGHUP
                 continue
             if number in _ANNOUNCEMENTS and handler != signal.SIG_DFL and not _is_ours(handler):
                 logger.warning(f"{signal.Signals(number).name} does not stop this run: other code handles it")
@@ -51,7 +50,7 @@ class StopRequest:
         if self._number and number in _ANNOUNCEMENTS:
             return
         if self._since is not None:
-            if time.monotonic() - self._since > 1:  # sooner it is the same one, passed on by a launcher that got it too
+            if time.monotonic() - self._since > 1:  # within a second it is the same one, forwarded by the launcher
                 self.restore_signals()
                 os.kill(self._owner, number)
             return
@@ -60,40 +59,40 @@ class StopRequest:
         self.exit_if_early()
 
     def exit_if_early(self) -> None:
-        """Exit if a signal came while the run was set up. Called again where a library has swallowed the exit."""
+        """Exit if a signal came during set-up. Called again in case a library swallowed the SystemExit."""
         if self._number and self._phase == _SETTING_UP:
             raise SystemExit(128 + self._number) from None
 
     @contextlib.contextmanager
     def after_step(self):
-        """Within, a stop signal waits for the end of the update under way, which the loop then saves."""
+        """Context in which a signal takes effect only at the end of the current update, which the loop then saves."""
         self.exit_if_early()
         self._phase = _IN_LOOP
         try:
             yield
         except BaseException:
-            self.restore_signals()  # there is no step to finish any more
+            self.restore_signals()  # there is no update left to finish
             raise
         self._phase = _DONE
 
     def fail_after_step(self, message: str) -> None:
-        """End the run with this line, but let all processes finish and save the update under way. From any thread."""
+        """End the run with this line once all ranks have saved the current update. Callable from any thread."""
         self.failure = RunError(message)
 
     @property
     def pending(self) -> bool:
-        """Whether this process has been asked to stop, and has updates left to make; others may not know of it yet."""
+        """Whether this rank has been asked to stop during the loop. Other ranks may not know yet."""
         return bool(self._number or self.failure) and self._phase == _IN_LOOP
 
     def agree(self, accelerator) -> int:
-        """After each update, on all processes: the number to stop with, if any of them has been asked to; else 0."""
-        from . import distributed  # and with it torch
+        """Call on all ranks after each update. Returns the signal number if any rank has been asked to stop, else 0."""
+        from . import distributed  # imports torch
 
         self.agreed = distributed.all_reduce_max(accelerator, FAILED if self.failure else self._number)
         return self.agreed
 
     def restore_signals(self) -> None:
-        """Give the signals back to Python: the run is over, or is to be aborted by the next one."""
+        """Restore Python's default handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if _is_ours(signal.getsignal(number)):
@@ -113,9 +112,9 @@ def _is_ours(handler) -> bool:
 
 
 def exit_if_stopped_early() -> None:
-    """Exit if a signal came while the run was set up, and a library took the exit for an error of its own.
+    """Exit if a signal came during set-up and a library turned the SystemExit into an error of its own.
 
-    For places that no request is handed to: that of the run under way is found in the process's table of signals.
+    For code that has no StopRequest at hand: it is found as the owner of the installed signal handler.
     """
     for number in STOP_SIGNALS:
         if _is_ours(handler := signal.getsignal(number)):

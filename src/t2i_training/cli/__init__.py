@@ -1,1 +1,1 @@
-"""The command line: flags, --config, and what can be refused before torch is imported."""
+"""The command line: flags, --config, and the checks that need no torch."""

@@ -1,7 +1,7 @@
-"""From a command line to checked arguments, without importing torch: a usage error answers in a blink.
+"""Parses and checks the command line without importing torch, so that usage errors come at once.
 
-Everything that can be known before models and data are opened is checked here, and said in one line that names the
-flag and the way out. A flag is never parsed and ignored: a combination that a script cannot honour is refused.
+Everything that can be checked before models and data are opened is checked here. A message names the flag and what to
+do. No flag is parsed and then ignored: a combination that a script cannot honour is refused.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from ..sources import data_files, model_kind, names
 from . import config_file, packages
 from .flags import LR_SCHEDULERS, TRACKERS
 
-_NEEDS = {  # flag -> the flag without which it would do nothing
+_NEEDS = {  # flag -> the flag without which it has no effect
     "offload_ema": "use_ema", "foreach_ema": "use_ema",
     "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
     "dream_detail_preservation": "dream_training", "encodings_dir": "cache_encodings", "cache_crops": "cache_encodings",
@@ -29,9 +29,9 @@ _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, trained: model_kind.Trained) -> argparse.Namespace:
     """Parse and check; exits with status 2 and one line on stderr when something is wrong.
 
-    With `--config FILE` the file's values stand in front of the command line's, so the command line wins; what the file
-    turns on, `--switch=false` turns off. From here on nothing rewrites the arguments. Besides the flags they hold
-    `typed`, the names of those that were given, and `validation_prompts` in every script.
+    The values of `--config FILE` come before those of the command line, so the command line wins; `--switch=false`
+    turns off a switch that the file turns on. Nothing changes the arguments afterwards. Besides the flags they hold
+    `typed`, the names of the flags that were given, and in every script `validation_prompts`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     tokens = config_file.switch_off(parser, config_file.tokens(parser, argv) + argv)
@@ -46,25 +46,25 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, trained: mode
 
 
 def _normalize(args: argparse.Namespace) -> None:
-    """Of several ways to say the same keep one."""
+    """Bring equivalent values into one form."""
     names.expand_home(args)
     args.report_to = ",".join(dict.fromkeys(name.strip() for name in args.report_to.split(",")))
     args.hub_token = args.hub_token and args.hub_token.strip()
-    if hasattr(args, "validation_prompt"):  # several images of one prompt are validated like several prompts
+    if hasattr(args, "validation_prompt"):  # several images of one prompt are treated as several prompts
         args.validation_prompts = (
             [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
         )
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, trained: model_kind.Trained) -> None:
-    """Refuse what cannot work, through `parser.error`. Opens no model and no data set."""
+    """Refuse what cannot work, by `parser.error`. Opens no model and no data set."""
     _check_texts(parser, args)
     _check_combinations(parser, args)
     _check_compiler(parser, args)
     _check_objective(parser, args)
     _check_reporting(parser, args)
     names.check(parser, args)
-    if hasattr(args, "dataset_name"):  # without flags.add_data_source_args a script opens a data set of its own
+    if hasattr(args, "dataset_name"):  # a script without flags.add_data_source_args opens its own data set
         _check_data_source(parser, args)
     _check_paths(parser, args)
     _check_resume(parser, args)
@@ -72,7 +72,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, trained: mo
 
 
 def _check_texts(parser, args):
-    """Characters that no path can hold, no tokenizer reads, and no request to the hub may carry."""
+    """Refuse characters that are invalid in paths, prompts or requests to the hub."""
     for name, value in vars(args).items():
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, str) and "\0" in item for item in items):
@@ -110,7 +110,7 @@ def _check_schedule(parser, args):
     if name == "piecewise_constant":
         if not re.fullmatch(rf"piecewise_constant:({_NUMBER}:\d+,)+{_NUMBER}", args.lr_scheduler):
             parser.error(
-                "--lr_scheduler piecewise_constant takes its rules behind a colon, e.g. "
+                "--lr_scheduler piecewise_constant takes its rules after a colon, e.g. "
                 "piecewise_constant:1:1000,0.1:2000,0.01 (factor:until_step, ..., last factor)"
             )
     elif args.lr_scheduler not in LR_SCHEDULERS:
@@ -118,7 +118,7 @@ def _check_schedule(parser, args):
 
 
 def _check_compiler(parser, args):
-    """What torch.compile needs besides torch: it would find out in the first step, and say so in hundreds of lines."""
+    """Check what torch.compile needs besides torch; it would fail in the first step, with hundreds of lines."""
     if not getattr(args, "torch_compile", None):
         return
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()[0]
@@ -153,7 +153,7 @@ def _local_prediction_type(model: str) -> str | None:
 
 def _check_reporting(parser, args):
     trackers = args.report_to.split(",")
-    for tracker in trackers:  # which bear the names of their packages
+    for tracker in trackers:  # each named as its package
         if tracker not in TRACKERS:
             parser.error(f"--report_to must be one of {', '.join(TRACKERS)}, not {tracker!r}")
         if tracker in ("all", "none") and len(trackers) > 1:
@@ -168,7 +168,7 @@ def _check_reporting(parser, args):
 
 
 def _check_folder(parser, args):
-    """Whether a folder with data holds images, and captions where the script needs them: a look at names alone."""
+    """Check by file names that a data folder holds images, and captions if the script needs them."""
     if args.dataset_name is None and not Path(args.train_data_dir).is_dir():
         fault = " is a file" if Path(args.train_data_dir).exists() else ": there is no such folder"
         parser.error(f"--train_data_dir {args.train_data_dir}{fault}")
@@ -179,7 +179,7 @@ def _check_folder(parser, args):
 
 
 def _check_data_source(parser, args):
-    """The flags that `open_dataset` reads."""
+    """Check the flags that `open_dataset` reads."""
     if args.dataset_name is None and args.train_data_dir is None:
         parser.error(
             "no data: give --dataset_name, or --train_data_dir with a folder of captioned images "
@@ -218,7 +218,7 @@ def _check_resume(parser, args):
             f"--output_dir {output_dir} holds checkpoints of an earlier run: "
             "continue it with --resume_from_checkpoint latest, or choose another folder"
         )
-    if wanted == "latest":  # if it is another's, or older than one of another's
+    if wanted == "latest":  # refuse if another script's checkpoint is newer than ours
         found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         ours = [path for path in found if (path / "manifest.json").is_file()]
         other = max(filter(_is_of_another_script, found), key=_number, default=None)
@@ -237,7 +237,7 @@ def _number(folder: Path) -> int:
 
 
 def _is_of_another_script(folder: Path) -> bool:
-    """Whether it holds what accelerate's `save_state` writes. Of ours, one without a manifest is damaged."""
+    """Whether the folder was written by accelerate's `save_state`. One of ours without a manifest is damaged."""
     written = ("random_states_*.pkl", "scheduler.bin", "model*.safetensors", "pytorch_model*")
     return not (folder / "manifest.json").is_file() and any(any(folder.glob(name)) for name in written)
 

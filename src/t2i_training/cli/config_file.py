@@ -1,17 +1,17 @@
-"""The --config file: YAML by whomever, as what the user could have typed."""
+"""Turns a --config YAML file, which is not trusted, into command-line tokens."""
 
 import argparse
 import reprlib
 from pathlib import Path
 
 SECRETS = ("hub_token",)  # never written to a file, a tracker, a log or an error text
-_NO_VALUES = (list, dict, set, tuple, bytes)  # what YAML may give where a flag takes one value
-_REPR = reprlib.Repr()  # of what aliases can nest to gigabytes
+_NO_VALUES = (list, dict, set, tuple, bytes)  # types that YAML may yield where a flag takes one value
+_REPR = reprlib.Repr()  # shortens values, which YAML aliases can nest to gigabytes
 _REPR.maxlevel = 2
 
 
 def tokens(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
-    """A YAML file as command-line tokens: argparse then checks its types and choices as it would the user's own."""
+    """A YAML file as command-line tokens, so that argparse checks types and choices."""
     finder = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
@@ -30,7 +30,7 @@ def tokens(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
 
 
 def switch_off(parser: argparse.ArgumentParser, tokens: list[str]) -> list[str]:
-    """The tokens without the switches that `--switch=false` among them turns off, be it the file that turns them on."""
+    """The tokens without switches that a later `--switch=false` turns off, e.g. those of the file."""
     for action in parser._actions:
         switch = (action.option_strings or [""])[-1]
         if action.nargs == 0 and f"{switch}=false" in tokens:
@@ -45,7 +45,7 @@ def _read_config(parser, path: str) -> dict:
         config = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")) or {}
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror}")
-    except Exception as error:  # of many kinds, for `seed: 2024-13-45` say; their text may quote a token of the file's
+    except Exception as error:  # of many types, e.g. for `seed: 2024-13-45`; their text may quote a token from the file
         line = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         parser.error(f"--config {path}: not readable as YAML{line}")
     if not isinstance(config, dict):
@@ -77,13 +77,13 @@ def _tokens(parser, action, value) -> list[str]:
 
 
 def public_config(args: argparse.Namespace) -> dict:
-    """The arguments as a plain dictionary, without secrets, such as may be written down and shown."""
+    """The arguments as a plain dictionary without secrets, which may be written to files and shown."""
     left_out = {*SECRETS, "config", "typed", "validation_prompts" if hasattr(args, "validation_prompt") else ""}
     return {name: _plain(value) for name, value in sorted(vars(args).items()) if name not in left_out}
 
 
 def _plain(value):
-    """As YAML knows it: flags that a user has added may be of any type."""
+    """The value as a type that YAML has; flags that a user has added may be of any type."""
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
     return value if isinstance(value, int | float | None) or type(value) is str else str(value)

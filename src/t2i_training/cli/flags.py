@@ -1,7 +1,7 @@
 """The flags, in groups that a script picks from. Nothing heavier than argparse is imported.
 
-Names, types and defaults are those of the published training scripts; what differs is listed in the README. Which
-numbers a flag takes stands beside it; how flags go together is checked in `checks.py`.
+Names, types and defaults are those of the published training scripts; the README lists the differences. A flag's range
+is given with it; combinations of flags are checked in `checks.py`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TRACKERS = [
 
 
 def _number(kind: type, fault: Callable[[int | float], str]) -> Callable[[str], int | float]:
-    """A type for argparse: numbers of a `kind`. `fault` says what a number must be, and "" if it is that."""
+    """An argparse type: numbers of a `kind`. `fault(n)` says what a number must be, or returns "" if it is valid."""
 
     def parse(text: str):
         value = kind(text)
@@ -28,7 +28,7 @@ def _number(kind: type, fault: Callable[[int | float], str]) -> Callable[[str], 
             raise argparse.ArgumentTypeError(f"must be {wanted}")
         return value
 
-    parse.kind, parse.__name__ = kind, kind.__name__  # argparse itself says: invalid int value
+    parse.kind, parse.__name__ = kind, kind.__name__  # argparse then says: invalid int value
     return parse
 
 
@@ -45,7 +45,7 @@ def _seed_fault(n: int) -> str:
 
 
 def _side_fault(n: int) -> str:
-    """VAEs and UNets halve a side, in pixels, three times."""
+    """A side in pixels; VAEs and UNets halve it three times."""
     if n <= 0:
         return f"positive, not {n}"
     return f"a multiple of 8, not {n}; the nearest is {max(8, round(n / 8) * 8)}" if n % 8 else ""
@@ -66,10 +66,10 @@ class _Parser(argparse.ArgumentParser):
         self.given = args or []
         return super().parse_known_args(args, namespace)
 
-    def error(self, message):  # argparse would print a usage of some forty lines in front of it
+    def error(self, message):  # argparse would print forty lines of usage first
         message = re.sub(r"argument (--\w+): must\b", r"\1 must", message)
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if message.startswith("the following arguments are required"):  # perhaps an abbreviation of one of them
+        if message.startswith("the following arguments are required"):  # perhaps one of them was abbreviated
             names = [token.partition("=")[0] for token in self.given if token.startswith("--")]
             unknown = next((re.match("(.*)", name) for name in names if name not in self._option_string_actions), None)
             message += f"; there is no {unknown[1]}" if unknown else ""
@@ -81,8 +81,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def typed(self, tokens: list[str]) -> frozenset[str]:
-        """The names of the flags among these tokens: what they hold is nobody's default."""
-        untouched = object()  # argparse puts defaults in the place of what is not there at all
+        """The names of the flags that these tokens set, as opposed to defaults."""
+        untouched = object()  # argparse sets no default for an attribute that exists
         args = argparse.Namespace(**{action.dest: untouched for action in self._actions})
         given = self.parse_args(tokens, args)
         return frozenset(name for name, value in vars(given).items() if value is not untouched)
@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose description is the script's own docstring, with the `--config` flag already on it."""
-    # No abbreviations: a flag that is added later would change what they mean.
+    # No abbreviations: a flag added later could change their meaning.
     parser = _Parser(usage="%(prog)s FLAGS", description=docstring, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="YAML", help="File with defaults for any flag; the command line wins.")
     return parser
@@ -120,7 +120,7 @@ def add_kandinsky_args(parser):
 
 
 def add_data_source_args(parser):
-    """What `open_dataset` reads. A script that opens a data set of its own goes without them, and their checks."""
+    """The flags that `open_dataset` reads. A script that opens its own data set leaves them out, with their checks."""
     group = parser.add_argument_group("data source")
     group.add_argument("--dataset_name", help="Name on the hub, or local folder, of a data set.")
     group.add_argument("--dataset_config_name", help="Configuration of that data set, if it has several.")
@@ -149,7 +149,7 @@ def add_data_args(parser):
 
 def add_caption_args(parser):
     group = parser.add_argument_group("captions")
-    text = "Column that holds a caption, or a list of captions of which one is drawn each time."
+    text = "Column that holds a caption, or a list of captions, one of which is chosen at random each time."
     group.add_argument("--caption_column", default="text", help=text)
     text = "Share of samples trained with the empty caption; about 0.1 keeps classifier-free guidance working."
     group.add_argument("--caption_dropout", type=share, default=0.0, help=text)

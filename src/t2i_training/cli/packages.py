@@ -1,7 +1,7 @@
-"""Optional packages, often built for another torch: what a run does not use is not imported, what it uses is tried.
+"""Optional packages, often built for another torch: hides those that a run does not use, and tries those that it does.
 
-diffusers, transformers, peft and accelerate import such packages wherever they find them; a broken one, which the run
-has no use for, would end it under a long traceback. Imports no torch by itself.
+diffusers, transformers, peft and accelerate import such packages if they are installed. A broken package that the run
+does not need would end it with a long traceback. Imports no torch by itself.
 """
 
 import importlib.metadata
@@ -11,24 +11,26 @@ import sys
 
 from ..errors import RunError
 
-# Kernels, quantisation and parallelism that these scripts have no use for.
+# Kernels, quantisation and parallelism that these scripts do not use.
 UNUSED = (
     "aiter", "apex", "flash_attn", "flash_attn_3", "flash_attn_interface", "gguf", "hqq", "kernels", "modelopt",
     "msamp", "optimum", "sageattention", "torchao", "transformer_engine",
 )  # fmt: skip
-LOOKING = ("accelerate", "diffusers", "peft", "transformers")  # import them wherever they find them
+LOOKING = ("accelerate", "diffusers", "peft", "transformers")  # import them if they are installed
 FLAGS = {"xformers": "enable_xformers_memory_efficient_attention", "bitsandbytes": "use_8bit_adam"}
 
 
 def hide_unused(args) -> None:
-    """Let `import` and `find_spec` see none of the packages that this run does not use. Call it before torch is there.
+    """Hide packages that this run does not use from `import` and `find_spec`. Call it before torch is imported.
 
-    A name that stands for None in sys.modules is to both a package that is not installed. Where one of the libraries
-    that look for them is loaded before (in a notebook, say), it has seen them, and would fail at their absence.
+    Both treat a name that is None in sys.modules as not installed. If one of the libraries in LOOKING is loaded already
+    (e.g. in a notebook), it has found the packages and would fail without them; then nothing is hidden.
     """
     too_late = any(name in sys.modules for name in LOOKING)
     used = {name for name, flag in FLAGS.items() if getattr(args, flag, False)}
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # refused, later, by a line of its own
+    if (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    ):  # refused later, with a message of its own
         used.add("deepspeed")
     for name in (*UNUSED, *FLAGS, "deepspeed"):
         if name not in used:
@@ -36,7 +38,7 @@ def hide_unused(args) -> None:
                 sys.modules.setdefault(name, None)
         elif name in sys.modules and sys.modules[name] is None:  # hidden by an earlier run in this process
             del sys.modules[name]
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # `try_out` says in one line what it warns of in six
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # `try_out` says in one line what it logs in six
 
 
 def try_out(args, device) -> None:
@@ -47,7 +49,7 @@ def try_out(args, device) -> None:
             continue
         try:
             trials[name](device)
-        except Exception as error:  # of a loader, a driver or a compiler
+        except Exception as error:  # from a loader, a driver or a compiler
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             line = f"--{flag}: {_release(name)} does not work here: leave the flag out"
             raise RunError(f"{line}, or install a release for this torch ({reason})") from error
@@ -56,12 +58,12 @@ def try_out(args, device) -> None:
 def _release(name: str) -> str:
     try:
         return f"{name} {importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:  # a folder on the path
+    except importlib.metadata.PackageNotFoundError:  # e.g. a folder on sys.path
         return name
 
 
 def _try_xformers(device) -> None:
-    """Attention over two tokens, forward and back. Kernels that could not be loaded say for which torch they are."""
+    """Attention over two tokens, forward and backward. Kernels that were not loaded say which torch they need."""
     import torch
     import xformers.ops
 
@@ -73,7 +75,7 @@ def _try_xformers(device) -> None:
 
 
 def _try_bitsandbytes(device) -> None:
-    """One update of a tensor that is large enough for state in 8 bits."""
+    """One update of a tensor that is large enough for 8-bit state."""
     import bitsandbytes
     import torch
 

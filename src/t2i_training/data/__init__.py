@@ -1,1 +1,1 @@
-"""From a data set to batches: images and captions opened, inspected, drawn from and loaded."""
+"""From a data set to batches: images and captions are opened, inspected, shuffled and loaded."""

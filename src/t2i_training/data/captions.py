@@ -1,4 +1,4 @@
-"""Captions: which one a visit trains on, its tokens, and how many of them are read."""
+"""Captions: chooses one per visit, tokenizes it, and warns of captions that are too long."""
 
 import re
 from collections import Counter
@@ -11,12 +11,12 @@ from .. import sanitize
 from ..log import logger
 from .dataset import describe
 
-_COUNTED = 20_000  # captions whose tokens are counted: seconds
+_COUNTED = 20_000  # captions to tokenize for the warning; takes seconds
 _WORD = re.compile(r"\w+")
 
 
 def pick_caption(caption: str | list[str], draw: Callable[[str], np.random.Generator], dropout: float) -> str:
-    """The caption of this visit: one of several if there are several, and the empty one with probability `dropout`."""
+    """The caption of this visit: a random one if there are several, and an empty one with probability `dropout`."""
     if dropout and draw("caption_dropout").random() < dropout:
         return ""  # arXiv:2207.12598: without such samples fine-tuning erodes classifier-free guidance
     return caption if isinstance(caption, str) else caption[draw("caption").integers(len(caption))]
@@ -29,9 +29,10 @@ def tokenize(tokenizer, caption: str) -> torch.Tensor:
 
 
 def report_cuts(tokenizer, dataset, args, accelerator):
-    """`tokenizer`, after one line of the main process on how many captions are longer than it reads, if any are.
+    """Warn, on the main process, how many captions are longer than the tokenizer's maximum. Returns `tokenizer`.
 
-    A caption of fewer bytes than that is short enough, of more words too long; others are counted out, up to _COUNTED.
+    A caption with fewer bytes than the maximum is short enough, one with more words too long; others are tokenized, up
+    to _COUNTED.
     """
     limit = tokenizer.model_max_length
     if not accelerator.is_main_process or limit > 1_000_000:
@@ -56,7 +57,7 @@ def report_cuts(tokenizer, dataset, args, accelerator):
         least = "at least " if len(unsure) > _COUNTED else ""
         number = f"{least}{sum(counts[text] for text in cut)} of {counts.total()} captions"
         logger.warning(
-            f"{number} are longer than the {limit} tokens that the text encoder reads; the rest of them is cut off, "
+            f"{number} are longer than the {limit} tokens that the text encoder reads; the rest is cut off, "
             f"e.g. of {describe(dataset, args.image_column, rows[first])} what follows '...{tail}'"
         )
     return tokenizer
@@ -73,7 +74,7 @@ def text_mask(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def all_captions(dataset, args) -> list[str]:
-    """Every caption that `pick_caption` may pick, in an order of their own, which all processes find alike."""
+    """All captions that `pick_caption` may return, sorted, so that all processes agree."""
     captions = dataset[args.caption_column]
     texts = {text for caption in captions for text in ([caption] if isinstance(caption, str) else caption)}
     return sorted(texts | ({""} if args.caption_dropout else set()))

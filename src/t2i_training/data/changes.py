@@ -1,4 +1,4 @@
-"""Whether a resumed run's data are those that its checkpoint was made with, and what has changed, in one line."""
+"""Tells in one line whether the data set has changed since the checkpoint was made."""
 
 import hashlib
 
@@ -8,9 +8,9 @@ _CHUNK = 10_000  # captions in memory at a time
 
 
 def describe(args, accelerator, dataset, image_infos) -> dict[str, str]:
-    """Digests of a data set for a checkpoint's manifest, on the main process, by the contents of images and captions.
+    """Digests of a data set for a checkpoint's manifest, from the contents of images and captions. Main process only.
 
-    Where the files lie and what they are called does not count. Some seconds and 50 MiB for a million rows.
+    Names and places of the files do not count. Takes seconds and 50 MiB for a million rows.
     """
     if not accelerator.is_main_process:
         return {}
@@ -21,7 +21,9 @@ def describe(args, accelerator, dataset, image_infos) -> dict[str, str]:
         for start in range(0, len(images), _CHUNK):
             chunk = texts[start : start + _CHUNK][args.caption_column]
             captions[start : start + _CHUNK] = [_number(repr(caption)) for caption in chunk]
-    samples = images * np.uint64(0x9E3779B97F4A7C15) ^ captions  # an odd factor: equal ones do not cancel out
+    samples = (
+        images * np.uint64(0x9E3779B97F4A7C15) ^ captions
+    )  # an odd factor, so that equal numbers do not cancel out
     numbers = {"images": np.sort(images), "captions": np.sort(captions), "samples": np.sort(samples), "order": samples}
     return {name: hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest() for name, array in numbers.items()}
 
@@ -31,13 +33,13 @@ def _number(text: str) -> int:
 
 
 def since(position: dict, size: int, now: dict[str, str]) -> str | None:
-    """What is other than when the checkpoint with that manifest was made; None if nothing is, as far as it tells."""
+    """What has changed since the checkpoint with this manifest was made; None if nothing is known to have."""
     if position.get("dataset_size", size) != size:
         return f"it had {position['dataset_size']} samples and has {size}, which are seen in a new order"
     before = position.get("data")  # older checkpoints have none
     if not before or not now or before == now:
         return None
     if before["samples"] == now["samples"]:
-        return "its samples stand in another order"
+        return "its samples are in another order"
     others = [name for name in ("images", "captions") if before[name] != now[name]]
-    return f"some of its {' and '.join(others)} are others" if others else "some captions stand with other images"
+    return f"some of its {' and '.join(others)} have changed" if others else "some captions belong to other images"

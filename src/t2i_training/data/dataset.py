@@ -12,7 +12,7 @@ from ..sources import data_files, names
 from . import image_folder, images
 from .image_folder import FAULTS, LINE
 
-ROW = 0  # a row's number in itself, under a key that no column has
+ROW = 0  # key under which a row carries its own index; an int cannot clash with a column name
 
 
 class BadSample(Exception):
@@ -30,7 +30,7 @@ def open_dataset(args, seed: int):
     place = data_files.local_folder(args)
     try:
         dataset, said = _read_folder(place, args) if place else _read_splits(where, args.dataset_name, args)
-    except Exception as error:  # datasets raises some twenty kinds here, for files, hub, formats and metadata
+    except Exception as error:  # datasets raises some twenty types, for files, hub, formats and metadata
         hint = library_errors.cache_hint(error, args.cache_dir)
         if place and not isinstance(error, data_files.BadData):
             hint = hint or data_files.archives(data_files.list_files(place))
@@ -57,7 +57,7 @@ def _read_folder(place: str, args) -> tuple:
 
 
 def _read_splits(where: str, name: str, args) -> tuple:
-    """(samples, what was read) of what `datasets` makes of a folder or a name on the hub."""
+    """(samples, what was read) of a folder or a hub name, as `datasets` opens it."""
     import datasets
 
     options = {"data_dir": args.train_data_dir} if args.dataset_name == name else {}
@@ -74,9 +74,9 @@ def _training_split(where: str, splits: dict, form: str | None) -> tuple:
 
 
 def check_dataset(dataset, args):
-    """What `open_dataset` returns, of a data set that a script has opened in its own way.
+    """Check a data set that an edited script has opened, and return it in the form of `open_dataset`.
 
-    It is a `datasets.Dataset` with an image column, or a list of dictionaries with PIL images. Exits with one line on
+    Accepts a `datasets.Dataset` with an image column, or a list of dictionaries with PIL images. Exits with one line on
     anything else. Images are left encoded.
     """
     import datasets
@@ -129,12 +129,12 @@ def _check_images(dataset, args, place: str | None):
             f"--image_column {column!r} holds {_kind(dataset, column)}, not images; "
             f"columns with images: {sanitize.printable(', '.join(found)) or 'none'}"
         )
-    # Left encoded: datasets would decode every image in full, and in the main process.
+    # Left encoded: datasets would decode every image at full size, in the main process.
     return dataset.cast_column(column, datasets.Image(decode=False))
 
 
 def _as_images(dataset, column: str, place: str | None):
-    """The data set with images in place of what stands for them: files' bytes, pixels, names of files below `place`."""
+    """The data set with `column` as images, if it holds bytes of files, pixels, or names of files below `place`."""
     import datasets
 
     feature = dataset.features[column]
@@ -145,7 +145,7 @@ def _as_images(dataset, column: str, place: str | None):
     try:
         dataset.select(range(1)).cast_column(column, datasets.Image())[0]
         return dataset.cast_column(column, datasets.Image(decode=False))
-    except Exception:  # pyarrow, datasets and Pillow raise all kinds at what is no image
+    except Exception:  # pyarrow, datasets and Pillow raise many types
         return dataset
 
 
@@ -200,14 +200,14 @@ def _kind(dataset, column: str) -> str:
 
 @contextlib.contextmanager
 def naming_the_sample(dataset, image_column: str, index: int):
-    """An image that cannot be read is a BadSample that says which one.
+    """Turn an unreadable image into a BadSample that names it.
 
-    So is a fault of the disk or the memory, which says that it is none of the image's. Any other error is the code's:
-    it goes its way, with a note on what was at hand.
+    A failure of disk or memory becomes a BadSample as well, which says that the image is not at fault. Any other
+    exception is a bug: it gets a note with the sample, and propagates.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL on harmless metadata; real faults raise
+            warnings.simplefilter("ignore")  # PIL warns of harmless metadata; real faults raise
             yield
     except images.UnreadableImage as error:
         raise BadSample(f"{describe(dataset, image_column, index)}: {error}") from None
@@ -223,7 +223,7 @@ def naming_the_sample(dataset, image_column: str, index: int):
 
 
 def not_the_images_fault(what: str, error: Exception) -> str:
-    """One line on an image that could not be read for another reason."""
+    """The message for an image that could not be read although it is not at fault."""
     reason = f"{type(error).__name__}: {sanitize.reason(error)}" if str(error) else type(error).__name__
     return (
         f"{what} could not be read: {reason}; the fault is the machine's (disk, network or memory), not the image's: "
@@ -232,7 +232,7 @@ def not_the_images_fault(what: str, error: Exception) -> str:
 
 
 def image_file(image: dict) -> bytes | str:
-    """What `images.decode` reads, of an image column's entry: a path, or bytes. Raises images.UnreadableImage."""
+    """A path or bytes for `images.decode`, from an image column's entry. Raises images.UnreadableImage."""
     path = image["path"]
     return image_bytes(image) if path and path.startswith("zip://") else image["bytes"] or path
 
@@ -246,7 +246,7 @@ def image_bytes(image: dict) -> bytes:
 
 
 def image_source(row: dict, args) -> bytes | str | int:
-    """What a script's `read_image` reads of a row: its file, or, with cached encodings, the row's number."""
+    """The input of a script's `load_image`: the image file of a row, or with cached encodings the row's index."""
     return row[ROW] if args.cache_encodings else image_file(row[args.image_column])
 
 

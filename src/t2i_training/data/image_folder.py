@@ -1,7 +1,7 @@
-"""A folder of images with metadata files, read line by line: every fault in them has its file and line.
+"""Reads a folder of images with metadata files line by line, and names file and line of every fault.
 
-The reader in `datasets` gives up on all of them at the first line that it cannot parse or whose caption is of another
-type, does not say where, and leaves out images without a line in silence.
+The reader in `datasets` fails at the first line that it cannot parse or whose caption has another type, does not say
+where, and silently skips images without a line.
 """
 
 import json
@@ -16,19 +16,19 @@ from ..sources import data_files, stand_ins
 from . import metadata_files, near_names
 
 METADATA = "metadata.jsonl"
-LINE, FAULTS = "_line", "_faults"  # columns of ours: where a row stands; a JSON object, what is wrong by column
+LINE, FAULTS = "_line", "_faults"  # columns added here: file and line of a row; its faults by column, as JSON
 
 
 class _ImageEntry(dict):
-    """An entry of an image column: not what a metadata file may hold, whose paths are looked at first."""
+    """An image entry built from a checked file_name. A look-alike dictionary in a metadata file is not trusted."""
 
 
 def read(folder: str, captions: str | None = None) -> "tuple[datasets.Dataset, str] | None":  # noqa: F821
-    """(samples, what was read) of the folder's metadata files or, without any, of its images; None for other forms.
+    """(samples, what was read) of the folder's metadata files or, without any, of its images; None for other formats.
 
-    A line that cannot be used becomes a row all the same, without an image or caption, its reason in column FAULTS.
-    A `file_name` leads from its metadata file to below that file's folder; elsewhere nothing is ever read.
-    Raises BadData where a metadata file cannot be read at all; `captions` is the column wanted.
+    A line that cannot be used still becomes a row, without image or caption, with the reason in column FAULTS. A
+    `file_name` is relative to its metadata file and must stay below that file's folder; nothing else is ever read.
+    Raises BadData if a metadata file cannot be read at all; `captions` names the wanted column.
     """
     listing = data_files.list_files(folder)
     if data_files.is_table(listing):
@@ -104,7 +104,7 @@ def _read_file(listing, name: str) -> Iterator[tuple[dict, str, dict]]:
 
 
 def _columns(values: dict, folder: str, metadata: str) -> tuple[dict, dict]:
-    """(columns, faults by column): of `*file_name` become images, whose files are not looked at yet."""
+    """(columns, faults by column): `*file_name` become image entries, whose files are not opened yet."""
     columns, faults = {}, {}
     for key, value in values.items():
         if metadata_files.is_name_column(key):
@@ -120,7 +120,7 @@ def _columns(values: dict, folder: str, metadata: str) -> tuple[dict, dict]:
 
 
 def _inside(folder: str, name, metadata: str) -> tuple[str | None, str | None]:
-    """(path of the image, None) or (None, what is wrong with its name). Looks at no file."""
+    """(path of the image, None) or (None, what is wrong with its name). Opens no file."""
     if not isinstance(name, str) or not name or not _is_text(name):
         return None, f"file_name is {_shown(name)}"
     plain, below = name.replace("\\", "/"), folder.rstrip(os.sep) + os.sep
@@ -128,7 +128,9 @@ def _inside(folder: str, name, metadata: str) -> tuple[str | None, str | None]:
         return None, f"file_name {name!r:.300} is an address: download the image, and name its file"
     path = os.path.normpath(os.path.join(folder, plain))
     real = os.path.realpath(folder).rstrip(os.sep) + os.sep
-    if plain.startswith("/") and path.startswith(real):  # absolute, while the folder was named by a link to it
+    if plain.startswith("/") and path.startswith(
+        real
+    ):  # an absolute path, while the folder was named by a symbolic link
         path = below + path[len(real) :]
     if not path.startswith(below):
         absolute = plain.startswith("/") or plain[1:3] == ":/"
@@ -140,14 +142,14 @@ def _inside(folder: str, name, metadata: str) -> tuple[str | None, str | None]:
 
 
 def _refuse_other_keys(listing, rows, captions: str | None) -> None:
-    """Say which column must be called file_name, where none is."""
+    """Advise which column to rename if none is called file_name."""
     if not rows or any(isinstance(value, _ImageEntry) for values, _, _ in rows for value in values.values()):
         return
     names = list(dict.fromkeys(name for values, _, _ in rows for name in values))
     at_hand = {posixpath.basename(name) for name in listing.files}
     images = [name for name in names if names_files([values.get(name) for values, _, _ in rows], at_hand)]
     place = next(place for values, place, _ in rows if values)
-    advice = f"rename {images[0]!r} to file_name" if images else "a file_name must name the image of each"
+    advice = f"rename {images[0]!r} to file_name" if images else "each line needs a file_name that names its image"
     if captions is not None and captions not in names:
         column = likely_captions([name for name in names if name not in images and _are_texts(name, rows)])
         advice += f", and pass --caption_column={column}" if column else ""
@@ -164,7 +166,7 @@ def _note_rows_without_names(rows) -> None:
 
 
 def names_files(values: list, at_hand=frozenset()) -> bool:
-    """Whether the first of a column's values are names of images."""
+    """Whether the first values of a column are names of image files."""
     seen = [value for value in values if isinstance(value, str) and value][:20]
     known = [
         value.lower().endswith(data_files.IMAGES) or posixpath.basename(value.replace("\\", "/")) in at_hand
@@ -178,7 +180,7 @@ def _are_texts(name: str, rows) -> bool:
 
 
 def likely_captions(columns: list[str]) -> str | None:
-    """The one of columns of texts that most likely holds captions."""
+    """The text column that most likely holds captions."""
     words = ("text", "caption", "prompt", "description", "txt", "label", "title")
     found = [name for word in words for name in columns if word in name.lower()]
     return next(iter(found), columns[0] if len(columns) == 1 else None)
@@ -188,9 +190,9 @@ def likely_captions(columns: list[str]) -> str | None:
 
 
 def _find_files(listing, rows, left_out: list[str]) -> list[str]:
-    """Put paths to open in place of those named; a file that is not there is a fault, with what was probably meant.
+    """Replace the paths in the rows by paths to open. A missing file is a fault, with the name that was probably meant.
 
-    Returns the images that no row names, without those of the splits whose metadata is `left_out`.
+    Returns the images that no row names, except those of splits whose metadata is `left_out`.
     """
     image_rows = [
         (image, column, faults)
@@ -224,18 +226,18 @@ def _warn_of_unlisted(listing, left: list[str]) -> None:
 
 
 def _find(listing, image: _ImageEntry) -> bool:
-    """Whether the file is there; `image` is given the path to open."""
+    """Whether the file exists; sets the path to open in `image`."""
     path = image["path"]
     name = data_files.relative(path, listing.root)
     found = listing.files.get(name)
-    if (found is None or not name.isascii()) and os.path.exists(path):  # hidden, or one of two that look alike
+    if (found is None or not name.isascii()) and os.path.exists(path):  # hidden, or one of two names that look alike
         return True
     image["path"] = found or path
     return found is not None
 
 
 def find(folder: str, names: list) -> tuple[list, list[str | None]]:
-    """(entries of an image column, fault or None of each) for a column of names of files below a folder."""
+    """(image entries, fault or None of each) for a column with names of files below a folder."""
     listing = data_files.list_files(folder)
     rows = []
     for name in names:
@@ -251,7 +253,7 @@ def find(folder: str, names: list) -> tuple[list, list[str | None]]:
 
 
 def _table(rows):
-    """The rows as an Arrow table; what does not fit a column is left empty and noted as a fault."""
+    """The rows as an Arrow table. A value that does not fit its column becomes null and a fault."""
     import pyarrow
 
     image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
@@ -264,7 +266,7 @@ def _table(rows):
             continue
         try:
             columns[name] = pyarrow.array(column)
-        except (pyarrow.ArrowException, ValueError, OverflowError):  # of several types, or not writable as UTF-8
+        except (pyarrow.ArrowException, ValueError, OverflowError):  # several types, or not valid UTF-8
             columns[name] = pyarrow.array(_texts(name, column, rows))
     columns[LINE] = pyarrow.array([place for _, place, _ in rows], pyarrow.string())
     faults = [json.dumps(found) if found else None for _, _, found in rows]
@@ -273,7 +275,7 @@ def _table(rows):
 
 
 def _texts(name: str, column: list, rows) -> list:
-    """A column of strings, or of lists of strings if some are; what is neither becomes None and a fault of its row."""
+    """A column of strings, or of lists of strings if some are lists. Other values become None and a fault."""
     lists = any(isinstance(value, list) for value in column)
     result = []
     for value, (_, _, faults) in zip(column, rows):
@@ -288,7 +290,7 @@ def _texts(name: str, column: list, rows) -> list:
 def _is_text(text: str) -> bool:
     try:
         return text.encode() is not None
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # an unpaired surrogate
         return False
 
 

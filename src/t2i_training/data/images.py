@@ -1,4 +1,4 @@
-"""From an image file of any kind to a square of uint8 pixels, and from pixels to what networks take."""
+"""Decodes image files of any kind, cuts squares of uint8 pixels, and normalises pixels for the networks."""
 
 import contextlib
 import errno
@@ -32,13 +32,13 @@ RESAMPLING = {
     "nearest_exact": Image.Resampling.NEAREST,  # PIL's nearest samples pixel centres, which is what "exact" asks for
 }
 
-# Filters that torch has in AVX for uint8, 5 times as fast as Pillow's: the same formulas, a level of 255 apart in about
-# 1% of the values, never more than two. Lanczos came with a later torch than is asked for. Without AVX it is Pillow's.
+# Filters that torch has vectorised for uint8: 5 times as fast as Pillow's. The formulas are the same; about 1% of the
+# values differ by one level of 255, none by more than two. Older torch lacks Lanczos. Without AVX Pillow's are used.
 _VECTORIZED = {"bicubic", "bilinear"} | ({"lanczos"} if hasattr(torch.ops.aten, "_upsample_lanczos2d_aa") else set())
 if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
     _VECTORIZED = set()
 
-LONGEST = 32  # of an image more elongated than 32:1 the middle is used: enlarging all of it could take gigabytes
+LONGEST = 32  # an image more elongated than 32:1 is cropped to its middle: enlarging all of it could take gigabytes
 
 _TURNS = {  # TIFF 6.0, tag 274: from the stored image to the upright one
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,7 +51,7 @@ _TURNS = {  # TIFF 6.0, tag 274: from the stored image to the upright one
 }
 _ON_ITS_SIDE = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
-_SYSTEM_FAULTS = {  # of the disk, the network or this process: the same file may be read well the next time
+_SYSTEM_FAULTS = {  # faults of disk, network or process: the next attempt may succeed
     getattr(errno, name)
     for name in (
         "EIO", "ENOSPC", "EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED",
@@ -62,24 +62,24 @@ _SYSTEM_FAULTS = {  # of the disk, the network or this process: the same file ma
 
 
 class UnreadableImage(Exception):
-    """An image file that cannot be used; the message says why, for the user, and the cause is what was raised."""
+    """An image file that cannot be used; the message tells the user why, the cause is the original exception."""
 
 
 @contextlib.contextmanager
 def naming_the_fault(source: bytes | str | Path):
-    """What goes wrong inside is an UnreadableImage, unless it is the disk's fault or that of used-up memory."""
+    """Turn exceptions into UnreadableImage, except for faults of the disk and out of memory."""
     try:
         yield
     except (UnreadableImage, MemoryError):
         raise
-    except Exception as error:  # Pillow's plugins raise all kinds on damaged files
+    except Exception as error:  # Pillow's plugins raise many types on damaged files
         if is_system_fault(error):
             raise
         raise UnreadableImage(_reason(source, error)) from error
 
 
 def is_system_fault(error: BaseException) -> bool:
-    """Whether reading failed for a reason that is not the file's."""
+    """Whether reading failed because of the system, not the file."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SYSTEM_FAULTS)
 
 
@@ -107,10 +107,10 @@ def _reason(source: bytes | str | Path, error: Exception) -> str:
 def decode(source: bytes | str | Path, min_side: int | None = None) -> Image.Image:
     """Read an image file, upright and in RGB.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point grey becomes 8-bit, CMYK and
-    palettes become RGB, of an animation the first frame is taken. With `min_side` a JPEG may be decoded at 1/2, 1/4 or
-    1/8 scale as long as both sides stay at least twice `min_side` pixels: 3.5 to 5 times cheaper for a 12-megapixel
-    photograph, with nothing lost by a later resize to `min_side`. Raises UnreadableImage.
+    EXIF orientation is applied, transparency is composited over white, 16-bit and floating-point grey becomes 8-bit,
+    CMYK and palettes become RGB, the first frame of an animation is taken. With `min_side` a JPEG may be decoded at
+    1/2, 1/4 or 1/8 scale as long as both sides stay at least twice `min_side` pixels: 3.5 to 5 times cheaper for a
+    12-megapixel photograph, with nothing lost by a later resize to `min_side`. Raises UnreadableImage.
     """
     return decode_with_size(source, min_side)[0]
 
@@ -145,15 +145,15 @@ def _decode(source: bytes | str | Path, min_side: int | None) -> tuple[Image.Ima
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-_TURNED = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")  # texts that may hold it; XMP's is not packed
+_TURNED = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")  # text chunks that may hold it; XMP is not compressed
 _LONGEST_TEXT = 2**16  # bytes
 
 
 def _png_without_metadata(source: bytes | str | Path) -> bytes | None:
-    """A PNG file's pixels and orientation alone; None for another kind, or a file whose chunks are not whole.
+    """A PNG file without metadata but its orientation; None for another format, or if its chunks are incomplete.
 
-    Pillow refuses an image for metadata that are broken, or of more than 1 MiB when unpacked, as a workflow of ComfyUI
-    can be; viewers do not. Chunks are as in the PNG specification, section 5.3; nothing is unpacked.
+    Pillow rejects an image whose metadata are damaged, or exceed 1 MiB when decompressed, as ComfyUI's workflows can;
+    viewers do not. Chunks are as in the PNG specification, section 5.3. Nothing is decompressed.
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not content.startswith(_PNG):
@@ -173,18 +173,18 @@ def _png_without_metadata(source: bytes | str | Path) -> bytes | None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright, by its EXIF orientation."""
+    """The transposition that makes the image upright, by its EXIF orientation; None if it is."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged EXIF data, at which Pillow raises all kinds, says nothing about the pixels
+    except Exception:  # Pillow raises many types on damaged EXIF data, which says nothing about the pixels
         return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip, not scale, these to 8 bit
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these to 8 bit instead of scaling
         values = np.asarray(image, dtype=np.float32)
         full_scale = 65535.0
-        if not image.mode.startswith("I;16"):  # wider modes do not say what white is; the brightest pixel does
+        if not image.mode.startswith("I;16"):  # wider modes do not define white: use the brightest pixel
             if not np.isfinite(values).all():
                 raise ValueError("it has pixels that are not finite")
             full_scale = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), values.max())
@@ -198,12 +198,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def square(image: Image.Image, resolution: int, interpolation: str, crop_draw=None, mirror: bool = False) -> Tensor:
     """Resize the shorter side to `resolution`, cut out a square, mirror it if asked: (3, R, R) uint8.
 
-    `crop_draw` is a NumPy generator for the place of the crop; None takes the centre.
+    `crop_draw` is a NumPy generator for the place of the crop; None takes the centre crop.
     """
     short = min(image.size)
     if max(image.size) > LONGEST * short:
         width, height = (min(side, LONGEST * short) for side in image.size)
-        image = ImageOps.fit(image, (width, height), Image.Resampling.NEAREST)  # same scale: cuts, resizes nothing
+        image = ImageOps.fit(image, (width, height), Image.Resampling.NEAREST)  # crops without resizing
     width, height = (resolution * side // short for side in image.size)
     pixels = _resize(image, width, height, interpolation)
     if crop_draw is None:
@@ -227,12 +227,12 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def normalize_for_clip(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 3, S, S) uint8 in 0..255 to `dtype`, by the statistics every CLIP was trained with (arXiv:2103.00020)."""
+    """(B, 3, S, S) uint8 in 0..255 to `dtype`, normalised with CLIP's training statistics (arXiv:2103.00020)."""
     mean, std = _clip_statistics(pixels.device)
     return ((pixels / 255 - mean) / std).to(dtype)
 
 
-@functools.cache  # made anew in every step they would be copied to the device in every step
+@functools.cache  # cached: made anew they would be copied to the device in every step
 def _clip_statistics(device: torch.device) -> list[Tensor]:
     return [torch.tensor(values, device=device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD)]
 

@@ -1,8 +1,8 @@
-"""Every image and caption is looked at once before training, so that hours later none of them ends the run.
+"""Checks every image and caption once before training, so that none of them ends the run hours later.
 
-An image's file is read, hashed and decoded. That is done in threads: Pillow, the hash and reading let go of Python's
-lock, and threads share the memo, need no copy of the data set, and end at once when the run is stopped. A memo in the
-output folder remembers what was found good, so that the next start looks at names, sizes and times alone.
+Image files are read, hashed and decoded in threads: reading, hashing and Pillow release the GIL, and threads share the
+memo, need no copy of the data set, and end at once when the run is stopped. The memo in the output folder lists the
+good files, so that the next start compares only names, sizes and times.
 """
 
 import functools
@@ -32,12 +32,12 @@ from .image_folder import FAULTS, LINE
 MEMO = ".inspected_pictures.json"
 BAD, SKIPPED = "bad_samples.jsonl", "skipped_samples.jsonl"
 SHOWN = 20  # bad samples on the terminal
-_CHUNK = 128  # rows in memory at a time: they may hold whole images
+_CHUNK = 128  # rows in memory at a time; they may hold image files
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What is known of a row's image: hash of its file, upright size in pixels, and why it cannot be used."""
+    """Facts about a row's image: hash of its file, upright size in pixels, and why it cannot be used, if so."""
 
     digest: str  # BLAKE2b of the file's bytes, 128 bits in hexadecimal
     width: int
@@ -48,8 +48,8 @@ class ImageInfo:
 def inspect(args, accelerator, dataset, caption_column: str | None = None, smallest_side: int = 0):
     """(data set, list of `ImageInfo`), both of the usable rows alone, in order, and the same on every process.
 
-    Exits unless all rows are usable, or some are and --skip_bad_samples is given. All processes call it, each looks at
-    its share. Captions are looked at where a column is named. Rows count from 0, in `dataset` as given.
+    Exits unless all rows are usable, or some are and --skip_bad_samples is given. All processes call it and check
+    a share each. Captions are checked if a column is named. Rows count from 0, in `dataset` as given.
     Images with a side shorter than `smallest_side` pixels, which will be enlarged, are counted in a warning.
     """
     dataset = check_dataset(dataset, args)
@@ -83,7 +83,7 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
     columns = [name for name in (args.image_column, caption_column, FAULTS) if name in dataset.column_names]
     rows, stored, found = dataset.select_columns(columns).with_format("arrow"), _stored(dataset), []
     texts_alone = dataset.select_columns(columns[1:]).with_format("arrow") if columns[1:] else None
-    PIL.Image.init()  # or it loads its rarer kinds when first met, and another thread's image goes unrecognised
+    PIL.Image.init()  # load all plugins now: done lazily, another thread's image may go unrecognised
     pool = ThreadPoolExecutor(workers.cores())
     bar = Bar(accelerator, total=end - first, desc="inspecting", unit="image", delay=1.0, leave=False)
     try:
@@ -92,7 +92,9 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
             for start in range(first, end, _CHUNK):
                 chunk = range(start, min(start + _CHUNK, end))
                 keys = [f"{stored}:{row}" if stored else None for row in chunk]
-                if stored and known.keys() >= {*keys}:  # images that the data set itself holds are not read again
+                if stored and known.keys() >= {
+                    *keys
+                }:  # known images within the data set's own files are not read again
                     looked_at = [(key, ImageInfo(*known[key], None)) for key in keys]
                     chunk = _rows(texts_alone, chunk)
                 else:
@@ -110,19 +112,19 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
 
 
 def _stored(dataset) -> str | None:
-    """What tells the files of a data set, and the selection of their rows, from any others; None without files."""
+    """Fingerprint of a file-backed data set (files, sizes, times, selected rows); None if it is in memory."""
     stored = [(file["filename"], os.stat(file["filename"])) for file in dataset.cache_files]
     seen = [(name, status.st_size, status.st_mtime_ns) for name, status in stored]
     return hashlib.blake2b(repr((dataset._fingerprint, seen)).encode(), digest_size=16).hexdigest() if seen else None
 
 
 def _rows(dataset, numbers: range) -> list[dict]:
-    """Rows of a data set in Arrow's format; of none, rows without entries."""
+    """Rows of a data set in Arrow's format; empty rows if there is no data set."""
     return [{} for _ in numbers] if dataset is None else dataset[numbers.start : numbers.stop].to_pylist()
 
 
 def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None, ImageInfo]:
-    """(key in the memo, image) of an image column's entry; `key` is that of an image without a file of its own.
+    """(key in the memo, ImageInfo) of an image column's entry. `key` is given for an image without a file of its own.
 
     Runs in a thread.
     """
@@ -150,7 +152,7 @@ def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None,
 
 
 def caption_fault(caption) -> str | None:
-    """Why a caption cannot be used, if so. The empty string can: it is the unconditional prompt."""
+    """Why a caption cannot be used, or None. The empty string is valid: it is the unconditional prompt."""
     if isinstance(caption, str):
         return None
     if caption is None:
@@ -166,7 +168,7 @@ def _metadata_fault(faults: str | None, image_column: str, caption_column: str |
 
 
 def _read_memo(memo: Path) -> dict:
-    """What an earlier run with the same Pillow found good: (digest, width, height) by key."""
+    """The good images of an earlier run with the same version of Pillow: (digest, width, height) by key."""
     try:
         stored = json.loads(memo.read_text(encoding="utf-8"))
         image_infos = stored["pictures"].items() if stored["pillow"] == PIL.__version__ else ()
@@ -176,19 +178,19 @@ def _read_memo(memo: Path) -> dict:
 
 
 def _is_entry(entry) -> bool:
-    """Whether `_write_memo` may have written it. A damaged memo must not make a good image bad."""
+    """Whether an entry is plausible. A damaged memo must not make a good image bad."""
     kinds = [type(value) for value in entry] if isinstance(entry, list) else []
     return kinds == [str, int, int] and bool(re.fullmatch("[0-9a-f]{32}", entry[0])) and min(entry[1:]) > 0
 
 
 def _write_memo(memo: Path, found) -> None:
-    # What was found bad is looked at again: the fault may have been the disk's or the network's.
+    # Bad images are not remembered but read again: the disk or the network may have been at fault.
     image_infos = {key: (p.digest, p.width, p.height) for key, p, _ in found if key and p.error is None}
     files.write_text(memo, json.dumps({"pillow": PIL.__version__, "pictures": image_infos}))
 
 
 def _report(args, dataset, bad: dict[int, str]) -> None:
-    """Log the first of the bad samples and list all of them in the output folder, where an earlier list goes."""
+    """Log the first bad samples, and list all of them in a file in the output folder in place of an earlier list."""
     output_dir = Path(args.output_dir)
     for name in (BAD, SKIPPED):
         (output_dir / name).unlink(missing_ok=True)
@@ -224,7 +226,7 @@ def _last_line(args, dataset, bad: dict[int, str]) -> str:
 
 
 def _warn_of_small_ones(image_infos: list[ImageInfo], side: int) -> None:
-    """Enlarged images are blurred, and so will be what is drawn."""
+    """Enlarged images are blurred, and the model learns to generate blurred ones."""
     if small := sum(min(info.width, info.height) < side for info in image_infos):
         logger.warning(f"{small} of {len(image_infos)} images are smaller than --resolution {side}: enlarged")
 

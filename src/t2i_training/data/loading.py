@@ -20,14 +20,14 @@ from . import draws
 from .dataset import ROW, BadSample, naming_the_sample
 from .workers import loader_workers
 
-MAX_LOOKAHEAD = 64  # batches held back, in case an update takes more
+MAX_LOOKAHEAD = 64  # upper bound of the look-ahead, in micro-batches
 
 
 class TrainingDataset(torch.utils.data.Dataset):
-    """What loader workers run: (epoch, index) -> one training sample, with everything random about it drawn here.
+    """Runs in loader workers: (epoch, index) -> one training sample, with everything random about it drawn here.
 
-    `make_sample(row, draw)` is the script's; `draw(name)` gives the generator of a named draw for this very visit.
-    A sample gets an "index" entry, so that a fault found later can be traced to its row.
+    `make_sample(row, draw)` is the script's; `draw(name)` is the random generator of that name for this visit.
+    A sample gets an "index" entry, by which a fault that is found later can be traced to its row.
     """
 
     def __init__(self, dataset, make_sample: Callable[..., dict], image_column: str, seed: int):
@@ -67,7 +67,7 @@ def make_loader(
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
     samples = TrainingDataset(dataset, make_sample, args.image_column, seed)
-    if args.cache_encodings:  # the images, which the data set itself may hold, are read no more
+    if args.cache_encodings:  # do not read images any more: the data set itself may hold them
         others = [name for name in dataset.column_names if name != args.image_column]
         samples.rows = dataset.select_columns(others) if others else [{}] * len(dataset)
     count = None if updates is None else updates * args.gradient_accumulation_steps
@@ -84,7 +84,7 @@ def loader(dataset, args, accelerator, size: int, **order) -> torch.utils.data.D
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # its own: the loader draws a worker seed, which must not touch the global state
+        generator=torch.Generator(),  # the loader draws a worker seed; it must not advance the global generator
         worker_init_fn=_ignore_stop_signals,
     )
 
@@ -101,7 +101,7 @@ def _end_workers(iterator) -> None:
 
 
 def batches(loader, accelerator, stop) -> Iterator[dict]:
-    """The loop's batches, on the device. After a bad sample `stop` ends the run once the update under way is saved."""
+    """The loop's batches, on the device. A bad sample ends the run through `stop`, after the update is saved."""
     accumulation = accelerator.gradient_accumulation_steps
     return on_device(
         loader, accelerator, functools.partial(_look_ahead_one_update, accumulation=accumulation, stop=stop)
@@ -111,8 +111,8 @@ def batches(loader, accelerator, stop) -> Iterator[dict]:
 def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter) -> Iterator[dict]:
     """Batches on the device. A bad sample ends the run in one line instead of a worker's stack trace."""
     iterator = iter(loader)
-    # At exit multiprocessing would send workers a SIGTERM, which they ignore, and wait for ever. And the iterator must
-    # not die with a traceback's reference cycle: Python then first ends the threads that tell workers to stop.
+    # At exit multiprocessing would send the workers a SIGTERM, which they ignore, and join them forever. And if the
+    # iterator were freed with a traceback's reference cycle, the threads that tell workers to stop would end first.
     end_workers = functools.partial(_end_workers, iterator)
     atexit.register(end_workers)
     try:
@@ -126,7 +126,7 @@ def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter)
 
 
 def _look_ahead_one_update(iterator, accumulation: int, stop) -> Iterator[dict]:
-    """The batches, an update's worth of them being held back: enough to finish an update if a later sample is bad."""
+    """Yield batches with a look-ahead of one update, so that it can be finished if a later sample is bad."""
     held, given = collections.deque(), 0
     try:
         for batch in iterator:
@@ -142,5 +142,5 @@ def _look_ahead_one_update(iterator, accumulation: int, stop) -> Iterator[dict]:
 
 
 def _what_happened(error: BadSample) -> str:
-    name = f"{BadSample.__module__}.{BadSample.__qualname__}"  # with which the last line of a worker's traceback begins
+    name = f"{BadSample.__module__}.{BadSample.__qualname__}"  # the last line of a worker's traceback begins with it
     return str(error).strip().splitlines()[-1].removeprefix(f"{name}: ")

@@ -1,4 +1,4 @@
-"""Names that no file has, and the file that was probably meant."""
+"""Suggests the file that was probably meant by a name that does not exist."""
 
 import difflib
 import posixpath
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 
 def did_you_mean(missing: Iterable[str], at_hand: Iterable[str]) -> Iterator[str | None]:
-    """For each relative path that is missing, the file at hand that it probably stands for, if there is one."""
+    """For each missing relative path the existing file that was probably meant, if any."""
     missing, at_hand, by_key = list(missing), list(at_hand), {}
     if not missing:
         return
@@ -20,7 +20,7 @@ def did_you_mean(missing: Iterable[str], at_hand: Iterable[str]) -> Iterator[str
     stems = Counter(_stem(name) for name in at_hand)
     for tried, name in enumerate(missing):
         found = next((by_key[key] for key in _keys(name) if key in by_key), [])
-        if not found and tried < 20:  # seconds, with many files
+        if not found and tried < 20:  # takes seconds with many files
             found = [other for other in at_hand if _is_typo(_stem(name), _stem(other)) and stems[_stem(other)] == 1]
         yield max(found[:50], key=lambda other: difflib.SequenceMatcher(None, name, other).ratio()) if found else None
 
@@ -30,9 +30,9 @@ def _stem(name: str) -> str:
 
 
 def _keys(name: str) -> list[tuple]:
-    """What two names have in common that mean the same file, the closest first."""
+    """Normalised forms of a name, the most specific first; equal forms probably mean the same file."""
     plain = unicodedata.normalize("NFKC", urllib.parse.unquote(name)).strip().casefold()
-    for wrong in ("cp1252", "latin-1", "cp437"):  # UTF-8 that was read as something else
+    for wrong in ("cp1252", "latin-1", "cp437"):  # UTF-8 decoded with another encoding
         try:
             plain = plain if plain.isascii() else name.encode(wrong).decode("utf-8").casefold()
         except UnicodeError:
@@ -47,7 +47,7 @@ def _keys(name: str) -> list[tuple]:
 
 
 def _is_typo(name: str, other: str) -> bool:
-    """Whether a letter too many, too few or two in another order tell them apart. A letter for another may be meant."""
+    """Whether two names differ by one letter too many, too few or two swapped. A replaced letter may be intended."""
     if min(len(name), len(other)) < 5 or re.sub(r"\D", "", name) != re.sub(r"\D", "", other):
         return False
     if len(name) == len(other) and sorted(name) != sorted(other):

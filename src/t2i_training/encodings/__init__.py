@@ -1,1 +1,1 @@
-"""--cache_encodings: what frozen networks give, computed once and kept on disk."""
+"""--cache_encodings: a disk cache of the frozen networks' outputs."""

@@ -1,9 +1,9 @@
-"""What frozen networks make of images and captions, computed once and kept on disk.
+"""Disk cache of frozen-encoder outputs (VAE or MoVQ latents, CLIP image and text embeddings), filled before training.
 
-Images and captions have a store each. Its name is a hash of all that its encodings depend on besides the image or
-caption: how that is read (code, size, filter, tokenizer) and the network, with its weights and precision. A key in it
-is the hash of an image file's bytes and the view of it, or of a caption's text. So whatever is edited is encoded
-again, and all else is found, by any run.
+Images and captions have a store each. The store's name is a hash of everything that its encodings depend on besides
+the image or caption: preprocessing (code, size, filter, tokenizer) and the network, with its weights and precision. A
+key is the hash of an image file's bytes with the view, or of a caption's text. So whatever has been edited is encoded
+again, and everything else is found, by any run.
 """
 
 import hashlib
@@ -24,31 +24,24 @@ from ..log import logger
 from .fingerprint import fingerprint
 from .store import Store
 
-BATCH = 8  # encoded at once, or as many as a micro-batch of training has, but 4 at least: without gradients those fit
-SHARD = 512  # encodings in a file; at most so many are computed again after a crash
+BATCH = 8  # encoder batch: min(8, max(4, --train_batch_size)); 4 always fit, since no gradients are kept
+SHARD = 512  # encodings per file; after a crash at most this many are computed again
 
 
 def precompute(
-    args,
-    accelerator,
-    dataset,
-    image_infos,
-    readers: list,
-    encoders: list,
-    *,
-    crops: int = 0,
-    flips: bool = False,
-    devices=1,
+    args, accelerator, dataset, image_infos, readers, encoders, *, crops=0, flips=False, devices=1, precision=None
 ) -> list[Callable]:
-    """Functions to call in place of `readers`: they give no longer what a network takes, but what it made of it.
+    """Encode the data set, and return functions to call in place of `readers`, which return the cached encodings.
 
-    The readers are the script's own with everything bound but their input: `read_image(source, crop_draw, mirror)`
-    and, where captions are used, `read_caption(text)` give the tensors of one item. The encoders turn a batch of such
-    items into what is kept: `crops` random ones of each image, with 0 its centre, and with `flips` both mirrorings.
-    `images` is what `inspection.inspect` says of the rows. What is not on disk yet is encoded now, by all processes,
-    on `devices` each; then the networks leave the device. From here on `source` is the number of a row.
+    The readers are the script's preprocessing functions with all but their input bound. `read_image(source, crop_draw,
+    mirror)` and, where captions are used, `read_caption(text)` return the tensors of one item. The encoders map a batch
+    of such items to encodings: of `crops` random crops of each image, or with 0 of the centre crop, and with `flips` of
+    both mirrorings. `image_infos` comes from `inspection.inspect`. All processes encode what is not on disk yet, with
+    `devices` each, in `precision` (by default the accelerator's); then the networks move to the CPU. The returned
+    functions take a row's index as `source`.
     """
-    # However a square is cut out of a square image, it is all of it.
+    in_fp16 = (precision or accelerator.mixed_precision) == "fp16"
+    # A square image has only one square crop.
     views = [(image.digest, crops if image.width != image.height else 0) for image in image_infos]
     mirrors = (False, True) if flips else (False,)
     wanted = {
@@ -58,11 +51,11 @@ def precompute(
         for mirror in mirrors
     }
     read_view = partial(_read_view, read=readers[0], dataset=dataset, views=views, column=args.image_column)
-    store = _fill(args, accelerator, "images", wanted, read_view, (readers[0], encoders[0]), devices)
+    store = _fill(args, accelerator, "images", wanted, read_view, (readers[0], encoders[0]), devices, in_fp16)
     cached_readers = [partial(_cached_image, store=store, views=views)]
     if len(readers) > 1:
         texts = {_key(text): text for text in captions.all_captions(dataset, args)}
-        store = _fill(args, accelerator, "captions", texts, readers[1], (readers[1], encoders[1]), devices)
+        store = _fill(args, accelerator, "captions", texts, readers[1], (readers[1], encoders[1]), devices, in_fp16)
         cached_readers.append(partial(_cached_caption, store=store))
     for encoder in encoders:
         for network in encoder.keywords.values():
@@ -83,7 +76,7 @@ def _view_key(digest: str, crop: int | None, mirror: bool) -> bytes:
 
 def _read_view(view: tuple, read: Callable, dataset, views: list[tuple[str, int]], column: str) -> dict:
     row, crop, mirror = view
-    # Where crop k of an image lies depends on the image alone: every run finds the same ones.
+    # The place of crop k depends on the image alone, so that all runs share it.
     crop_draw = None if crop is None else draws.generator(int(views[row][0][:15], 16), 0, crop, "crop")
     with naming_the_sample(dataset, column, row):
         content = image_bytes(dataset[row][column])
@@ -102,8 +95,8 @@ def _cached_caption(text: str, store: Store) -> dict:
     return store.read(_key(text))
 
 
-def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions: tuple, devices: int) -> Store:
-    """The store of `wanted`, {key: what `read` takes}, after those that it lacks have been encoded."""
+def _fill(args, accelerator, kind: str, wanted: dict, read, functions: tuple, devices: int, in_fp16: bool) -> Store:
+    """The store with all `wanted` encodings ({key: input of `read`}), after encoding those that are missing."""
     folder = Path(args.encodings_dir or Path(args.output_dir, "encodings"))
     readable = partial(readable_errors, "--encodings_dir", str(folder))
     plan = None
@@ -111,10 +104,10 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
         identity = " ".join([__version__, str(args.allow_tf32), *map(fingerprint, functions)])
         with readable():
             store = Store(folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
-            store.remove_stale(3600 if args.encodings_dir else 0)  # the output folder is this run's alone
+            store.remove_stale(3600 if args.encodings_dir else 0)  # no other run writes into this run's output folder
             store.verify(wanted)
         plan = store.folder.name, store.missing(wanted)
-    distributed.barrier(accelerator)  # the hashing of terabytes takes long
+    distributed.barrier(accelerator)  # hashing terabytes takes long
     name, missing = broadcast_object_list([plan])[0]
     logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
     with readable():
@@ -122,7 +115,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
     if missing:
         items = list(wanted.items())
         mine = [items[i] for i in missing[accelerator.process_index :: accelerator.num_processes]]
-        _encode(args, accelerator, store, kind, mine, read, functions[1], devices)
+        _encode(args, accelerator, store, kind, mine, read, functions[1], devices, in_fp16)
         distributed.barrier(accelerator)
         with readable():
             _wait_for_files(store, wanted)
@@ -130,17 +123,17 @@ def _fill(args, accelerator, kind: str, wanted: dict, read: Callable, functions:
 
 
 def _wait_for_files(store: Store, wanted: dict) -> None:
-    """Network file systems show another machine's files up to a minute late."""
+    """Wait until all files are visible: a network file system may show another machine's files a minute late."""
     for _ in range(90):
         store.scan()
         if not store.missing(wanted):
             return
         time.sleep(1)
-    raise OSError("not all processes see the same files in it")
+    raise OSError("not all processes see the same files in this folder")
 
 
 class _EncodingInputs(torch.utils.data.Dataset):
-    """What loader workers run while encodings are made."""
+    """Runs in loader workers while encoding: the encoder input of each item."""
 
     def __init__(self, items: list[tuple], read: Callable):
         self.items, self.read = items, read
@@ -152,8 +145,8 @@ class _EncodingInputs(torch.utils.data.Dataset):
         return self.read(self.items[i][1])
 
 
-def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Callable) -> None:
-    """End the run before an encoding with inf or nan gets into a store. Of tensors that are on the CPU already."""
+def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Callable, in_fp16: bool) -> None:
+    """End the run before an encoding with inf or nan is stored. The tensors are on the CPU already."""
     for name, tensor in encoded.items():
         bad = (~tensor.reshape(len(tensor), -1).isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
@@ -161,13 +154,13 @@ def _check_finite(encoded: dict[str, torch.Tensor], items: list[tuple], read: Ca
             sample = f"the caption {item[:80]!r}" if isinstance(item, str) else f"row {item[0]}"
             if "dataset" in known:
                 sample = describe(known["dataset"], known["column"], item[0])
-            raise errors.RunError(errors.not_finite(name, [sample], in_fp16=tensor.dtype == torch.float16))
+            raise errors.RunError(errors.not_finite(name, [sample], in_fp16))
 
 
-def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read, encode, devices: int) -> None:
-    """Encode this process's `items`, (key, what `read` takes), and write a shard now and then, also when stopped."""
+def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read, encode, devices, in_fp16) -> None:
+    """Encode this process's `items` (key, input of `read`). Write full shards, and the rest if the run stops."""
     size = devices * min(BATCH, max(4, args.train_batch_size))
-    parts = []  # (keys, tensors by name) of the batches since a shard
+    parts = []  # (keys, tensors by name) of each batch since the last shard
 
     def commit():
         if parts:
@@ -182,7 +175,7 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
             for first, batch in zip(range(0, len(items), size), loading.on_device(loader, accelerator), strict=True):
                 keys = [key for key, _ in items[first : first + size]]
                 encoded = {name: tensor.cpu() for name, tensor in encode(batch).items()}
-                _check_finite(encoded, items[first : first + size], read)
+                _check_finite(encoded, items[first : first + size], read, in_fp16)
                 parts.append((keys, encoded))
                 if len(parts) * size >= SHARD:
                     commit()

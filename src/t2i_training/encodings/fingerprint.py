@@ -1,4 +1,4 @@
-"""Hashes of all that a cached encoding depends on: code, settings, networks and tokenizers."""
+"""Hashes everything that a cached encoding depends on: code, settings, networks and tokenizers."""
 
 import ast
 import builtins
@@ -22,22 +22,22 @@ _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdli
 
 
 def fingerprint(thing) -> str:
-    """A hash of all that a function's result depends on besides its input: its code, and what `partial` binds to it.
+    """Hash a function's code and the arguments that `partial` binds to it.
 
-    Networks count with configuration, weights and precision, tokenizers with vocabulary and length.
+    Of networks it hashes configuration, weights and precision, of tokenizers vocabulary and length.
     """
     if isinstance(thing, functools.partial):
         parts = [*code(thing.func), *(f"{name} {fingerprint(bound)}" for name, bound in thing.keywords.items())]
     elif inspect.isfunction(thing):
         parts = code(thing)
-    elif hasattr(thing, "state_dict"):  # a network, PyTorch's or of sd_flax, whose code is ours
+    elif hasattr(thing, "state_dict"):  # a network of PyTorch or sd_flax
         config = thing.config.to_dict() if hasattr(thing.config, "to_dict") else dict(thing.config)
         config = {k: str(v) for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
         weights = thing.state_dict()
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
             hashes = threads.map(fingerprint, weights.values())
         own = code(type(thing)) if _is_ours(inspect.getfile(type(thing))) else []
-        # Weights do not show the precision of a network that keeps them in another than it computes in.
+        # The weights' dtype need not be the dtype that the network computes in.
         parts = [
             *own,
             str(thing.dtype),
@@ -50,7 +50,7 @@ def fingerprint(thing) -> str:
         values = thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         parts = [str(thing.dtype), str(tuple(thing.shape)), hashlib.sha256(values).hexdigest()]
     elif hasattr(thing, "get_vocab"):
-        # Shows padding, merges and what is split.
+        # Its tokens show padding, merges and splitting rules.
         probe = captions.tokenize(thing, "Of 3 images, one: a café!").tolist()
         parts = [json.dumps(thing.get_vocab(), sort_keys=True), str(thing.model_max_length), str(probe)]
     else:
@@ -59,16 +59,16 @@ def fingerprint(thing) -> str:
 
 
 def code(thing) -> list[str]:
-    """The source of a function or class and of all that it uses, in the user's files and this package.
+    """The source of a function or class, and of everything it uses from the user's files and this package.
 
-    Users edit the scripts: an edit must not be trained on through encodings made before it. Comments, docstrings and
-    line breaks do not count. Installed libraries do not either; nor does what is imported inside a function.
+    Users edit the scripts, and encodings made before an edit must not be used after it. Comments, docstrings and line
+    breaks do not count, nor do installed libraries and imports inside a function.
     """
     thing = inspect.unwrap(thing)
     found = {}
     try:
         own = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
-    except SyntaxError:  # a lambda in the middle of an expression
+    except SyntaxError:  # e.g. a lambda within an expression
         return [inspect.getsource(thing)]
     for statement in own:
         _collect(statement, vars(sys.modules[thing.__module__]) if inspect.isclass(thing) else thing.__globals__, found)
@@ -115,7 +115,7 @@ def _collect_definition(names: dict, name: str, found: dict[str, None]) -> None:
 
 
 def _is_ours(file: str) -> bool:
-    """Whether it belongs to this package or to the user, and not to a library."""
+    """Whether a module belongs to this package or the user, not to an installed library."""
     return file.startswith(_PACKAGE) or not os.path.abspath(file).startswith(_INSTALLED)
 
 

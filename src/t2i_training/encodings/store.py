@@ -1,7 +1,7 @@
-"""Tensors by key in a folder of files that are each whole or absent.
+"""A folder of tensors by key, in shards that are complete or absent.
 
-A shard is a safetensors file of some hundred encodings, named by the hash of its content and put in place by one
-rename. So a damaged one is known by its name, and any number of processes and runs may write into a folder at once.
+A shard is a safetensors file of some hundred encodings. It is named by the hash of its content, and put in place by one
+rename. So a damaged shard does not match its name, and any number of processes and runs may write to a folder at once.
 """
 
 import concurrent.futures
@@ -34,16 +34,21 @@ class Store:
         self.scan()
 
     def scan(self) -> None:
-        """Learn of the shards that are there now. A file that is none is damaged, and removed.
+        """List the shards in the folder. A file that is not a shard is damaged and removed.
 
-        Of two encodings of one key the older counts: what a run once read stays what it reads.
+        If a key occurs twice the older shard wins, so that results never change under a run.
         """
         self._places, self._files = {}, {}
         paths = [path for path in self.folder.glob("*.safetensors") if path.is_file()]
-        for path in sorted(paths, key=lambda path: (path.stat().st_ctime_ns, path.name)):  # of the rename into place
+        for path in sorted(
+            paths, key=lambda path: (path.stat().st_ctime_ns, path.name)
+        ):  # ctime is that of the rename into place
             try:
                 keys = self._keys(path.name)
-            except (safetensors.SafetensorError, ValueError) as error:  # and not OSError: that is no fault of the file
+            except (
+                safetensors.SafetensorError,
+                ValueError,
+            ) as error:  # an OSError is not the file's fault, and propagates
                 self._discard(path.name, error)
                 continue
             for i, key in enumerate(keys):
@@ -64,7 +69,7 @@ class Store:
         return shard.get_tensor("keys").numpy()
 
     def __getstate__(self):
-        return vars(self) | {"_files": {}}  # of a spawned worker, which opens them anew
+        return vars(self) | {"_files": {}}  # a spawned worker opens the files again
 
     def _discard(self, name: str, reason) -> None:
         logger.warning(f"{self.folder / name} is damaged ({reason}): what it holds is encoded again")
@@ -72,9 +77,9 @@ class Store:
         (self.folder / name).unlink(missing_ok=True)
 
     def verify(self, keys: Iterable[bytes]) -> None:
-        """Hash the shards that hold any of `keys`, several at a time, and discard those that are not what was written.
+        """Hash the shards that hold any of `keys`, in parallel, and discard damaged ones.
 
-        Costs half a second per gigabyte and core, on files that are in memory.
+        Takes half a second per gigabyte and core if the files are in the page cache.
         """
         names = {self._places[key][0] for key in keys if key in self._places}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -85,11 +90,11 @@ class Store:
         self._places = {key: place for key, place in self._places.items() if place[0] not in damaged}
 
     def missing(self, keys: Iterable[bytes]) -> list[int]:
-        """The numbers of those of `keys` that no shard holds."""
+        """Indices of the `keys` that no shard holds."""
         return [i for i, key in enumerate(keys) if key not in self._places]
 
     def add(self, keys: list[bytes], encodings: dict[str, torch.Tensor]) -> None:
-        """Write one shard: tensors (N, ...) by name, for N keys. Once this returns they are on the disk."""
+        """Write one shard: tensors (N, ...) by name, for N keys. They are on the disk when this returns."""
         tensors = {name: tensor.contiguous() for name, tensor in encodings.items()}
         tensors["keys"] = torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1).copy())
         temporary = self.folder / f".{secrets.token_hex(8)}.partial"
@@ -104,7 +109,7 @@ class Store:
             files.sync(self.folder)
 
     def remove_stale(self, seconds: float) -> None:
-        """Remove what was being written, and has not been for so long, by a process that was killed."""
+        """Remove temporary files older than that, left by processes that were killed."""
         for path in self.folder.glob(".*.partial"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime >= seconds:

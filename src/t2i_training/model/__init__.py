@@ -1,1 +1,1 @@
-"""What is trained, and how: networks, adapters, average, optimizer, objective."""
+"""The trained network: loading, adapters, EMA, optimizer, objective."""

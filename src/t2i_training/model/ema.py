@@ -1,4 +1,4 @@
-"""Averaged weights: diffusers' EMAModel, saved and restored as a model folder, on any device."""
+"""EMA of the weights: diffusers' EMAModel, saved and restored as a model folder, on any device."""
 
 import contextlib
 import json
@@ -12,20 +12,20 @@ from .. import sanitize
 from ..errors import RunError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-VISIT = 2**28  # bytes of an offloaded average that are on the device at once, while it is updated
+VISIT = 2**28  # bytes of an offloaded average that are on the device at once during its update
 
 
 def make_ema(model, initial=None, offload: bool = False, foreach: bool = False) -> EMAModel:
-    """The average of `model`'s weights, starting from those of `initial` (default: its own).
+    """The EMA of `model`'s weights, starting from those of `initial` (default: its own).
 
-    It is where the model is, or, with `offload`, in host memory (pinned where there is CUDA). One sweep of fused
-    kernels updates it on CUDA, and elsewhere with `foreach`.
+    It lies on the model's device or, with `offload`, in host memory (pinned with CUDA). Fused (foreach) kernels update
+    it on CUDA, and elsewhere with `foreach`.
     """
     device = next(model.parameters()).device
     foreach = foreach or device.type == "cuda"
     ema = EMAModel((initial or model).parameters(), model_cls=type(model), model_config=model.config, foreach=foreach)
     if initial is not None and initial is not model:
-        ema.optimization_step = 10**6  # an average with a history: the first updates must not replace it
+        ema.optimization_step = 10**6  # EMAModel's warm-up would replace it in the first updates
     return _place(ema, device, offload)
 
 
@@ -38,8 +38,8 @@ def _place(ema: EMAModel, device: torch.device, offload: bool) -> EMAModel:
 
 
 def update(ema: EMAModel, model) -> None:
-    """One step of the average. Offloaded, it visits the parameters' device part by part, for whole it would take more
-    memory there than an average that stays: two copies of the weights, the second for its difference from them.
+    """Update the EMA. An offloaded one is moved to the device in parts: as a whole it would need more memory there than
+    one that stays, since foreach makes a second copy for the difference.
     """
     parameters = list(model.parameters())
     if not ema.offloaded or parameters[0].device.type == "cpu":
@@ -47,10 +47,10 @@ def update(ema: EMAModel, model) -> None:
     host, steps = ema.shadow_params, ema.optimization_step
     for part in _parts(host):
         ema.shadow_params = [average.to(parameters[0].device, non_blocking=True) for average in host[part]]
-        ema.optimization_step = steps  # which each part's step counts up
+        ema.optimization_step = steps  # each part's step counts it up
         ema.step(parameters[part])
         for pinned, average in zip(host[part], ema.shadow_params, strict=True):
-            pinned.copy_(average, non_blocking=True)  # the next visit is queued behind this copy on the same stream
+            pinned.copy_(average, non_blocking=True)  # the next part is queued behind this copy, on the same stream
     ema.shadow_params = host
 
 
@@ -67,7 +67,7 @@ def _parts(tensors: list[torch.Tensor]) -> list[slice]:
 
 @contextlib.contextmanager
 def averaged(ema: EMAModel | None, model):
-    """Inside, `model` carries the averaged weights (its own when `ema` is None); they are put back exactly."""
+    """Context in which `model` has the averaged weights (its own if `ema` is None). Afterwards they are restored."""
     if ema is None:
         yield model
         return
@@ -83,10 +83,10 @@ def averaged(ema: EMAModel | None, model):
 def save_ema(ema: EMAModel, model, folder: Path) -> None:
     """Write the average as a model folder that `from_pretrained` loads; its counters stand in config.json.
 
-    diffusers' own `save_pretrained` builds a second, randomly initialised network first: seconds and gigabytes.
+    diffusers' `EMAModel.save_pretrained` builds a second network first, which costs seconds and gigabytes.
     """
     if ema.offloaded and torch.cuda.is_available():
-        torch.cuda.synchronize()  # `update` copies to the host without waiting
+        torch.cuda.synchronize()  # `update`'s copies to the host are asynchronous
     names = [name for name, _ in model.named_parameters()]
     weights = model.state_dict() | dict(zip(names, ema.shadow_params, strict=True))
     model.save_config(folder)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) by peft: adding, saving, restoring, and the file for other tools."""
+"""LoRA adapters (arXiv:2106.09685) by peft: adds, saves and restores them, and exports them for other tools."""
 
 from pathlib import Path
 
@@ -28,16 +28,18 @@ KOHYA_NAME = "kohya_lora_weights.safetensors"
 def add_adapters(model, args, seed: int, accelerator, targets: tuple[str, ...] = ATTENTION):
     """Freeze `model`, put it on the device in the inference type, and give its `targets` adapters to train, in fp32.
 
-    The base is cast first: cast afterwards, the adapters and with them the optimizer's state would be in half
-    precision, which fp16's loss scaler refuses and bf16 trains badly. The start is that of the paper with a Gaussian A,
-    drawn from the run's seed, so that all processes begin with the same; B = 0, and alpha = rank makes the scale 1.
+    The base is cast before adapters are added: otherwise adapters and optimizer state would be in half precision, which
+    fp16's loss scaler refuses and bf16 trains badly. Initialised as in the paper: A Gaussian, from the run's seed, so
+    that all processes agree; B = 0. alpha = rank, so the scale is 1.
     """
     model.requires_grad_(False).to(accelerator.device, inference_dtype(accelerator))
     config = LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config)
-    model.peft_config["default"].target_modules = sorted(targets)  # peft's set is in another order in every process
+    model.peft_config["default"].target_modules = sorted(
+        targets
+    )  # peft makes a set of it, whose order differs between processes
     cast_training_params(model, torch.float32)
     return model
 
@@ -50,12 +52,12 @@ def save_networks(model, folder: Path) -> None:
 def load_networks(model, folder: Path) -> None:
     """Read in place what `save_networks` or `save_stable_diffusion` wrote. Exits with one line if it does not fit.
 
-    Stable Diffusion's checkpoints once held the names of the former; those resume as well.
+    Older checkpoints of Stable Diffusion have the names of `save_networks`; they can be read as well.
     """
     try:
         weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
         weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
-        weights = convert_unet_state_dict_to_peft(weights)  # a name that is peft's already stays
+        weights = convert_unet_state_dict_to_peft(weights)  # does not change peft's own names
         expected = get_peft_model_state_dict(model, adapter_name="default")
         if {name: tensor.shape for name, tensor in weights.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its adapters have other names, or another --rank")
@@ -83,7 +85,7 @@ def save_stable_diffusion(pipeline_class, unet, folder: Path) -> None:
 def save_kohya(model, folder: Path, step: int | None = None) -> None:
     """One file of a UNet's adapters with the names that A1111, ComfyUI and kohya's scripts know; fp32, with alphas.
 
-    With a `step`, that of a checkpoint, its name has it, as kohya's own: those of all can lie in one folder.
+    With a `step` the file's name contains it, as kohya's do, so that those of several checkpoints fit in one folder.
     """
     weights = {
         f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(model, adapter_name="default").items()

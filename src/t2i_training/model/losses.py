@@ -1,6 +1,6 @@
-"""What a denoiser is asked to predict, and how its error is weighed. Every formula names its source.
+"""Training targets and loss weights. Every formula names its source.
 
-Each is written once for PyTorch's tensors and JAX's arrays, with the operators that both have.
+They use only operators that PyTorch's tensors and JAX's arrays share, and serve both.
 """
 
 from torch import Tensor
@@ -39,7 +39,7 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
 
 
 def prediction_target(noise_scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the network should return at `timesteps`, by the scheduler's prediction type. Shape of `latents`.
+    """The training target at `timesteps`, by the scheduler's prediction type; same shape as `latents`.
 
     epsilon: the noise (arXiv:2006.11239); v_prediction: sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0
     (arXiv:2202.00512); sample: x0 itself.
@@ -66,7 +66,7 @@ def dream(noise_scheduler, noisy_latents, target, noise, prediction, timesteps, 
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, timesteps: Tensor, noise_scheduler, snr_gamma=None) -> Tensor:
-    """Mean squared error in float32, a scalar; with `snr_gamma` each sample is weighed by Min-SNR."""
+    """Mean squared error in float32, a scalar; with `snr_gamma` each sample is weighted by Min-SNR."""
     per_sample = ((_float32(prediction) - _float32(target)) ** 2).reshape(len(target), -1).mean(1)  # (B,)
     if snr_gamma is not None:
         snr = signal_to_noise_ratio(noise_scheduler.alphas_cumprod, timesteps)

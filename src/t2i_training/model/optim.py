@@ -1,4 +1,4 @@
-"""The optimizer over the trained parameters, and its learning rate as a function of the weight updates made."""
+"""The optimizer, and the learning rate as a function of the number of updates made."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ from ..log import logger
 
 
 def trainable_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters to train. A list, and to be taken again after `prepare`, which may have replaced them."""
+    """The parameters to train, as a list. Call it again after `prepare`, which may replace them."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def make_optimizer(args, parameters: list, accelerator):
-    """AdamW over `parameters`: 8-bit if asked, else torch's fused one where the device has it.
+    """AdamW over `parameters`: 8-bit with --use_8bit_adam, else torch's, fused if the device supports it.
 
-    The loop sets its learning rate before each update, to what `make_rate` gives.
+    The loop sets its learning rate before each update, from `make_rate`.
     """
     options = {
         "lr": args.learning_rate,
@@ -32,11 +32,11 @@ def make_optimizer(args, parameters: list, accelerator):
 
 
 def make_rate(args, num_updates: int, scale: float = 1.0) -> Callable[[int], float]:
-    """The learning rate of each weight update of a run of `num_updates`, by how many were made before it.
+    """rate(step): the learning rate of the update that follows `step` updates, in a run of `num_updates`.
 
-    It is diffusers' schedule --lr_scheduler, whose factor is a closed form, times --learning_rate times `scale`: so it
-    depends neither on processes nor on accumulation, and there is nothing to restore. Exits on a schedule that this
-    rate does not fit.
+    It is --learning_rate times `scale` times the factor of diffusers' schedule --lr_scheduler, which is a function of
+    the step. So it depends neither on processes nor on accumulation, and no state has to be restored. Exits if the
+    schedule does not allow this rate.
     """
     from diffusers.optimization import get_scheduler
 
@@ -44,17 +44,17 @@ def make_rate(args, num_updates: int, scale: float = 1.0) -> Callable[[int], flo
     if args.lr_warmup_steps >= num_updates and name not in ("constant", "piecewise_constant"):
         logger.warning(f"the run's {num_updates} updates are all warm-up: --lr_warmup_steps {args.lr_warmup_steps}")
     if name == "polynomial" and num_updates == args.lr_warmup_steps:
-        num_updates += 1  # it divides by the number of updates after the warm-up
+        num_updates += 1  # diffusers divides by the number of updates after the warm-up
     highest = args.learning_rate * scale
     try:
         schedule = get_scheduler(
             name,
-            optimizer=torch.optim.SGD([torch.zeros(())], lr=highest),  # of which it reads the rate
+            optimizer=torch.optim.SGD([torch.zeros(())], lr=highest),  # get_scheduler reads its learning rate
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=num_updates,
             step_rules=rules or None,
         )
-    except ValueError as error:  # of a rate below that which polynomial ends with
+    except ValueError as error:  # e.g. polynomial ends at 1e-7, which the rate must exceed
         raise RunError(f"--lr_scheduler {name}: {error}") from error
     (factor,) = schedule.lr_lambdas
     return lambda step: highest * factor(step)

@@ -1,1 +1,1 @@
-"""What a run tells its user: progress, metrics, curves, validation images, the model card."""
+"""Reports a run: progress, metrics, curves, validation images, the model card."""

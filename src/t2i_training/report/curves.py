@@ -1,4 +1,4 @@
-"""training_curves.png, drawn of metrics.jsonl."""
+"""Plots metrics.jsonl as training_curves.png."""
 
 import math
 from pathlib import Path
@@ -19,13 +19,13 @@ def plot_curves(output_dir) -> Path | None:
 
 
 def _figure(rows: list[dict]):
-    from matplotlib.figure import Figure  # not pyplot: it would pick a display and a global state
+    from matplotlib.figure import Figure  # pyplot would look for a display and keep global state
 
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     smooth, smoothed = 0.0, []
     for i, loss in enumerate(losses, 1):
         smooth = 0.9 * smooth + 0.1 * loss
-        smoothed.append(smooth / (1 - 0.9**i))  # as Adam corrects it: the first values do not linger
+        smoothed.append(smooth / (1 - 0.9**i))  # with Adam's bias correction, so that the first values do not linger
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
     panels[0].plot(steps, losses, color="0.75", linewidth=0.8, label="interval mean")

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step holds, counted once, and how much the device could do at best."""
+"""Counts the FLOPs of a training step, once; and the peak FLOP/s of known devices."""
 
 import contextlib
 import copy
@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..model.networks import uncompiled
 
-# Dense TFLOP/s of matrix products with fp32 accumulation, in the order of PRECISIONS; makers' figures "with sparsity"
-# are halved. 0: not in hardware. TF32's column repeats fp32's where there is none, for there the flag does nothing.
+# Dense TFLOP/s of matrix products with fp32 accumulation, in the order of PRECISIONS; vendors' figures "with sparsity"
+# are halved. 0: not in hardware. Without TF32 hardware its column repeats fp32's, since the flag has no effect there.
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 PEAKS = {  # what torch.cuda.get_device_name says -> figures
     # nvidia.com: H200 and H100 Tensor Core GPU datasheets; H100 architecture whitepaper, table 3
@@ -55,9 +55,9 @@ def peak_tflops(device_name: str, mixed_precision: str, tf32: bool) -> float | N
 def count(objective, network, batch: dict[str, torch.Tensor]) -> int:
     """FLOPs of `objective(network, batch)`, a scalar, and of its gradient; a multiply-add is two.
 
-    Of the arithmetic that the objective asks for, whatever carries it out: attention counts as matrix products, and
-    what gradient checkpointing computes again does not count. It runs over fakes, which have shapes and no numbers, so
-    weights, gradients, random generators and compiled code stay as they are, and no device waits.
+    Counts what the objective asks for, not how it is computed: attention counts as matrix products, and recomputation
+    by gradient checkpointing does not count. Runs on fake tensors, which have shapes but no values: weights, gradients,
+    random generators and compiled code do not change, and the device does no work.
     """
     objective = copy.deepcopy(objective)  # a scheduler may move, and keep, a tensor of its own
     counter = FlopCounterMode(display=False)
@@ -75,7 +75,7 @@ def count(objective, network, batch: dict[str, torch.Tensor]) -> int:
 
 
 def _plain_attention():
-    """Fused kernels compute the scores twice, the second time for their own sake, and differ from device to device."""
+    """Replace fused attention: its backward pass computes the scores again, and its kernels differ between devices."""
     return sdpa_kernel(SDPBackend.MATH)
 
 

@@ -12,11 +12,11 @@ from ..log import logger
 from ..sanitize import is_hub_name
 from .validation import own_grid
 
-OBJECTIVE = (  # flags that the card tells of where they are set
+OBJECTIVE = (  # flags that the card lists if they are set
     "prediction_type", "rank", "use_ema", "snr_gamma", "noise_offset", "input_perturbation", "dream_training",
     "caption_dropout", "image_embeds_dropout",
 )  # fmt: skip
-TAGS = ("text-to-image", "diffusers", "diffusers-training")  # every card carries these besides its own
+TAGS = ("text-to-image", "diffusers", "diffusers-training")  # in every card
 
 
 def create_repository(args, accelerator) -> str | None:
@@ -33,7 +33,7 @@ def create_repository(args, accelerator) -> str | None:
 
 
 def _failure(args, error: Exception, consequence: str = "") -> RunError:
-    """The one line that a failed call to the hub ends the run with, without the token that its text may hold."""
+    """The error for a failed call to the hub. Removes the token that its text may hold."""
     reason = sanitize.reason(error, args.hub_token).rstrip(".")
     return RunError(f"--push_to_hub: {type(error).__name__}: {reason}{consequence}")
 
@@ -63,11 +63,13 @@ def publish_card_and_upload(args, accelerator, repo_id: str | None, exported: li
 
 @contextlib.contextmanager
 def _public_card(args, card: dict):
-    """Inside, the card names no folder of this machine as the prior, which diffusers needs to find it here."""
+    """Context in which the card names no local folder as the prior. Locally diffusers needs it to find the prior."""
     (prior,) = card.get("prior", [""])
     private = bool(prior) and not is_hub_name(prior)
     if private:
-        logger.warning(f"the uploaded card names no prior, for {prior} is none of the hub: upload it, and add its name")
+        logger.warning(
+            f"the uploaded card names no prior, since {prior} is a local folder: upload the prior and add its name"
+        )
         write_card(args, **{name: value for name, value in card.items() if name != "prior"})
     try:
         yield
@@ -106,8 +108,8 @@ def write_card(
 ) -> None:
     """README.md of the output folder: what it is, from what and how it was made, how to use it, before/after images.
 
-    `head` adds entries to the card's YAML head. Local paths of models and data are left out: the hub takes names only
-    there, and they are nobody's business. In `usage` the name of a flag in angle brackets stands for its value.
+    `head` adds entries to the card's YAML head. Local paths of models and data are left out: the hub accepts only
+    names there, and a card may be published. In `usage` the name of a flag in angle brackets stands for its value.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -137,13 +139,13 @@ def write_card(
 
 
 def _keep_the_users(file: Path) -> None:
-    """A README.md that no run has written stays, under another name."""
+    """Rename a README.md that no run has written."""
     if file.exists() and TAGS[-1] not in file.read_text(encoding="utf-8", errors="replace"):
         shutil.copy2(file, free_name(file))
 
 
 def _license(base_model: str) -> str | None:
-    """What the card of a base that lies here says."""
+    """The license in the model card of a local base model, if it has one."""
     from huggingface_hub import ModelCard
 
     with contextlib.suppress(Exception):  # it has no card, or one that cannot be read
@@ -193,7 +195,7 @@ def _public_name(name: str) -> str:
 
 
 def literal(value) -> str:
-    """Any text as Markdown code on one line, in which nothing but its end is read as Markdown, HTML or a link."""
+    """Any text as inline Markdown code, so that nothing in it is read as Markdown, HTML or a link."""
     text = sanitize.printable(" ".join(str(value).split()))
     if not text:
         return "(empty)"
@@ -203,7 +205,7 @@ def literal(value) -> str:
 
 
 def _cell(value) -> str:
-    """A setting in a table, whose cells end at every bar but an escaped one, also in code."""
+    """A setting as a cell of a Markdown table: bars are escaped, since they end a cell even within code."""
     return "opened by the script itself" if value is None else literal(value).replace("|", r"\|")
 
 

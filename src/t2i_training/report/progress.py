@@ -24,7 +24,7 @@ from ..run.output_folder import METRICS
 from . import curves, throughput
 
 PROJECT = "text2image-fine-tune"  # in the trackers, of scripts without --tracker_project_name
-MOST_SKIPPED = 32  # updates in a row that fp16's loss scaler may skip: each halves the scale, which is then below 2e-5
+MOST_SKIPPED = 32  # consecutive updates that fp16's loss scaler may skip; each halves the scale, to below 2e-5
 
 
 def plan_updates(args, dataset_size: int, world_size: int) -> tuple[int, int]:
@@ -34,7 +34,7 @@ def plan_updates(args, dataset_size: int, world_size: int) -> tuple[int, int]:
 
 
 class Progress:
-    """Where the run stands, and its losses, kept on the device until the logging interval ends.
+    """The position of the run, and its losses, which stay on the device until the logging interval ends.
 
     `step` counts weight updates up to `total`, `samples_seen` samples over all processes. Both start at `position`, the
     manifest of the checkpoint that is resumed from, or {}. Each process drives `devices` of the kind `device`. What the
@@ -57,14 +57,14 @@ class Progress:
             logger.warning(f"the effective batch is now {self.effective_batch}, not {position['effective_batch']}")
         self._losses, self._grad_norms, self._indices, self._usable = [], [], [], []
         self._skipped = 0  # updates in a row whose gradients were not finite
-        # (loss, gradient norm) of each update that is read, but in no row yet
+        # (loss, gradient norm) of each update, fetched from the device but not yet in a row
         self._unreported = list(position.get("unreported", []))
-        self._planned = position.get("total")  # updates, when the checkpoint was made
+        self._planned = position.get("total")  # total updates planned when the checkpoint was made
         self._file = Path(args.output_dir) / METRICS
         self._bar = self._saved_step = None
 
     def position(self) -> dict:
-        """What a checkpoint has to know to continue from here."""
+        """What a checkpoint's manifest holds about the run."""
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -105,8 +105,8 @@ class Progress:
     ) -> None:
         """Open the trackers: the run is ready to take steps on `objective(network, batch)`, at `rate(step)`.
 
-        With a `stats` of other devices than PyTorch's, and a checkpoint's `size` in bytes, network and objective may be
-        None. `average` is that of the weights, if there is one; `project` is the run's project in the trackers.
+        For JAX pass `stats` of its devices and a checkpoint's `size` in bytes; network and objective are then None.
+        `average` is the EMA of the weights, if there is one; `project` is the run's project in the trackers.
         """
         main = self.accelerator.is_main_process
         config = {  # trackers take scalars only
@@ -132,11 +132,11 @@ class Progress:
         self.restart_clock()
 
     def timed(self, batches: Iterator[dict]) -> Iterator[dict]:
-        """The same batches; the rows tell how long the run waits for them."""
+        """Pass batches through, and measure how long the run waits for them (`data_wait`)."""
         return self._speed.timed(batches)
 
     def __enter__(self) -> "Progress":
-        """Show the bar, on a terminal: a log file wants lines, not an animation (`_report`)."""
+        """Show the progress bar if stderr is a terminal; else `_report` logs lines."""
         self._began, hidden = self.step, not self.accelerator.is_main_process or not sys.stderr.isatty()
         self._bar = tqdm(
             total=self.total, initial=self.step, disable=hidden, dynamic_ncols=True,
@@ -145,13 +145,13 @@ class Progress:
         return self
 
     def __exit__(self, _kind, error, _traceback):
-        """Leave the bar as it stands. What ends the run is said below it, with the step if it has a stack trace."""
+        """Close the bar, so that an error is printed below it. Stack traces get a note with the step."""
         self._bar.close()
         if error is not None:
             library_errors.note_step(error, self.step + 1, trained=self.step > self._began)
 
     def _announce_rate(self, rate: Callable[[int], float]) -> None:
-        """Say what the learning rate will be, where it is not the same in all updates that are left to make."""
+        """Log the course of the learning rate, unless it is constant."""
         name = self.args.lr_scheduler.partition(":")[0]
         if name == "constant" or self.step >= self.total:
             return
@@ -167,7 +167,7 @@ class Progress:
             logger.info(f"the learning rate is {course} (--lr_scheduler {name})")
 
     def restart_clock(self) -> None:
-        """Leave out what just happened (a checkpoint, validation) from the readouts of speed."""
+        """Exclude the time since the last row (a checkpoint, a validation) from the measured speed."""
         self._speed.restart(self.samples_seen)
 
     def add_micro_batch(self, loss, batch: dict[str, torch.Tensor]) -> None:
@@ -202,7 +202,7 @@ class Progress:
         self._losses, self._grad_norms, self._indices, self._usable = [], [], [], []
 
     def _report(self) -> None:
-        """Read the losses, and write down those of the logging interval that ends here."""
+        """Fetch the losses and write the row of the logging interval that ends here."""
         self.fetch_losses()
         losses, grad_norms = zip(*self._unreported, strict=True)
         row = {
@@ -227,8 +227,10 @@ class Progress:
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=self.step)
 
     def _stop_if_not_finite(self, losses: list[float], grad_norms: list[float]) -> None:
-        """A loss scaler skips non-finite gradients by design, if not for ever; elsewhere they end the run, as a
-        non-finite loss does. A run that skips has the same weights as before, so nothing is lost by waiting."""
+        """End the run on a non-finite loss, and without a loss scaler on a non-finite gradient.
+
+        fp16's scaler skips such updates by design, up to MOST_SKIPPED in a row; the weights stay as they were.
+        """
         scaled = self.precision == "fp16"
         for i, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True)):
             self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
@@ -249,7 +251,7 @@ class Progress:
         usable = gather_object(usable)
         step = self.step - updates + i + 1
         if not self.accelerator.is_main_process:
-            # Until the end of the main one, which says it: a launcher kills the others.
+            # Wait until rank 0 has printed the error: a launcher kills all ranks once one has ended.
             distributed.barrier(self.accelerator)
             raise SystemExit(1)
         text = f"{what} at step {step}, nothing saved since; "
@@ -267,7 +269,7 @@ class Progress:
         )
 
     def close(self) -> None:
-        """End trackers and process group; draw the curves."""
+        """End trackers and process group; plot the curves."""
         distributed.barrier(self.accelerator)
         if self.accelerator.is_main_process:
             curves.plot_curves(self._file.parent)
@@ -275,9 +277,9 @@ class Progress:
 
 
 def _finite(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Whether each tensor of numbers (by its name's order) is finite for each sample: (B, names) bool, on the device.
+    """For each sample, whether each floating-point tensor (sorted by name) is finite: (B, names) bool, on the device.
 
-    What a network is fed tells its faults from those of the frozen ones. Two kernels a tensor, and nothing waits.
+    Tells a fault of a frozen network from one of the trained network. Two kernels per tensor; the host does not wait.
     """
     inputs = [batch[name] for name in _float_names(batch)]
     if not inputs:
@@ -295,7 +297,7 @@ def _detached(scalar):
 
 
 def _stack(scalars: list) -> torch.Tensor:
-    """(N,) float32, on the device that PyTorch's scalars are on; JAX's are waited for, and read."""
+    """(N,) float32, on the device that PyTorch's scalars are on; waits for JAX's."""
     if isinstance(scalars[0], torch.Tensor):
         return torch.stack(scalars).float()
     return torch.tensor([float(scalar) for scalar in scalars])

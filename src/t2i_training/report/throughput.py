@@ -1,4 +1,4 @@
-"""What a row of metrics.jsonl says about speed and memory. All of it is read on the main process, without waiting."""
+"""Measures speed and memory for the rows of metrics.jsonl, on rank 0, without waiting for the device."""
 
 import time
 from collections import deque
@@ -11,45 +11,45 @@ from . import flops
 
 
 class DeviceStats:
-    """What a row has to know of PyTorch's devices, and of `objective(network, batch)`, which is optimised on them."""
+    """Peak FLOP/s and memory of PyTorch's devices, and the FLOPs of `objective(network, batch)`."""
 
     def __init__(self, network, objective: Callable, args, accelerator):
         self._network, self._objective, self._device = network, objective, accelerator.device
-        self.devices, self.peak = accelerator.num_processes, None  # TFLOP/s of one, if that is known
+        self.devices, self.peak = accelerator.num_processes, None  # TFLOP/s of one device, if known
         if self._device.type == "cuda":
             name, tf32 = torch.cuda.get_device_name(self._device), args.allow_tf32
             self.peak = flops.peak_tflops(name, accelerator.mixed_precision, tf32)
 
     def restart(self) -> None:
-        """Forget the memory that was used until now."""
+        """Reset the peak of allocated memory."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def flops(self, batch: dict[str, torch.Tensor]) -> float:
-        """Of one sample of this micro-batch."""
+        """FLOPs of one sample of this micro-batch."""
         return flops.count(self._objective, self._network, batch) / len(batch["index"])
 
     def peak_memory(self) -> int | None:
-        """Bytes on this process's device since the restart."""
+        """Peak bytes allocated on this rank's device since the restart."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
 
 class Throughput:
-    """Speed since the last row, pauses left out, and memory. FLOPs are counted at the first micro-batch."""
+    """Speed since the last row, without pauses, and memory. FLOPs are counted at the first micro-batch."""
 
     def __init__(self, stats, accelerator):
         self.stats, self._uncounted, self._flops = stats, accelerator.is_main_process, None
-        self._settled = None  # (time, samples seen) at the end of the first update
+        self._settled = None  # (time, samples seen) after the first update
         self._recent = deque(maxlen=10)  # (seconds, samples) of the last rows, without the first update
-        self._waited = 0.0  # seconds, for data, since the restart
+        self._waited = 0.0  # seconds spent waiting for data since the restart
 
     def restart(self, samples_seen: int) -> None:
-        """Leave out the time since the last row, and the memory that was used in it."""
+        """Start a new interval of time and peak memory."""
         self.stats.restart()
         self._start, self._start_samples, self._waited = time.perf_counter(), samples_seen, 0.0
 
     def timed(self, batches: Iterator) -> Iterator:
-        """The same batches; the time that `next` takes counts as waiting for data."""
+        """Pass batches through; the time that `next` takes counts as waiting for data."""
         while True:
             start = time.perf_counter()
             try:
@@ -61,22 +61,22 @@ class Throughput:
             yield batch
 
     def count(self, batch: dict[str, torch.Tensor]) -> None:
-        """Count the FLOPs of a sample, the first time; a readout must not end a run, so a failure is a warning."""
+        """Count the FLOPs of a sample, at the first call. A failure is only a warning."""
         if not self._uncounted:
             return
         self._uncounted, start = False, time.perf_counter()
         try:
             self._flops = self.stats.flops(batch)
-        except Exception as error:  # an attention kernel that cannot be run on fakes, say
+        except Exception as error:  # e.g. an attention kernel without support for fake tensors
             logger.warning(f"FLOPs are not counted: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         self._start += time.perf_counter() - start
 
     def count_update(self, samples_seen: int) -> None:
-        """The first takes longer than the others will: workers start, kernels are chosen, networks are compiled."""
+        """Note when the first update ends. It takes longer: workers start, kernels are chosen, networks compiled."""
         self._settled = self._settled or (time.perf_counter(), samples_seen)
 
     def seconds_for(self, samples: int) -> float | None:
-        """How long so many samples will take at the rate of the last rows, without pauses; None before it is known."""
+        """Estimated seconds for that many samples, at the rate of the last rows without pauses; None if unknown."""
         seconds, seen = map(sum, zip(*self._recent, strict=True)) if self._recent else (0, 0)
         return 0.0 if not samples else samples * seconds / seen if seen else None
 
@@ -105,7 +105,7 @@ class Throughput:
 
 
 def shown(row: dict) -> str:
-    """A row's readouts for the progress bar."""
+    """A row's measurements as text for the progress bar."""
     texts = [f"images/s={row['images_per_second']:.1f}", f"data={row['data_wait']:.0%}"]
     texts += [f"GiB={row['peak_memory_gib']:.1f}"] if "peak_memory_gib" in row else []
     texts += [f"mfu={row['mfu']:.0%}"] if "mfu" in row else []

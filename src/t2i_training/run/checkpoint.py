@@ -34,8 +34,8 @@ class CheckpointManager:
 
     `save_models(folder)` is called on the main process and writes the trained networks; `load_models(folder)` is called
     on every process and reads them back in place. The state of a PyTorch `optimizer`, and of fp16's gradient scaler, is
-    written beside them; with None, `save_models` and `load_models` see to all that there is. Where a
-    checkpoint cannot be put in place, `stop` is told.
+    written beside them; if `optimizer` is None, `save_models` and `load_models` handle all state. If a checkpoint
+    cannot be put in place, `stop` is asked to end the run.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class CheckpointManager:
         pass
 
     def __exit__(self, kind, *_):
-        """After the loop, or what ended it, the last checkpoint is in place. Without an error all processes wait."""
+        """Wait until the last checkpoint is in place; after a loop without error, on all ranks."""
         failure = self._finish_commit()
         if kind is None:
             if failure:
@@ -102,7 +102,7 @@ class CheckpointManager:
         try:
             write_manifest(partial, position)
             if target.exists() and not (target / MANIFEST).is_file():
-                move_aside(target)  # it is the user's
+                move_aside(target)  # not written by these scripts: keep it
             replace_folder(partial, target)
         except OSError as error:
             failure = cannot_be_saved(target.name, partial, error)
@@ -117,7 +117,7 @@ class CheckpointManager:
         for folder in [folder for folder in ours if folder != keep][: max(0, surplus)]:
             try:
                 remove_folder(folder)
-            except OSError as error:  # a file that is open elsewhere, on NFS: tried again after the next save
+            except OSError as error:  # e.g. a file that is open elsewhere, on NFS: tried again after the next save
                 logger.warning(f"{folder} cannot be removed: {error.strerror}")
 
     def restore(self, folder: Path | None) -> None:
@@ -130,17 +130,19 @@ class CheckpointManager:
                 self._load_optimizer(folder)
         if self.accelerator.is_main_process and folder.resolve().parent == self.output_dir.resolve():
             _abandon_later_ones(folder)
-            self._rotate(keep=folder)  # which a run that was killed after its last save has not done
+            self._rotate(keep=folder)  # a run that was killed right after a save has not rotated
         logger.info(f"resumed from {folder}")
 
     def _load_optimizer(self, folder: Path) -> None:
         if not (folder / OPTIMIZER).is_file():
             raise RunError(f"{folder} was not saved by this script: there is no {OPTIMIZER}")
-        # A GPU's is read to where it stays: host memory would have to hold it once for each process.
+        # Read directly to the GPU: host memory would have to hold one copy per process.
         device = self.accelerator.device if self.accelerator.device.type == "cuda" else "cpu"
         state = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
         names = {name for tensors in state["state"].values() for name in tensors}
-        older = "AdamW8bit" if names and "exp_avg" not in names else "AdamW"  # whose manifest does not tell
+        older = (
+            "AdamW8bit" if names and "exp_avg" not in names else "AdamW"
+        )  # older manifests do not name the optimizer
         was, now = read_manifest(folder).get("optimizer", older), _class_name(self.optimizer)
         if was != now:
             raise RunError(
@@ -149,20 +151,22 @@ class CheckpointManager:
             )
         load_optimizer(self.optimizer, state)
         scaler = self.accelerator.scaler
-        if scaler is not None and (folder / SCALER).is_file():  # else it was saved in another precision: it begins anew
+        if (
+            scaler is not None and (folder / SCALER).is_file()
+        ):  # else the checkpoint was saved in another precision: start with a new scale
             scaler.load_state_dict(torch.load(folder / SCALER, weights_only=True))
 
 
 def _class_name(optimizer) -> str:
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # accelerate's wrapper has it within
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__  # unwrap accelerate's
 
 
 def load_optimizer(optimizer, saved: dict) -> None:
-    """Take over the state in `saved`, what `state_dict` gave. Settings (learning rate, betas, ...) stay as they are.
+    """Load the state dict `saved`, but keep the current hyperparameters (learning rate, betas, ...).
 
-    Moments take the memory layout of their parameters: fused AdamW goes through both as they lie, and a checkpoint
-    written on CUDA (channels-last) and read on a CPU, or the other way round, would be updated with another weight's
-    moments. ValueError if it is of another number of parameters.
+    Moments are copied into the memory format of their parameters. Fused AdamW walks both in memory order, so moments
+    saved in channels-last on CUDA and loaded on a CPU, or the other way round, would be applied to the wrong weights.
+    Raises ValueError if the number of parameters differs.
     """
     groups = optimizer.state_dict()["param_groups"]
     sizes = [[len(group["params"]) for group in each] for each in (groups, saved["param_groups"])]
@@ -171,7 +175,7 @@ def load_optimizer(optimizer, saved: dict) -> None:
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     for parameter, state in optimizer.state.items():
         for name, moment in state.items():
-            # Of bitsandbytes' state neither the count, a plain number, nor the bytes, which are in blocks.
+            # Not bitsandbytes' state: its step is a plain number, its moments are quantised in blocks.
             is_moment = isinstance(moment, torch.Tensor) and moment.is_floating_point()
             if is_moment and moment.shape == parameter.shape and moment.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
@@ -180,19 +184,19 @@ def load_optimizer(optimizer, saved: dict) -> None:
 def find_checkpoint(output_dir, wanted: str | None, accelerator) -> tuple[Path | None, dict]:
     """Folder and manifest of the checkpoint to resume from, or (None, {}); the same on every process.
 
-    `wanted` is None, "latest", a name in the output folder, or a path. Of the numbered ones "latest" takes the newest
-    that verifies, and warns about those it had to pass over. One asked for by name must verify, or the run exits.
+    `wanted` is None, "latest", a name in the output folder, or a path. "latest" is the newest that verifies;
+    newer ones that do not are named in a warning. A checkpoint asked for by name must verify, or the run exits.
     """
     found = [None]
     if wanted is not None and accelerator.is_main_process:
         found = [_latest(Path(output_dir)) if wanted == "latest" else _named(Path(output_dir), wanted)]
-    barrier(accelerator)  # the hashing of many gigabytes takes long
+    barrier(accelerator)  # hashing many gigabytes takes long
     folder = broadcast_object_list(found)[0]
     return folder, read_manifest(folder) if folder else {}
 
 
 def _latest(output_dir: Path) -> Path | None:
-    for removed in output_dir.glob(".checkpoint-*.removed"):  # whole: the run died between two renames
+    for removed in output_dir.glob(".checkpoint-*.removed"):  # complete: the run was killed between two renames
         original = output_dir / removed.name[1:].removesuffix(".removed")
         if not original.exists() and verify(removed) is None:
             removed.rename(original)
@@ -228,16 +232,16 @@ def _number(folder: Path) -> int:
 
 
 def _ours(output_dir: Path) -> list[Path]:
-    """The numbered folders that carry a manifest, oldest first. Only these are ever removed, but for links."""
+    """The numbered folders with a manifest, oldest first. Rotation removes only these, and no symbolic links."""
     return [folder for folder in _numbered(output_dir) if (folder / MANIFEST).is_file()]
 
 
 def _abandon_later_ones(folder: Path) -> None:
-    """After going back to `folder`, "latest" and the rotation must not meet the course that was left."""
-    step = read_manifest(folder)["step"]  # not its name's: it may itself have been set aside
+    """Rename checkpoints later than `folder`, so that "latest" and the rotation ignore them from now on."""
+    step = read_manifest(folder)["step"]  # from the manifest: the folder itself may have been renamed
     for other in _ours(folder.parent):
         if other.name != folder.name and _number(other) >= step:
-            what = "later than" if _number(other) > step else "of another course than"
+            what = "later than" if _number(other) > step else "of the same step as"
             logger.warning(f"{other} is {what} the checkpoint resumed from; moved to {move_aside(other)}")
 
 
@@ -247,19 +251,19 @@ def size_of(args, network, average=None) -> int:
     networks = 1 if average is None else 2
     if not args.use_8bit_adam:
         return 4 * (networks + 2) * sum(sizes)
-    # bitsandbytes: a byte a value and a scale for 256 of them, but for small tensors, which stay in fp32
+    # bitsandbytes: one byte per value and one scale per 256 values; tensors below 4096 values stay in fp32
     moments = sum(2 * size + 8 * (size // 256) if size >= 4096 else 8 * size for size in sizes)
     return 4 * networks * sum(sizes) + moments
 
 
 def announce_space(args, size: int, step: int, total: int) -> None:
-    """Say how much disk the checkpoints of updates `step` to `total` will take, and warn if that is not there."""
+    """Log how much disk space the checkpoints from update `step` to `total` will take; warn if it is not there."""
     folder, limit = Path(args.output_dir), args.checkpoints_total_limit
     count = total // args.checkpointing_steps - step // args.checkpointing_steps
     if count == 0:
         return
     free, at_once, kept = shutil.disk_usage(folder).free, count, ""
-    if limit is not None:  # an old one is removed once the new one is whole
+    if limit is not None:  # an old one is removed only after the new one is complete
         at_once, kept = max(0, min(count, limit + 1 - len(_ours(folder)))), f", of which {limit} are kept,"
     line = (
         f"{count} checkpoint{'s' * (count > 1)} of {_amount(size)}{kept} will take {_amount(at_once * size)} "

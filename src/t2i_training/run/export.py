@@ -1,4 +1,4 @@
-"""Exporting the trained model: it is put in place whole, without local paths, under names that all versions read."""
+"""Exports the trained model: atomically, without local paths, with names that all versions of transformers read."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from .clip_names import keep_old_names
 
 
 def strip_local_paths(folder: Path) -> None:
-    """Take out of each config.json where a network was loaded from, when that is a folder: it is nobody's business."""
+    """Remove local paths (`_name_or_path`) from each config.json, since an export may be published."""
     for file in [*folder.rglob("config.json"), *folder.rglob("*_config.json"), *folder.glob("model_index.json")]:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not is_hub_name(config.get("_name_or_path", "x")):
@@ -39,12 +39,12 @@ def export_atomically(output_dir, write: Callable[[Path], None], accelerator) ->
         apply_umask(partial)
         for path in partial.rglob("*"):
             sync(path)
-    # Folders before files, so that model_index.json never points at what is not there yet.
+    # Folders before files, so that model_index.json never names a folder that is not there yet.
     names = [entry.name for entry in sorted(partial.iterdir(), key=lambda entry: (entry.is_file(), entry.name))]
     for name in names:
         new, target = partial / name, Path(output_dir) / name
         if _files(target) - _files(new) or (target.is_file() and new.is_dir()):
-            move_aside(target)  # it is, or holds, what is the user's
+            move_aside(target)  # it holds files that this run did not write
         replace_folder(new, target)
     partial.rmdir()
     barrier(accelerator)

@@ -26,8 +26,8 @@ from ..errors import RunError
 from ..log import logger
 from . import output_folder
 
-# Of collectives on the devices; NCCL's default is ten minutes. Whatever is long waits over gloo (distributed.py).
-# What is left are first steps: one process compiles, counts FLOPs or starts trackers while others wait for gradients.
+# Time limit of collectives on the device; NCCL's default is ten minutes. Longer waits go over gloo (distributed.py).
+# What remains is the first step: a rank compiles, counts FLOPs or starts trackers while others wait for gradients.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=1)
 
 
@@ -36,15 +36,17 @@ def start(args, mixed_precision: str | None = None) -> Accelerator:
 
     The accelerator has the run's precision: `mixed_precision`, else the flag's, else that of `accelerate launch`.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # captions are tokenized one by one, in forked workers
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # each worker tokenizes single captions; its fork warnings are noise
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     # A second run in one process (main() called again) may ask for another precision or accumulation.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     output_dir = Path(args.output_dir)
-    on_cpu = distributed.launched() and not torch.accelerator.is_available()  # else accelerate would join none of them
-    PartialState(cpu=on_cpu, timeout=COLLECTIVE_LIMIT)  # before anything else makes one without
+    on_cpu = distributed.launched() and not torch.accelerator.is_available()  # else accelerate ignores the launcher
+    PartialState(cpu=on_cpu, timeout=COLLECTIVE_LIMIT)  # before another call creates it without these
     accelerator = Accelerator(
         cpu=on_cpu,
         # As a plugin: given as a number, the environment of `accelerate launch` would have the last word.
@@ -52,7 +54,7 @@ def start(args, mixed_precision: str | None = None) -> Accelerator:
         mixed_precision=_possible_precision(mixed_precision or args.mixed_precision),
         log_with=None if args.report_to == "none" else args.report_to.split(","),
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
-        # DDP keeps no second copy of the gradients, and sends no buffers round: all networks' are constants.
+        # DDP keeps no second copy of the gradients, and broadcasts no buffers: all of them are constants.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     log.to_stderr()
@@ -105,7 +107,7 @@ def _quiet_libraries(accelerator):
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # it calls it an error that there are only .bin files
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # it logs an error if there are only .bin files
     for library in (transformers, diffusers):
         library.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()

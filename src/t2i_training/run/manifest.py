@@ -1,4 +1,4 @@
-"""What describes a checkpoint: position, seed, versions, size and SHA-256 of its files; whether that still holds."""
+"""A checkpoint's manifest: position, seed, versions, size and SHA-256 of each file. Writes and verifies it."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def verify(folder: Path) -> str | None:
 
 
 def _is_ours(manifest: dict) -> bool:
-    """Whether a run can have written it: counts that are counts, and files that lie in the checkpoint's folder."""
+    """Whether the manifest is plausible: non-negative integers, and files inside the checkpoint's folder."""
     counts = [manifest[name] for name in ("step", *_COUNTS) if name == "step" or name in manifest]
     pairs = [pair for pair in manifest.get("unreported", []) if len(pair) != 2 or {*map(type, pair)} - {int, float}]
     paths = [PurePosixPath(name) for name in manifest["files"]]
@@ -52,7 +52,7 @@ def _is_ours(manifest: dict) -> bool:
 
 
 def _digest(manifest: dict) -> str:
-    """A hash of all of a manifest but this entry."""
+    """The hash of a manifest without its own hash entry."""
     rest = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -60,7 +60,7 @@ def _digest(manifest: dict) -> str:
 def write_manifest(folder: Path, position: dict) -> None:
     """Flush every file to the disk, then the manifest that describes them.
 
-    Files are hashed, out of memory, while the disk writes them, each in a thread of its own.
+    Each file has a thread, which hashes it from the page cache while the disk writes.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(2 * len(paths)) as pool:

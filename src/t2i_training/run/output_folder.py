@@ -1,4 +1,4 @@
-"""The output folder of a run: its lock, run_config.yaml, and what becomes of an earlier run's results in it."""
+"""The output folder of a run: its lock, run_config.yaml, and how results of an earlier run make way."""
 
 import contextlib
 import errno
@@ -23,9 +23,9 @@ _locks = {}
 
 
 def lock(output_dir: Path) -> None:
-    """Claim the folder for this process; the kernel lets go when the process dies, however it dies.
+    """Lock the folder for this process. The kernel releases the lock when the process ends, even after SIGKILL.
 
-    A POSIX record lock, not flock: loader workers would inherit the latter and hold it on after a SIGKILL.
+    A POSIX record lock, not flock: forked loader workers would inherit a flock and keep it after a SIGKILL.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -43,19 +43,18 @@ def lock(output_dir: Path) -> None:
 
 
 def unlock() -> None:
-    """Let go of every folder that this process has locked."""
+    """Release all locks of this process."""
     while _locks:
         _locks.popitem()[1].close()
 
 
 def write_config(config: dict, resumed: bool) -> bool:
-    """Write run_config.yaml, which --config takes. A resumed run names the flags that are others than they were.
-
-    Returns whether there are any.
-    """
+    """Write run_config.yaml for --config. Returns whether a resumed run's flags have changed; a warning lists them."""
     changed, file = [], Path(config["output_dir"]) / "run_config.yaml"
     if resumed:
-        with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # none there, or the user's
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError, yaml.YAMLError
+        ):  # there is none, or it is not ours
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             names = before.keys() & config.keys() - {"output_dir", "resume_from_checkpoint"}
             changed = [f"--{n} {before[n]} -> {config[n]}" for n in sorted(names) if before[n] != config[n]]
@@ -71,8 +70,8 @@ def write_config(config: dict, resumed: bool) -> bool:
 def take_over(config: dict, accelerator, step: int) -> None:
     """Write run_config.yaml, and make room for the results of a run that goes on from update `step`, or begins at 0.
 
-    `config` holds the run's flags, with the seed and the precision that they came to (`report.progress`).
-    Call it right before the first update: what fails before leaves an earlier run's results as they were.
+    `config` holds the run's flags with the resolved seed and precision (`report.progress.Progress.config`).
+    Call it right before the first update, so that a run that fails during set-up leaves an earlier run's results alone.
     """
     if not accelerator.is_main_process:
         return
@@ -87,15 +86,17 @@ def take_over(config: dict, accelerator, step: int) -> None:
 
 
 def _keep_own_course(wanted: str, metrics: Path, step: int, flags_changed: bool) -> None:
-    """Rows and grids after the checkpoint, or of another course than its own, make way for those of this run.
+    """Drop the rows after the checkpoint that the run resumes from: the run writes them again.
 
-    A run that goes on as it was writes the same again. One that has gone back, or goes on with other flags, may
-    not: then what was there is kept under another name.
+    If the run goes back to an older checkpoint or has other flags, its results may differ from those that are there.
+    Then rows and grids after the checkpoint are first copied or moved to other names.
     """
     folder, kept = metrics.parent.resolve(), step
     source = (folder / wanted if (folder / wanted).is_dir() else Path(wanted)).resolve()
     if wanted != "latest" and source != folder / f"checkpoint-{kept}":
-        kept = 0 if source.parent == folder else -1  # of a run that was left: its step 0 is ours; or of another run
+        kept = (
+            0 if source.parent == folder else -1
+        )  # a renamed checkpoint: its grid of step 0 stays valid; or that of another run
     if flags_changed or wanted != "latest":
         _set_metrics_aside(metrics, kept)
         _set_validation_aside(metrics.parent, kept)
@@ -103,7 +104,7 @@ def _keep_own_course(wanted: str, metrics: Path, step: int, flags_changed: bool)
 
 
 def _keep_metrics_until(file: Path, step: int) -> None:
-    """Drop the rows after `step`, which a resumed run writes again, and a half-written last line."""
+    """Drop the rows after `step`, and a last line that was cut short by a crash."""
     rows = []
     if file.exists() and step > 0:
         rows = [row for row in read_metrics(file.parent) if row["step"] <= step]
@@ -114,18 +115,18 @@ def _set_metrics_aside(file: Path, step: int) -> None:
     """Keep a copy under another name if there are rows after `step`."""
     if file.exists() and any(row["step"] > step for row in read_metrics(file.parent)):
         copy = shutil.copy2(file, free_name(file))
-        logger.warning(f"{file} has rows of another course than the one resumed: all as they were are kept in {copy}")
+        logger.warning(f"{file} has rows after the checkpoint resumed from; a copy of it as it was is kept in {copy}")
 
 
 def _remove_validation(output_dir) -> None:
-    """Remove the validation images of an earlier run, which would end up in this one's grids and card."""
+    """Remove the validation images of an earlier run: they would get into this run's grids and card."""
     for path in (Path(output_dir) / "validation").glob("step-*"):
         if re.fullmatch(r"step-\d{6,}(\.png)?", path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _set_validation_aside(output_dir, step: int) -> None:
-    """Move grids and images of later steps into a folder beside theirs, validation.1 or the next that is free."""
+    """Move grids and images of later steps to a sibling folder, validation.1 or the next unused name."""
     folder = Path(output_dir) / "validation"
     names = [path.name for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}(\.png)?", path.name)]
     later = sorted(name for name in names if int(name[5:].removesuffix(".png")) > step)
@@ -135,11 +136,11 @@ def _set_validation_aside(output_dir, step: int) -> None:
         for name in later:
             (folder / name).rename(aside / name)
         grids = ", ".join(name for name in later if name.endswith(".png"))
-        logger.warning(f"{folder}: {grids} of another course than the one resumed; moved to {aside}")
+        logger.warning(f"{folder}: {grids} are later than the checkpoint resumed from; moved to {aside}")
 
 
 def read_metrics(output_dir) -> list[dict]:
-    """The rows of metrics.jsonl, in order; a last line cut short by a crash is left out, as is what is no row."""
+    """The rows of metrics.jsonl, in order. Damaged lines are left out with a warning."""
     rows = []
     for line in (Path(output_dir) / METRICS).read_bytes().splitlines():
         try:

@@ -1,8 +1,9 @@
 """JAX's devices, and arrays on them.
 
-The devices form a grid, hosts x devices of a host. Batches are spread over all of them; what is trained is on each, or,
-with --shard_parameters, spread over the devices of each host. So every host holds all of it: saving and drawing need no
-communication. The books (lock, data, metrics, trackers) are kept by accelerate on the CPU, as in the other scripts.
+The devices form a mesh, hosts x devices per host. Batches are split over all devices. The trained state is replicated
+on each device or, with --shard_parameters, sharded over the devices of each host. So every host holds all of it, and
+saving and sampling need no communication. Lock, data, metrics and trackers use accelerate on the CPU, as in the other
+scripts.
 """
 
 import functools

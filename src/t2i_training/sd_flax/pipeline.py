@@ -27,7 +27,7 @@ class Pipeline:
 
     folder: Path
     tokenizer: CLIPTokenizer
-    scheduler: diffusers.SchedulerMixin  # of the pipeline, which draws
+    scheduler: diffusers.SchedulerMixin  # the sampler's
     unet: networks.UNet2DConditionModel
     vae: networks.AutoencoderKL
     text_encoder: networks.CLIPTextModel

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 ZEROS = nnx.initializers.zeros_init()
-NO_RNGS = SimpleNamespace(params=lambda: None)  # nothing is drawn; tracing 700 real keys would take seconds
+NO_RNGS = SimpleNamespace(params=lambda: None)  # no random numbers are needed; tracing 700 real keys would take seconds
 
 # Of a normalisation: scale and bias are not rounded to its dtype, only what it returns is; and the variance takes two
 # passes, since E[x^2] - E[x]^2 loses digits that the torch twin keeps.
@@ -49,22 +49,22 @@ def layer_norm(features: int, eps: float = 1e-5, *, dtype) -> nnx.LayerNorm:
     return nnx.LayerNorm(features, epsilon=eps, dtype=dtype, rngs=NO_RNGS, **IN_FLOAT32)
 
 
-_as_written = False  # JAX hands a function that it traces nothing but arrays: no argument could carry this
+_as_written = False  # JAX passes only arrays to a function that it traces: no argument could carry this
 
 
 @contextlib.contextmanager
 def as_written():
-    """A context in which what is traced is the formulas alone: no fused attention, nothing computed again."""
+    """Context in which functions are traced without fused attention and rematerialisation (for counting FLOPs)."""
     global _as_written
     _as_written = True
     try:
         yield
     finally:
-        _as_written = False  # JAX hands a function that it traces nothing but arrays: no argument could carry this
+        _as_written = False
 
 
 def recomputed(function):
-    """`function`, of whose call the backward pass keeps the inputs alone, and computes all else again."""
+    """`function` with rematerialisation: the backward pass keeps only its inputs, and computes the rest again."""
     return function if _as_written else jax.checkpoint(function)
 
 
