@@ -508,7 +508,7 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
     assert captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS) is base_tokenizer
     (said,) = [line for line in caplog.messages if "captions are longer" in line]
     expected = (
-        "3 of 7 captions are longer than the 16 tokens that the text encoder reads; the rest of them is cut off, "
+        "3 of 7 captions are longer than the 16 tokens that the text encoder reads; the rest is cut off, "
     )
     example = f"e.g. of row 2 ({folder}/2.png, metadata.jsonl line 3) what follows '...{'y' * 14}'"
     assert said == expected + example

@@ -57,7 +57,7 @@ def test_a_shorter_course(out, train, caplog):
     for line in (
         f"{out}/checkpoint-6 is later than the checkpoint resumed from; moved to {out}/checkpoint-6.1",
         f"moved to {out}/validation.1",
-        f"are kept in {out}/metrics.jsonl.1",
+        f"is kept in {out}/metrics.jsonl.1",
     ):
         assert line in caplog.text
     assert said(caplog).endswith(f"README.md; before and after: {out}/validation/step-000003.png")
