@@ -161,7 +161,7 @@ CAPTIONS = {  # name -> (the line's "text", expected); ... leaves it out
     "control characters": ("a\x01\x1b[31mcat\x7f\u202e", TRAINS),
     "NUL": ("a\x00cat", TRAINS),
     "emoji": ("\N{CAT FACE}\N{ZERO WIDTH JOINER}\N{FIRE}", TRAINS),
-    "half a surrogate pair": ("a \ud83d cat", "no Unicode text"),
+    "half a surrogate pair": ("a \ud83d cat", "not valid Unicode"),
 }
 NAMES = {  # name -> (the line's "file_name", expected)
     "left out": (..., "it has no image"),
@@ -169,7 +169,7 @@ NAMES = {  # name -> (the line's "file_name", expected)
     "empty": ("", "file_name is empty"),
     "a number": (12, "file_name is not a text: 12"),
     "a list": (["plain.png"], "file_name is not a text: ['plain.png']"),
-    "half a surrogate pair": ("\ud83d.png", "file_name is no Unicode text"),
+    "half a surrogate pair": ("\ud83d.png", "file_name is not valid Unicode"),
     "with NUL": ("a\x00.png", "No such file"),
     "of a folder": ("bom", "Is a directory"),
     "outside": ("../outside.png", "leads outside of the folder"),

@@ -47,12 +47,12 @@ LONG_FILES = (
 # script.
 QUICK = {
     "test_checks.py": "", "test_draws.py": "", "test_hub_card.py": "", "test_images.py": "", "test_losses.py": "",
-    "test_machine.py": "", "test_model_kind.py": "", "test_names.py": "", "test_networks.py": "", "test_readme.py": "",
-    "test_rooms.py": "", "test_scripts_alike.py": "", "test_validation.py": "",
+    "test_model_kind.py": "", "test_names.py": "", "test_networks.py": "", "test_out_of_memory.py": "",
+    "test_readme.py": "", "test_rooms.py": "", "test_scripts_alike.py": "", "test_validation.py": "",
     "test_bad_input.py": "test_(usage|fault|flag|tracker)",
     "test_cli.py": r"(?!test_usage_errors_import_nothing_heavy\[(?!sd\]))",
     "test_data.py": "(?!test_crash)",
-    "test_runtime.py": "",
+    "test_lifecycle.py": "",
     "test_contract_numerics.py": r".*\bbad_loss",
     "test_contract_resume_all.py": r"test_interrupted_after_every_update\[(sd_lora|prior_lora|decoder_lora)",
     "test_contract_resume.py": r"test_interrupted_after_every_update\[constant",
@@ -252,7 +252,7 @@ def count_flops_once():
 
 @pytest.fixture(scope="session", autouse=True)
 def draw_curves_once():
-    """They are half of a short run's time: rows of equal kinds share an image. test_metrics.py draws for itself."""
+    """They are half of a short run's time: rows of equal kinds share an image. test_progress.py draws for itself."""
     from t2i_training.report import curves
 
     figure, known = curves._figure, {}

@@ -133,11 +133,11 @@ USAGE_ERRORS = {  # refused before torch is imported: exit status 2
     "schedule rules": ({"lr_scheduler": "piecewise_constant"}, "takes its rules after a colon"),
     "DREAM, v flag": (
         {"dream_training": True, "prediction_type": "v_prediction"},
-        "--dream_training is defined for epsilon prediction only",
+        "--dream_training needs epsilon prediction",
     ),
     "DREAM, v model": (
         {"dream_training": True, "pretrained_model_name_or_path": "{v_model}"},
-        "--dream_training is defined for epsilon prediction only",
+        "--dream_training needs epsilon prediction",
     ),
     "DREAM's p alone": ({"dream_detail_preservation": 2.0}, "--dream_detail_preservation does nothing without"),
     "offload alone": ({"offload_ema": True}, "--offload_ema does nothing without --use_ema"),

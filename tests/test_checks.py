@@ -309,7 +309,7 @@ def test_prediction_types(parse, refused):
 def test_dream_is_for_epsilon(parse, refused, v_model):
     """Told by the flag, or by the scheduler of a model that lies here; the flag overrides the model."""
     parse(dream_training=True)
-    message = "--dream_training is defined for epsilon prediction only"
+    message = "--dream_training needs epsilon prediction, and this is a v_prediction run"
     assert message in refused(parse, dream_training=True, prediction_type="v_prediction")
     assert message in refused(parse, dream_training=True, pretrained_model_name_or_path=v_model)
     parse(dream_training=True, pretrained_model_name_or_path=v_model, prediction_type="epsilon")

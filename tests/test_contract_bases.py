@@ -165,7 +165,8 @@ SEEN_IN_FILES = {
     ),
     "no configuration of the UNet": (lambda f: (f / "unet/config.json").unlink(), "has no unet/config.json: "),
     "no configuration of the text encoder": (
-        lambda f: (f / "text_encoder/config.json").unlink(), "has no text_encoder/config.json: it was not copied whole"
+        lambda f: (f / "text_encoder/config.json").unlink(),
+        "has no text_encoder/config.json: it was not copied completely",
     ),
     "no configuration of the scheduler": (
         lambda f: (f / "scheduler/scheduler_config.json").unlink(), "has no scheduler/scheduler_config.json: it was not"
@@ -219,7 +220,7 @@ SEEN_IN_LOADING = {
         lambda f: with_tensors(f, "text_encoder", infinity), "text_encoder holds values that are not finite, in "
     ),
     "a tensor of the UNet missing": (
-        lambda f: with_tensors(f, "unet", lose), "unet has no weights for conv_in.bias, which its config.json tells of"
+        lambda f: with_tensors(f, "unet", lose), "unet has no weights for conv_in.bias, which its config.json describes"
     ),
     "a tensor of the text encoder missing": (
         lambda f: with_tensors(f, "text_encoder", lose), "text_encoder has no weights for .*position_embedding.weight"

@@ -114,5 +114,5 @@ def test_a_checkpoint_from_before_there_was_a_record_of_data(resume):
 
 def test_encodings_of_what_stayed_are_found_again(resume):
     """Of six images, with four crops each, and as many captions, one of each is new."""
-    wanted = [line.partition(" are in ")[0] for line in resume(recaptioned_and_painted) if "encodings wanted" in line]
-    assert wanted == ["images: 24 encodings wanted, 20", "captions: 6 encodings wanted, 5"]
+    wanted = [line.partition(" are in ")[0] for line in resume(recaptioned_and_painted) if "encodings needed" in line]
+    assert wanted == ["images: 24 encodings needed, 20", "captions: 6 encodings needed, 5"]

@@ -1,4 +1,4 @@
-"""Contract: what a run resumed with other flags does. The three tables are the README's; each change is named.
+"""Contract: what a run resumed with other flags does. docs/guarantees.md has the table; each change is named.
 
 `python tests/faults/table.py` prints a line a case.
 """
@@ -147,7 +147,7 @@ def test_checkpoint_of_another_model(run, resume, out, case, tmp_path, other):
     if other == "another script":
         message, fault = (
             refusal(run, output_dir=out, script="sd", resume_from_checkpoint="latest"),
-            "is not of this script",
+            "was not saved by this script",
         )
     else:
         message = refusal(resume, pretrained_model_name_or_path=wider(tmp_path / "model"))

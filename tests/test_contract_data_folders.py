@@ -156,7 +156,7 @@ READ = {  # a folder -> the captions that are read
 REFUSED = {  # a folder -> what is said
     "images in a tar": (
         lambda f: (listed(f), tar(f / "images.tar", **{"0.png": PNG})),
-        "No such file: 0.png; unpack images.tar: such archives are not looked into",
+        "No such file: 0.png; unpack images.tar: such archives are not read",
     ),
     "images in a tar.gz": (
         lambda f: (listed(f), tar(f / "images.tar.gz", "w:gz", **{"0.png": PNG})),
@@ -168,7 +168,7 @@ REFUSED = {  # a folder -> what is said
     ),
     "images in several rars": (
         lambda f: (listed(f), (f / "a.part1.rar").write_bytes(b"R"), (f / "a.part2.rar").write_bytes(b"R")),
-        "; unpack a.part1.rar, a.part2.rar: such archives are not looked into",
+        "; unpack a.part1.rar, a.part2.rar: such archives are not read",
     ),
     "captions in .txt files, and an archive": (
         lambda f: (two(f, old_tar="x"), (f / "0.txt").write_text("a"), (f / "1.txt").write_text("b")),
@@ -176,11 +176,11 @@ REFUSED = {  # a folder -> what is said
     ),
     "a tar with metadata": (
         lambda f: tar(f / "d.tar", **{"0.png": PNG, "metadata.jsonl": lines(A).encode()}),
-        "; unpack d.tar: such archives are not looked into",
+        "; unpack d.tar: such archives are not read",
     ),
     "a zip in a zip": (
         lambda f: pack(f / "out.zip", **{"in.zip": pack(f.parent / "in.zip", **{"0.png": PNG}).read_bytes()}),
-        "holds no images; unpack in.zip: such archives are not looked into",
+        "holds no images; unpack in.zip: such archives are not read",
     ),
     "images of one name in two zips": (
         lambda f: (listed(f), pack(f / "a.zip", **{"0.png": PNG}), pack(f / "b.zip", **{"0.png": PNG, "1.png": PNG})),
@@ -210,7 +210,7 @@ REFUSED = {  # a folder -> what is said
         "it is a link to nothing: 1.png",
     ),
     "a folder as image": (lambda f: instead(f, "1.png", lambda p: p.mkdir()), "Is a directory"),
-    "a pipe as image": (lambda f: instead(f, "1.png", os.mkfifo), "it is no file, but a pipe, socket or device"),
+    "a pipe as image": (lambda f: instead(f, "1.png", os.mkfifo), "it is not a file, but a pipe, socket or device"),
     "jsonl in Windows' code page": (
         lambda f: two(f, metadata_jsonl='{"file_name": "0.png", "text": "café"}\n'.encode("cp1252")),
         "it is not UTF-8",

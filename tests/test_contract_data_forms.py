@@ -116,7 +116,7 @@ def test_splits_of_tables_are_named_when_left_out(samples, tmp_path, caplog):
 def test_images_without_captions_are_for_the_decoder_alone(samples, tmp_path, caplog):
     folder = fill(tmp_path / "set", "train/steam_train.png", "train/b.png", "test/c.png")
     assert len(samples(folder, caption_column=None)) == 2
-    assert "2 samples that are images without metadata; left out as other splits: test (1 images)" in caplog.text
+    assert "2 samples from images without metadata; left out as other splits: test (1 images)" in caplog.text
     assert "holds no metadata.jsonl, with a line for each image" in samples(folder)
 
 
@@ -507,9 +507,7 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
     dataset = open_dataset(args, seed=0)
     assert captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS) is base_tokenizer
     (said,) = [line for line in caplog.messages if "captions are longer" in line]
-    expected = (
-        "3 of 7 captions are longer than the 16 tokens that the text encoder reads; the rest is cut off, "
-    )
+    expected = "3 of 7 captions are longer than the 16 tokens that the text encoder reads; the rest is cut off, "
     example = f"e.g. of row 2 ({folder}/2.png, metadata.jsonl line 3) what follows '...{'y' * 14}'"
     assert said == expected + example
     caplog.clear()

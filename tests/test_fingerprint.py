@@ -108,13 +108,13 @@ def test_what_does_not_matter_keeps_it(mark, file, old, new):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("script", "picture[:SCALE]", "picture[1:SCALE]"),
+        ("script", "image[:SCALE]", "image[1:SCALE]"),
         ("script", "SCALE = 2", "SCALE = 3"),
         ("script", "decode(source, side)", "decode(source, 2 * side)"),
         ("helpers", "image * SIDE", "image + SIDE"),
         ("helpers", "SIDE = 8", "SIDE = 9"),
         ("helpers", "radius = 2", "radius = 3"),
-        ("helpers", "image * self.radius", "picture"),
+        ("helpers", "image * self.radius", "image"),
     ],
 )
 def test_whatever_is_called_changes_it(mark, file, old, new):

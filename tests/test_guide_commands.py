@@ -11,7 +11,7 @@ import pytest
 from conftest import load_script
 from runs import rows, wait_until
 from safetensors.torch import load_file
-from scripts import SCRIPTS, TORCH
+from scripts import REPOSITORY, SCRIPTS, TORCH
 from test_trackers import wandb_records
 
 FULL = """
@@ -109,6 +109,14 @@ def blocks(readme, script: str) -> list[list[str]]:
     commands = [block.split("```")[0] for block in text.split("```bash")[1:]]
     found = [command[command.index(script) :] for command in commands if f" {script} " in command]
     return [shlex.split(command.split("\n\n")[0].replace("\\\n", " ")) for command in found]
+
+
+def test_the_first_page_s_command_is_understood(model, pictures, tmp_path):
+    (tokens,) = blocks(REPOSITORY / "README.md", "text_to_image/train_text_to_image_lora.py")
+    own = {"--pretrained_model_name_or_path": model, "--train_data_dir": pictures, "--output_dir": tmp_path / "out"}
+    tokens = [token for token in tokens[1:] if token.partition("=")[0] not in own]
+    args = load_script("sd_lora").parse_args([*tokens, *(f"{name}={value}" for name, value in own.items())])
+    assert (args.cache_encodings, args.max_train_steps) == (True, 3000)
 
 
 def test_readmes_show_the_same_commands():

@@ -118,7 +118,7 @@ KANDINSKY = {
     "2.1's prior": ("prior", {INDEX: {"_class_name": "KandinskyPriorPipeline"}}, ": it is of Kandinsky 2.1; "),
     "of other embeddings": (
         "decoder", {UNET: {"encoder_hid_dim": 768}},
-        f"--{PRIOR} gives image embeddings of 32 numbers, and --{DECODER} reads such of 768",
+        f"--{PRIOR} gives image embeddings of 32 numbers, and --{DECODER} expects 768",
     ),
     "both in one": (
         "prior", {INDEX: {"_class_name": "KandinskyV22CombinedPipeline"}},
@@ -183,7 +183,7 @@ def test_a_folder_inside_of_a_pipeline(refused, model):
 
 def test_files_that_were_not_copied_whole(refused, variant_of):
     folder = variant_of("sd", {}, drop=["tokenizer"])
-    assert "has no folder tokenizer, which its model_index.json tells of" in refused(
+    assert "has no folder tokenizer, which its model_index.json names" in refused(
         "sd", pretrained_model_name_or_path=folder
     )
     (folder / UNET).write_text("{")
@@ -256,7 +256,7 @@ def test_kandinskys_scripts_read_the_variant_that_is_there(variant_of, command, 
     """They have no --variant: what is there is read, and said."""
     folder = as_variant(variant_of("decoder", {}), "unet")
     load_script("decoder").main(command("decoder", max_train_steps=1, **{DECODER: folder}))
-    assert f"--{DECODER} {folder} has weights only of a variant, fp16: they are read" in caplog.text
+    assert f"--{DECODER} {folder} has only weights of the variant fp16: these are used" in caplog.text
 
 
 # Revisions
@@ -294,7 +294,7 @@ def test_a_cached_repository_of_another_kind(command, tmp_path, model):
 
 def test_a_repository_that_is_not_cached(command, tmp_path):
     tokens = command("sd", pretrained_model_name_or_path="someone/model", cache_dir=tmp_path)
-    message = f"^error: {FLAG} someone/model: there is no such folder, and no copy in the cache; HF_HUB_OFFLINE keeps"
+    message = f"^error: {FLAG} someone/model: there is no such folder, and no copy in the cache; HF_HUB_OFFLINE forbids"
     with pytest.raises(SystemExit, match=message):
         load_script("sd").main(tokens)
 

@@ -78,7 +78,7 @@ def test_what_is_no_misspelling(value, parse):
     "start", ["https://huggingface.co/", "huggingface.co/datasets/", "http://www.hf.co/", "hf://datasets/"]
 )
 def test_an_address(start, refused):
-    assert "is an address; the hub's name for it is someone/thing" in refused(MODEL, f"{start}someone/thing/tree/main")
+    assert "is a URL: use the hub's name, someone/thing" in refused(MODEL, f"{start}someone/thing/tree/main")
 
 
 def test_home_is_expanded(parse, monkeypatch, model, pictures):
@@ -114,7 +114,7 @@ def test_what_the_hub_says(monkeypatch, tmp_path):
     response = httpx.Response(404, request=httpx.Request("GET", "http://hub"))
     start = f"error: --{MODEL} a/b: "
     assert fail(args, ConnectionError("no route")) == (
-        f"{start}there is no such folder, and the hub cannot be asked (no route)"
+        f"{start}there is no such folder, and the hub cannot be reached (no route)"
     )
     assert f"{start}there is no such folder, and no such model on the hub" in fail(
         args, errors.RepositoryNotFoundError("x", response=response)

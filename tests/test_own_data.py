@@ -16,12 +16,12 @@ from scripts import REPOSITORY, SCRIPTS, TORCH
 
 from t2i_training.data.dataset import check_dataset, image_file
 
-SECTION = (REPOSITORY / "README.md").read_text().split("## Your own data set, your own changes")[1]
+SECTION = (REPOSITORY / "docs" / "data.md").read_text().split("## Your own data set, your own changes")[1]
 SNIPPET = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]
 
 
 def edited(script: str, folder, *changes):
-    """A module: the README's changes, and these (old, new), made in a copy of a script."""
+    """A module: the page's changes, and these (old, new), made in a copy of a script."""
     text = SCRIPTS[script].path.read_text()
     line = re.search(r"    flags\.add_data_source_args\(parser\).*\n", text)[0]
     replacements = [

@@ -126,7 +126,7 @@ def test_eight_bit_adam_resumes_bit_for_bit(command, tmp_path):
     assert len(quantised) >= 2, "both moments of a tensor"
     assert all(moment.any() for moment in quantised)
     line = "error: the checkpoint was made with AdamW8bit, and this run's optimizer is AdamW: "
-    line += "go on with or without --use_8bit_adam, as the run began"
+    line += "add or remove --use_8bit_adam, as when the run began"
     options |= {"use_8bit_adam": None, "max_train_steps": 5, "resume_from_checkpoint": "latest"}
     with pytest.raises(SystemExit) as stop:
         load_script("sd_lora").main(command("sd_lora", output_dir=whole, **options))

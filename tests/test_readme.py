@@ -1,4 +1,4 @@
-"""What the READMEs point at is there."""
+"""What the pages point at is there."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ from scripts import REPOSITORY
 ROOT = REPOSITORY
 PAGES = sorted(
     page
-    for page in [*ROOT.rglob("README.md"), *ROOT.glob("docs/*.md")]
+    for page in [*ROOT.rglob("README.md"), *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]
     if not any(part[0] == "." for part in page.relative_to(ROOT).parts)
 )
 
@@ -28,8 +28,8 @@ def test_relative_links_resolve(page):
 
 
 def test_annotated_tree_is_the_tree():
-    """Every room and module of the package has its line in the README, and every line its room or module."""
-    text = (REPOSITORY / "README.md").read_text()
+    """Every room and module of the package has its line in the tree, and every line its room or module."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
     tree = text[text.index("src/t2i_training/  ") : text.index("text_to_image/           the")]
     named, room = set(), ""
     for indent, name in re.findall(r"^( +)(\w+(?:\.py|/)) ", tree, re.MULTILINE):

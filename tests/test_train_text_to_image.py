@@ -85,7 +85,7 @@ FLAGS = {
     "learning_rate": "test_learning_rate",
     "local_rank": "test_local_rank",
     "logging_dir": "test_trackers.test_all_tells_tensorboard",
-    "log_file": "test_metrics.test_log_file",
+    "log_file": "test_progress.test_log_file",
     "logging_steps": "test_logging_steps",
     "lr_scheduler": "test_schedules",
     "lr_warmup_steps": "test_schedules",
@@ -871,7 +871,7 @@ def test_max_grad_norm(run):
     assert norms == pytest.approx([0.25, column(run(), "grad_norm")[0]], rel=1e-3)
 
 
-SCHEDULES = {  # factors of the rate over six updates, two of them warm-up; all names are in test_runtime.py
+SCHEDULES = {  # factors of the rate over six updates, two of them warm-up; all names are in test_lifecycle.py
     "cosine": [0, 0.5, 1, 0.853553, 0.5, 0.146447],
     "piecewise_constant:1:2,0.1:4,0.01": [1, 1, 0.1, 0.1, 0.01, 0.01],
 }

@@ -446,7 +446,7 @@ def test_precision_of_the_launcher(tokens, tmp_path, monkeypatch):
 
 
 def test_one_device_has_nothing_to_share(train, tmp_path):
-    with pytest.raises(SystemExit, match=r"--shard_parameters spreads them .*, and here is one: leave it out"):
+    with pytest.raises(SystemExit, match=r"--shard_parameters needs several .*, and there is one: leave it out"):
         train(tmp_path / "out", shard_parameters=True)
 
 

@@ -78,7 +78,9 @@ def load_models(args, precision):
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = train_state.NoiseScheduler(DDPMScheduler.from_config(pipeline.scheduler.config))
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
-        raise RunError("--dream_training is defined for epsilon prediction only, which this model does not do")
+        raise RunError(
+            "--dream_training needs a model that predicts epsilon, and this one does not: leave the flag out"
+        )
     return pipeline, noise_scheduler
 
 

@@ -73,7 +73,9 @@ def load_models(args, accelerator):
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
-        raise RunError("--dream_training is defined for epsilon prediction only, which this model does not do")
+        raise RunError(
+            "--dream_training needs a model that predicts epsilon, and this one does not: leave the flag out"
+        )
     if args.enable_xformers_memory_efficient_attention:
         networks.use_xformers(unet)
     if args.gradient_checkpointing:

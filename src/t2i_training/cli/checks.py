@@ -141,7 +141,7 @@ def _check_objective(parser, args):
         parser.error(f"--prediction_type must be epsilon or v_prediction, not {args.prediction_type!r}")
     prediction_type = args.prediction_type or _local_prediction_type(args.pretrained_model_name_or_path)
     if getattr(args, "dream_training", False) and prediction_type == "v_prediction":
-        parser.error("--dream_training is defined for epsilon prediction only, and this is a v_prediction run")
+        parser.error("--dream_training needs epsilon prediction, and this is a v_prediction run: leave the flag out")
 
 
 def _local_prediction_type(model: str) -> str | None:

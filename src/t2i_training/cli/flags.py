@@ -1,7 +1,7 @@
 """The flags, in groups that a script picks from. Nothing heavier than argparse is imported.
 
-Names, types and defaults are those of the published training scripts; the README lists the differences. A flag's range
-is given with it; combinations of flags are checked in `checks.py`.
+Names, types and defaults are those of the published training scripts; docs/differences.md lists what differs. The range
+of a flag is given with it; combinations of flags are checked in `checks.py`.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def _bare_images(listing) -> "tuple[datasets.Dataset, str] | None":  # noqa: F82
     names, left_out = data_files.training_files(listing.having(data_files.IMAGES))
     if not names:
         return None
-    said = "that are images without metadata"
+    said = "from images without metadata"
     if left_out:
         splits = sorted({data_files.split_of(name) for name in left_out})
         said += f"; left out as other splits: {', '.join(splits)} ({len(left_out)} images)"
@@ -296,5 +296,5 @@ def _is_text(text: str) -> bool:
 
 def _shown(value) -> str:
     if isinstance(value, str) and not _is_text(value):
-        return f"no Unicode text: {ascii(value)[:60]}"
+        return f"not valid Unicode: {ascii(value)[:60]}"
     return "missing" if value is None else f"not a text: {ascii(value)[:60]}" if value != "" else "empty"

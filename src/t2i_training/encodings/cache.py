@@ -109,7 +109,7 @@ def _fill(args, accelerator, kind: str, wanted: dict, read, functions: tuple, de
         plan = store.folder.name, store.missing(wanted)
     distributed.barrier(accelerator)  # hashing terabytes takes long
     name, missing = broadcast_object_list([plan])[0]
-    logger.info(f"{kind}: {len(wanted)} encodings wanted, {len(wanted) - len(missing)} are in {folder}")
+    logger.info(f"{kind}: {len(wanted)} encodings needed, {len(wanted) - len(missing)} are in {folder}")
     with readable():
         store = Store(folder / name)
     if missing:

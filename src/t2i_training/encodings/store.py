@@ -72,7 +72,7 @@ class Store:
         return vars(self) | {"_files": {}}  # a spawned worker opens the files again
 
     def _discard(self, name: str, reason) -> None:
-        logger.warning(f"{self.folder / name} is damaged ({reason}): what it holds is encoded again")
+        logger.warning(f"{self.folder / name} is damaged ({reason}): its encodings are made again")
         self._files.pop(name, None)
         (self.folder / name).unlink(missing_ok=True)
 

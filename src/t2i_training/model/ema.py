@@ -124,6 +124,6 @@ def load_networks(name: str, model, ema: EMAModel | None, folder: Path) -> None:
         if ema is not None:
             load_ema(ema, model, folder / f"{name}_ema")
     except FileNotFoundError:
-        raise RunError(f"{folder} is not of this script: it holds no whole {name}") from None
+        raise RunError(f"{folder} was not saved by this script: it holds no complete {name}") from None
     except (RuntimeError, KeyError) as error:
         raise RunError(f"{folder} does not fit this model: {sanitize.reason(error)[:300]}") from error

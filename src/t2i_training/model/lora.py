@@ -63,7 +63,7 @@ def load_networks(model, folder: Path) -> None:
             raise ValueError("its adapters have other names, or another --rank")
         set_peft_model_state_dict(model, weights, adapter_name="default")
     except FileNotFoundError:
-        raise RunError(f"{folder} is not of this script: it holds no adapters") from None
+        raise RunError(f"{folder} was not saved by this script: it holds no adapters") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{folder} does not fit this model: {sanitize.reason(error)[:300]}") from error
 

@@ -55,11 +55,11 @@ def to_whole(network: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.n
         lacking = weight_files.absent(network)
     if lacking:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
-        raise Unfit(f"{name} has no weights for {lacking[0]}{more}, which its config.json tells of")
+        raise Unfit(f"{name} has no weights for {lacking[0]}{more}, which its config.json describes")
     for tensor, value in network.to(dtype=dtype).state_dict().items():
         # The sum is much faster, but may overflow on large values.
         if value.is_floating_point() and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
-            raise Unfit(f"{name} holds values that are not finite, in {tensor}: its file is of no use")
+            raise Unfit(f"{name} holds values that are not finite, in {tensor}: download its file again")
     return network
 
 

@@ -147,7 +147,7 @@ class CheckpointManager:
         if was != now:
             raise RunError(
                 f"the checkpoint was made with {was}, and this run's optimizer is {now}: "
-                "go on with or without --use_8bit_adam, as the run began"
+                "add or remove --use_8bit_adam, as when the run began"
             )
         load_optimizer(self.optimizer, state)
         scaler = self.accelerator.scaler

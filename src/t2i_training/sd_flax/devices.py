@@ -45,7 +45,7 @@ def start(args):
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     mesh = Mesh(np.array(devices).reshape(accelerator.num_processes, -1), ("hosts", "devices"))
     if args.shard_parameters and mesh.shape["devices"] == 1:
-        raise RunError("--shard_parameters spreads them over the devices of a host, and here is one: leave it out")
+        raise RunError("--shard_parameters needs several devices per host, and there is one: leave it out")
     return accelerator, mesh, precision
 
 
@@ -62,7 +62,7 @@ def _join_hosts(accelerator) -> None:
 
 
 def leave_hosts() -> None:
-    """Part from the other hosts, all at the same time: later they would wait five minutes for the last, and abort."""
+    """Disconnect from the other hosts, all at once; otherwise the first to end waits five minutes and aborts."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
 
@@ -81,14 +81,14 @@ def describe(mesh: Mesh) -> tuple[int, str]:
 
 
 class DeviceStats:
-    """What `report.throughput` has to know of JAX's devices. `sample_flops()` is asked for after the first update."""
+    """`report.throughput.DeviceStats` for JAX's devices. `sample_flops()` is called after the first update."""
 
     def __init__(self, args, precision: str, mesh: Mesh, sample_flops: Callable[[], float]):
         self.devices, self.flops = mesh.size, lambda _batch: sample_flops()
         self.peak = flops.peak_tflops(describe(mesh)[1], precision, args.allow_tf32)
 
     def restart(self) -> None:
-        """Nothing: JAX's mark of the most memory that was used stays where it is."""
+        """Does nothing: JAX cannot reset its peak of memory."""
 
     def peak_memory(self) -> int | None:
         """Bytes on one device since the process began."""
@@ -104,7 +104,7 @@ def compute_dtype(precision: str):
 
 
 def place(tree, mesh: Mesh, shard: bool = False):
-    """Arrays of the host on the devices: whole on each, or, with `shard`, in as many parts as a host has devices."""
+    """Put host arrays on the devices: replicated or, with `shard`, split over the devices of each host."""
 
     def put(array):
         sharding = NamedSharding(mesh, _split_axis(array.shape, mesh.shape["devices"]) if shard else P())
@@ -114,15 +114,15 @@ def place(tree, mesh: Mesh, shard: bool = False):
 
 
 def _split_axis(shape: tuple[int, ...], parts: int) -> P:
-    """Cut the longest axis that can be cut evenly."""
+    """Split the longest axis that divides evenly."""
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     return P(*[None] * max(axes, key=lambda axis: shape[axis]), "devices") if axes else P()
 
 
 def fetch(tree):
-    """Arrays of the devices, wherever their parts are on this host, as NumPy arrays: good until the next step.
+    """Device arrays as NumPy arrays, assembled from their shards on this host. Valid until the next step.
 
-    Each number is read once. What is read is an alias, for JAX keeps what has been read as long as the array lives.
+    Each shard is read through an alias, since JAX keeps a host copy as long as the array that was read lives.
     """
 
     def get(array):
@@ -137,7 +137,7 @@ def fetch(tree):
 
 
 def local(tree):
-    """Arrays of the devices on the first of this host alone. What is whole there is not copied."""
+    """Device arrays on the first device of this host only. Replicated arrays are not copied."""
 
     def get(array):
         return array.addressable_data(0) if array.is_fully_replicated else jax.device_put(fetch(array), first)
@@ -149,7 +149,7 @@ def local(tree):
 def place_batch(micro_batches: list[dict[str, torch.Tensor]], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's micro-batches on the devices: each entry (micro-batches, samples of all hosts, ...)."""
     sharding = NamedSharding(mesh, P(None, ("hosts", "devices")))
-    names = [name for name in micro_batches[0] if name != "index"]  # which is for the books
+    names = [name for name in micro_batches[0] if name != "index"]  # used only to name bad samples
     stacked = {name: np.stack([to_numpy(batch[name]) for batch in micro_batches]) for name in names}
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in stacked.items()}
 
@@ -171,13 +171,15 @@ _jit = functools.cache(jax.jit)
 
 
 def on_host(arrays, *axes: str):
-    """Networks on every device of this host; or, with "devices", samples, of which each takes its share."""
+    """Put networks on every device of this host or, with "devices", split samples over them."""
     return jax.device_put(arrays, NamedSharding(Mesh(np.array(jax.local_devices()), "devices"), P(*axes)))
 
 
 def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial) -> dict[str, torch.Tensor]:
-    """What the cache calls: `encode(batch)` by the devices of this host, on which the networks bound to it are."""
+    """Called by the cache: `encode(batch)` on the devices of this host, which hold the networks bound to it."""
     size = len(next(iter(batch.values())))
-    places = np.arange(size + -size % jax.local_device_count()) % size  # some twice, so that all devices have as many
+    places = (
+        np.arange(size + -size % jax.local_device_count()) % size
+    )  # repeat some samples, so that all devices get equally many
     samples = on_host({name: to_numpy(tensor)[places] for name, tensor in batch.items()}, "devices")
     return {name: to_torch(array)[:size] for name, array in _jit(encode.func)(samples, **encode.keywords).items()}

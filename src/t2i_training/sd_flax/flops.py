@@ -1,4 +1,4 @@
-"""FLOPs of a training step in JAX, counted without computing, by the rules of `report.flops`."""
+"""Counts the FLOPs of a training step in JAX from its jaxpr, by the rules of `report.flops`."""
 
 import math
 
@@ -21,7 +21,7 @@ def count(train_step, state, *inputs) -> int:
 
 
 def _count(jaxpr, depends: list[bool]) -> tuple[int, list[bool]]:
-    """(FLOPs, which results depend on the state) of a program of whose inputs these depend on it."""
+    """(FLOPs, which outputs depend on the state) of a jaxpr, given which inputs depend on it."""
     dependent, total = {variable for variable, is_one in zip(jaxpr.invars, depends, strict=True) if is_one}, 0
     for line in jaxpr.eqns:
         inputs = [not isinstance(variable, core.Literal) and variable in dependent for variable in line.invars]
@@ -31,7 +31,7 @@ def _count(jaxpr, depends: list[bool]) -> tuple[int, list[bool]]:
         if line.primitive.name in PRODUCTS:
             total += PRODUCTS[line.primitive.name](line)
         for inner in filter(None, map(_program, line.params.values())):
-            if line.primitive.name == "scan":  # what one turn hands to the next may come to depend on the state
+            if line.primitive.name == "scan":  # the carry may depend on the state after an iteration
                 carried = range(line.params["num_consts"], line.params["num_consts"] + line.params["num_carry"])
                 inputs = [is_one or i in carried for i, is_one in enumerate(inputs)]
             flops, outputs = _count(inner, inputs)
@@ -52,7 +52,7 @@ def _matrices(line) -> int:
 def _convolution(line) -> int:
     image, kernel = (variable.aval.shape for variable in line.invars)
     numbers, output = line.params["dimension_numbers"], line.outvars[0].aval.shape
-    # Of the gradient of a strided one the image is spread out, with zeros between that are not multiplied.
+    # The gradient of a strided convolution dilates the image with zeros, which do not count.
     spread = max(line.params["lhs_dilation"]) > 1
     places = [image[i] for i in numbers.lhs_spec[2:]] if spread else [output[i] for i in numbers.out_spec[2:]]
     per_place = output[numbers.out_spec[0]] * output[numbers.out_spec[1]] * math.prod(kernel)

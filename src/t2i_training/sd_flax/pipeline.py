@@ -1,6 +1,6 @@
-"""A Stable Diffusion pipeline's folder: read into Flax networks, and written so that diffusers loads it.
+"""Loads a Stable Diffusion pipeline into Flax networks, and saves it so that diffusers can load it.
 
-PyTorch's classes lend the tokenizer and the sampler's formulas; no network of theirs is built.
+Tokenizer and sampler are those of diffusers and transformers; no PyTorch network is built.
 """
 
 import json
@@ -23,7 +23,7 @@ ALL_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "diffusion_fla
 
 @dataclass
 class Pipeline:
-    """The parts of a Stable Diffusion. The networks' weights are unrounded, and in host memory."""
+    """The parts of a Stable Diffusion. The networks' weights are fp32 in host memory."""
 
     folder: Path
     tokenizer: CLIPTokenizer
@@ -31,7 +31,7 @@ class Pipeline:
     unet: networks.UNet2DConditionModel
     vae: networks.AutoencoderKL
     text_encoder: networks.CLIPTextModel
-    dtype: type  # that they compute in
+    dtype: type  # dtype of the networks' arithmetic
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of an image's latents."""
@@ -67,14 +67,14 @@ def load(args, dtype) -> Pipeline:
 
 
 def variant_of(part: Path, variant: str | None) -> str | None:
-    """The variant if this part of a pipeline has any; else its plain weights serve, as with diffusers."""
+    """The variant if this part has it, else None for its plain weights, as in diffusers."""
     return variant if variant and list(part.glob(f"*.{variant}*")) else None
 
 
 def local_folder(args) -> Path:
-    """The pipeline's folder; of a hub's repository, what is needed of it, downloaded.
+    """The pipeline's folder. Of a hub repository, the necessary files are downloaded.
 
-    Weights of one kind are asked for after the other, until all networks have theirs; those of a variant first.
+    Formats of weights are tried in turn until every network has weights, those of a variant first.
     """
     name, lacking = args.pretrained_model_name_or_path, ["*"]
     if Path(name).is_dir():
@@ -101,7 +101,7 @@ def _has_weights(part: Path, stem: str, variant: str | None) -> bool:
 
 
 def frozen(pipeline: Pipeline) -> tuple:
-    """VAE and text encoder, their matrices in the type that they compute in. Vectors, of norms too, stay float32."""
+    """VAE and text encoder, with matrices in the dtype of their arithmetic. Vectors, e.g. of norms, stay float32."""
     dtype = pipeline.dtype
     both = (pipeline.vae, pipeline.text_encoder)
     return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, both)
@@ -125,13 +125,13 @@ def save(pipeline: Pipeline, unet, folder: Path, variant: str | None) -> None:
 
 @jax.jit
 def encode_text(text_encoder, input_ids):
-    """Text states of token numbers."""
+    """Text states for token ids."""
     return text_encoder(input_ids)
 
 
 @jax.jit
 def predict_guided(unet, latents, timestep, text_states, scale):
-    """Classifier-free guidance, arXiv:2207.12598 equation 6; `text_states` are those of no caption and of a caption.
+    """Classifier-free guidance, arXiv:2207.12598 equation 6. `text_states`: empty caption, then prompt.
 
     (1, C, h, w) to (1, C, h, w) float32.
     """
@@ -142,6 +142,6 @@ def predict_guided(unet, latents, timestep, text_states, scale):
 
 @jax.jit
 def decode_latents(vae, latents):
-    """Latents (1, C, h, w), as they are trained on, to pixels (R, R, 3), 0..1."""
+    """Scaled latents (1, C, h, w) to pixels (R, R, 3) in 0..1."""
     pixels = vae.decode(jnp.moveaxis(latents, 1, -1) / vae.config["scaling_factor"])[0]
     return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)

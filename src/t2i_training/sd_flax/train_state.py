@@ -1,4 +1,4 @@
-"""Weight updates in JAX by PyTorch's and diffusers' formulas, the state that they change, and its checkpoints."""
+"""Optimizer, EMA and loss scaling in JAX, by the formulas of PyTorch and diffusers; their state and its checkpoints."""
 
 import json
 import math
@@ -26,7 +26,7 @@ FIRST_SCALE, PATIENCE = 2.0**16, 2000  # of the loss in fp16, as in torch.amp.Gr
 
 
 class NoiseScheduler:
-    """What `losses` and a script ask of diffusers' DDPMScheduler, in JAX."""
+    """The part of diffusers' DDPMScheduler that training uses, in JAX."""
 
     def __init__(self, scheduler):
         self.config, self.alphas_cumprod = scheduler.config, jnp.asarray(scheduler.alphas_cumprod.numpy())
@@ -47,15 +47,15 @@ class NoiseScheduler:
 
 
 def make_optimizer(args):
-    """AdamW as torch.optim.AdamW defines it, up to the learning rate."""
+    """AdamW as in torch.optim.AdamW, without the learning rate."""
     adam = optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon)
     return optax.chain(adam, optax.add_decayed_weights(args.adam_weight_decay))
 
 
 def gradient_of(loss_function, state: dict, batch: dict, max_norm: float):
-    """(loss, gradient, its norm): means over the micro-batches along the first axis of `batch`, one after the other.
+    """(loss, gradient, its norm): means over the micro-batches, which lie along the first axis of `batch`.
 
-    The gradient is scaled down to `max_norm` as torch.nn.utils.clip_grad_norm_ does; the norm is that before.
+    The gradient is clipped to `max_norm` as in torch.nn.utils.clip_grad_norm_; the norm is that before clipping.
     """
     parameters, count = state["parameters"], len(next(iter(batch.values())))
     scale = state["scaling"]["scale"] if "scaling" in state else 1.0
@@ -67,7 +67,7 @@ def gradient_of(loss_function, state: dict, batch: dict, max_norm: float):
     total = jax.tree.map(jnp.zeros_like, parameters)
     if count > 1:
         gradient, losses = jax.lax.scan(add, total, batch)
-    else:  # not a loop for XLA
+    else:  # no scan, which XLA would compile as a loop
         gradient, losses = add(total, {name: array[0] for name, array in batch.items()})
     norm = optax.global_norm(gradient)
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
@@ -75,9 +75,9 @@ def gradient_of(loss_function, state: dict, batch: dict, max_norm: float):
 
 
 def update(state: dict, gradient, norm, optimizer, rate, ema_share) -> dict:
-    """The state after one step of AdamW, with its average, and in fp16 with the loss scaled as GradScaler would.
+    """The state after one step of AdamW and of the EMA; in fp16 with loss scaling as in torch.amp.GradScaler.
 
-    `ema_share`, 1 - decay, is how much of the way to the weights the average goes.
+    `ema_share` is 1 - decay of the EMA.
     """
     steps, moments = optimizer.update(gradient, state["optimizer"], state["parameters"])
     parameters = jax.tree.map(lambda array, step: array - rate * step, state["parameters"], steps)
@@ -97,9 +97,9 @@ def update(state: dict, gradient, norm, optimizer, rate, ema_share) -> dict:
 
 
 class TrainState:
-    """The network that is trained: parameters, moments, average. Saved and restored here.
+    """The state of training: parameters, moments, EMA. Saves and restores them.
 
-    They are in `state`: in host memory until `begin` puts them on the devices, so that resuming takes no more of those.
+    `state` is in host memory until `begin` puts it on the devices, so that resuming needs no extra device memory.
     """
 
     def __init__(self, args, precision: str, network, mesh: Mesh):
@@ -115,21 +115,21 @@ class TrainState:
         self.state, self._inputs = state, None
 
     def begin(self, train_step) -> None:
-        """Be ready for `train_step(state, batch, frozen, rate, ema_share)`, which gives (state, loss, gradient norm).
+        """Set `train_step(state, batch, frozen, rate, ema_share)`, which returns (state, loss, gradient norm).
 
-        It is compiled when it is called first. The new state takes the old one's place in memory.
+        It is compiled at the first call. The new state reuses the memory of the old one.
         """
         self.state = place(self.state, self.mesh, self.shard)
         shardings = jax.tree.map(lambda array: array.sharding, self.state)
         self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
 
     def step(self, batch: dict, frozen: dict, rate: float):
-        """One weight update: (loss, gradient norm), of which nothing is waited for."""
+        """Make one update. Returns (loss, gradient norm) without waiting for the device."""
         if self._inputs is None:
             inputs = self.state, batch, frozen, np.float32(rate), np.float32(0)
             self._inputs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
         self.updates += 1
-        share = 1 - EMAModel([]).get_decay(self.updates)  # here, for in float32 it would lose digits
+        share = 1 - EMAModel([]).get_decay(self.updates)  # on the host: float32 would lose digits
         self.state, loss, norm = self.train_step(self.state, batch, frozen, np.float32(rate), np.float32(share))
         return loss, norm
 
@@ -138,16 +138,16 @@ class TrainState:
         return sum(array.nbytes for array in jax.tree.leaves(self.state))
 
     def sample_flops(self) -> float:
-        """FLOPs of the trained network for one sample, counted over shapes after the first step."""
+        """FLOPs of the trained network for one sample, counted from shapes. Call it after the first step."""
         samples = next(iter(self._inputs[1].values())).shape[:2]
         return flops.count(self.train_step.__wrapped__, *self._inputs) / math.prod(samples)
 
     def network(self, get=fetch, part: str = "parameters"):
-        """The network, in host memory or where else `get` takes it; with `part="average"`, the averaged one."""
+        """The network, in host memory or where `get` puts it; with `part="average"` the EMA's."""
         return self.merge(get(self.state[part]))
 
     def export(self, get=fetch):
-        """The network that the run is for."""
+        """The network to export: the EMA's if there is one."""
         return self.network(get, "average" if "average" in self.state else "parameters")
 
     def save(self, folder: Path) -> None:
@@ -174,7 +174,7 @@ class TrainState:
                 state["average"] = networks.split(networks.load_unet(folder / "unet_ema"))[0]
             saved, moments = safetensors.numpy.load_file(folder / OPTIMIZER), self._moments()
             if not any(name in saved for name in self._flat({"scaling": moments.get("scaling")})):
-                moments.pop("scaling", None)  # it was saved in another precision: the scale begins anew
+                moments.pop("scaling", None)  # saved in another precision: start with a new scale
             names = self._flat(moments)
             state |= jax.tree.unflatten(jax.tree.structure(moments), [saved[name] for name in names])
             shapes = jax.tree.map(np.shape, state)

@@ -1,1 +1,1 @@
-"""What a run is given: models and data, as folders here or names of the hub, looked at without torch."""
+"""Models and data that flags name, as local folders or hub names, checked without torch."""

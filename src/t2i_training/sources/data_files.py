@@ -1,7 +1,7 @@
-"""Which files a data folder holds: images, metadata, splits, and which file was probably meant. Imports no torch.
+"""Lists the files of a data folder: images, metadata, splits. Imports no torch.
 
-A zip counts as if it were unpacked where it lies; a member of it has a path such as zip://0001.png::/data/images.zip,
-as fsspec and `datasets` write it.
+A zip counts as if it were unpacked in place; a member has a path such as zip://0001.png::/data/images.zip, as in fsspec
+and `datasets`.
 """
 
 import difflib
@@ -18,18 +18,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-STORED = ("state.json", "dataset_dict.json")  # of `save_to_disk`
+STORED = ("state.json", "dataset_dict.json")  # written by `save_to_disk`
 IMAGES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl", ".png", ".ppm",
     ".psd", ".svg", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-_TABLES = (  # what `datasets` reads as tables, or looks into
+_TABLES = (  # read by `datasets`, as tables or archives
     ".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv",
     ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar",
 )  # fmt: skip
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".001")  # not looked into
+_ARCHIVES = (
+    ".tar",
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tar.xz",
+    ".tar.zst",
+    ".7z",
+    ".rar",
+    ".001",
+)  # archives that are not read
 _CAPTIONS = (".txt", ".caption")
-_SPLITS = {  # a folder's name -> the split that it holds, as `datasets` has it
+_SPLITS = {  # name of a folder -> its split, as in `datasets`
     "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
@@ -37,7 +47,7 @@ _LINE = '{"file_name": "0001.jpg", "text": "a red fox"}'
 
 
 def local_folder(args) -> str | None:
-    """The folder that holds the data, if it lies here and no configuration of it is asked for."""
+    """The local data folder, if there is one and no --dataset_config_name is given."""
     if args.dataset_name is None:
         return args.train_data_dir
     place = os.path.join(args.dataset_name, args.train_data_dir) if args.train_data_dir else args.dataset_name
@@ -54,7 +64,7 @@ class Listing:
 
     root: str
     files: dict[str, str] = field(default_factory=dict)
-    zips: list[str] = field(default_factory=list)  # on the disk; not looked into by `list_files`
+    zips: list[str] = field(default_factory=list)  # zips on the disk; `list_files` does not open them
 
     def having(self, suffixes: tuple[str, ...]) -> list[str]:
         return [name for name in self.files if name.lower().endswith(suffixes)]
@@ -64,12 +74,12 @@ class Listing:
 
 
 def list_files(root: str) -> Listing:
-    """All files below in a fixed order, links followed, hidden ones left out."""
+    """All files below, in a fixed order. Follows links, skips hidden files."""
     listing = Listing(os.path.abspath(root))
-    above = {listing.root: frozenset()}  # place -> the folders, without links, that it lies in
+    above = {listing.root: frozenset()}  # folder -> the resolved folders above it
     for place, folders, names in os.walk(listing.root, followlinks=True):
         real, outer = os.path.realpath(place), above.pop(place)
-        if real in outer:  # a link that leads back
+        if real in outer:  # a link to a folder above
             folders[:] = []
             continue
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
@@ -82,15 +92,15 @@ def list_files(root: str) -> Listing:
 
 
 def relative(path: str, root: str) -> str:
-    """An absolute path below `root` as a key of `Listing.files`: macOS stores é as e and an accent, others as one."""
+    """An absolute path below `root` as a key of `Listing.files`, in NFC: macOS stores é as e and an accent."""
     name = path[len(root.rstrip(os.sep)) + 1 :]
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def add_zips(listing: Listing) -> None:
-    """Add the members of all zips; a file on the disk comes before a member of its name. Raises BadData.
+    """Add the members of all zips; a file on the disk wins over a member of the same name. Raises BadData.
 
-    Where several zips of one folder have metadata of their own, each counts as a folder, with the zip's name.
+    If several zips in one folder have their own metadata, each counts as a folder with the zip's name.
     """
     contents = {path: _members(path, listing.root) for path in listing.zips}
     own = Counter(os.path.dirname(path) for path, shown in contents.items() if _has_metadata(shown))
@@ -110,7 +120,7 @@ def add_zips(listing: Listing) -> None:
 
 
 def _members(path: str, root: str) -> list[tuple[str, str]]:
-    """(name as it was meant, name in the zip) of its files."""
+    """(intended name, name in the zip) of each file in it."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
@@ -126,7 +136,7 @@ def _has_metadata(shown: list[tuple[str, str]]) -> bool:
 
 
 def _names(member: zipfile.ZipInfo) -> list[str]:
-    """A member's name; of tools that do not mark UTF-8 as such, what they meant comes first."""
+    """A member's name. Some tools write UTF-8 without marking it: then the decoded name comes first."""
     if not member.filename.isascii() and not member.flag_bits & 0x800:
         try:
             return [member.filename.encode("cp437").decode("utf-8"), member.filename]
@@ -136,12 +146,12 @@ def _names(member: zipfile.ZipInfo) -> list[str]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a relative path belongs to by the folders that it goes through."""
+    """The split of a relative path, by the names of its folders."""
     return next((_SPLITS[part] for part in name.lower().split("/")[:-1] if part in _SPLITS), None)
 
 
 def training_files(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(files of the training split, files of other splits): all that no folder's name sets aside is for training."""
+    """(files of the training split, files of other splits). Files in folders with other names are for training."""
     names = list(names)
     others = [name for name in names if split_of(name) not in (None, "train")]
     left_out = set(others)
@@ -149,14 +159,14 @@ def training_files(names: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def is_table(listing: Listing) -> bool:
-    """Whether `datasets` is to read the folder: it holds no metadata, and no fewer tables or archives than images."""
+    """Whether `datasets` should read the folder: without metadata, and with as many tables or archives as images."""
     return not listing.metadata() and 0 < len(listing.having(_TABLES)) >= len(listing.having(IMAGES))
 
 
 def refusal(root: str, captions: bool) -> str | None:
-    """What is wrong with a data folder and the way out, from names alone; None if it may be one.
+    """What is wrong with a data folder, judging by file names, and what to do; None if it may be valid.
 
-    `captions` says whether the script needs them.
+    `captions` says whether the script needs captions.
     """
     if any(os.path.isfile(os.path.join(root, name)) for name in STORED) or declares_configs(root):
         return None
@@ -184,10 +194,10 @@ def refusal(root: str, captions: bool) -> str | None:
 
 
 def archives(listing: Listing) -> str:
-    """A clause on those that are not looked into; "" if there are none."""
+    """A hint to unpack archives that are not read; "" if there are none."""
     inner = [name for name in listing.having((".zip",)) if listing.files[name].startswith("zip://")]
     found = sorted([*listing.having(_ARCHIVES), *inner])
-    return f"; unpack {', '.join(found[:5])}: such archives are not looked into" if found else ""
+    return f"; unpack {', '.join(found[:5])}: such archives are not read" if found else ""
 
 
 def _only_other_splits(root: str, names: list[str]) -> str:
@@ -197,7 +207,7 @@ def _only_other_splits(root: str, names: list[str]) -> str:
 
 
 def declares_configs(root: str) -> bool:
-    """Whether a dataset card (README.md) there says which files belong to which configuration and split."""
+    """Whether a dataset card (README.md) assigns files to configurations and splits."""
     try:
         with open(os.path.join(root, "README.md"), encoding="utf-8", errors="replace") as file:
             head = file.read(100_000)
@@ -237,7 +247,7 @@ def _captions_beside(listing: Listing, images: list[str]) -> str | None:
 
 
 def _near_miss(listing: Listing) -> str:
-    """What is there in place of a metadata file, and what to do with it; "" if nothing like one is there."""
+    """A file that was probably meant as metadata, and what to do with it; "" if there is none."""
     names = sorted(listing.files, key=lambda name: (name.count("/"), name))
     for name in names:
         base = posixpath.basename(name).lower()
@@ -273,25 +283,25 @@ def _what_to_do(name: str, base: str, listing: Listing) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _archive(path: str, stamp: int, process: int) -> zipfile.ZipFile:
-    """An open zip, for this process alone: processes that share a file share its position, too."""
+    """An open zip, one per process: forked processes would share its file position."""
     return zipfile.ZipFile(path)
 
 
 def stamped(path: str) -> str:
-    """A path with what changes when the file does: size and time, of a zip's member those of the zip."""
+    """A path with the file's size and time, which change with its content; for a member those of the zip."""
     place = path.rpartition("::")[2] if path.startswith("zip://") else path
-    if place.startswith("hf://"):  # with the commit in it
+    if place.startswith("hf://"):  # the URL contains the commit
         return path
     status = os.stat(place)
     return f"{path}:{status.st_size}:{status.st_mtime_ns}"
 
 
 def read_bytes(path: str) -> bytes:
-    """A file's content. Raises OSError, and for a member of a zip what zipfile raises."""
+    """A file's content. Raises OSError, and for a member of a zip zipfile's errors."""
     if not path.startswith("zip://"):
         mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open it could take for ever
-            raise OSError("it is no file, but a pipe, socket or device")
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening it could block forever
+            raise OSError("it is not a file, but a pipe, socket or device")
         with open(path, "rb") as file:
             return file.read()
     member, _, archive = path.removeprefix("zip://").rpartition("::")

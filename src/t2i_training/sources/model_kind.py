@@ -1,7 +1,7 @@
-"""Of what kind a model is, told from its configuration files before data are opened; without torch.
+"""Determines the kind of a model from its configuration files, before the data is opened and without torch.
 
-A folder is looked at while flags are checked, a repository of the hub right before the data set is opened: its
-configuration files are small, and the download of its weights is not.
+A folder is checked with the flags, a hub repository right before the data set is opened: its configuration files are
+small, while downloading its weights takes long.
 """
 
 import json
@@ -16,7 +16,7 @@ from ..errors import RunError, Unfit
 from ..log import logger
 from . import names, stand_ins, weight_files
 
-_NEEDS = {  # kind -> the parts of its pipeline, and what a user is told that it is
+_NEEDS = {  # kind -> the parts of its pipeline, and its description for the user
     "model": (
         ("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
         "a Stable Diffusion 1.x or 2.x is needed: a VAE, one text encoder, and a UNet that reads its latents alone",
@@ -34,24 +34,24 @@ _NEEDS = {  # kind -> the parts of its pipeline, and what a user is told that it
 
 @dataclass(frozen=True)
 class Trained:
-    """What a script trains, and the types of files that it reads weights from, the first that is there."""
+    """What a script trains, and the types of weight files that it reads, in order of preference."""
 
-    kind: str  # of _NEEDS
+    kind: str  # a key of _NEEDS
     weights: tuple[str, ...] = ("safetensors", "bin")
 
 
 STABLE_DIFFUSION, PRIOR, DECODER = Trained("model"), Trained("prior"), Trained("decoder")
 STABLE_DIFFUSION_IN_JAX = Trained("model", ("safetensors", "bin", "msgpack"))
-_NETWORKS = ("unet", "vae", "movq", "prior", "text_encoder", "image_encoder")  # have weights
+_NETWORKS = ("unet", "vae", "movq", "prior", "text_encoder", "image_encoder")  # the parts with weights
 _CONFIGURATIONS = {"scheduler": "scheduler_config.json", "image_processor": "preprocessor_config.json"}
-_SINGLE = (".ckpt", ".safetensors", ".pt", ".pth", ".gguf")  # a whole model in one file
+_SINGLE = (".ckpt", ".safetensors", ".pt", ".pth", ".gguf")  # single-file models
 
 
 def check_folders(parser, args, trained: Trained) -> None:
-    """Refuse local models that are not of the kind that the script trains. Reads configuration files alone."""
+    """Refuse local models of another kind than the script trains. Reads only configuration files."""
     for flag, kind in _models(args):
         folder = Path(getattr(args, flag))
-        if os.path.isdir(folder):  # unlike Path's, it takes a name too long for one
+        if os.path.isdir(folder):  # unlike Path.is_dir, it accepts names that are too long
             _refuse_revisions(parser, args, folder)
             try:
                 _check_folder(folder, kind, args, trained)
@@ -67,7 +67,7 @@ def check_folders(parser, args, trained: Trained) -> None:
 
 
 def check_hub(args, trained: Trained) -> None:
-    """The same for names of the hub: exits with one line."""
+    """The same for hub names. Exits with one line."""
     for flag, kind in _models(args):
         name = getattr(args, flag)
         if os.path.isdir(name) or not _is_used(args, flag, trained):
@@ -79,17 +79,17 @@ def check_hub(args, trained: Trained) -> None:
 
 
 def _models(args) -> list[tuple[str, str]]:
-    """(flag, kind) of the models that a script is given."""
+    """(flag, kind) of each model that a script takes."""
     return [(f, f.split("_")[1]) for f in vars(args) if re.fullmatch("pretrained_((prior|decoder)_)?model_.*", f)]
 
 
 def _is_used(args, flag: str, trained: Trained) -> bool:
-    """Whether the run opens it: a prior's run needs a decoder, which it does not train, for validation alone."""
+    """Whether the run loads this model: a prior's run needs a decoder only for validation."""
     return "decoder" not in flag or trained.kind == "decoder" or bool(args.validation_prompts)
 
 
 def _reads_image_encoder_alone(kind: str, args, trained: Trained) -> bool:
-    """Whether the image encoder is all that the run, a decoder's, opens of a prior."""
+    """Whether the run, a decoder's, loads only the image encoder of a prior."""
     return kind == "prior" and trained.kind == "decoder" and not args.validation_prompts
 
 
@@ -116,7 +116,7 @@ def _check_folder(folder: Path, kind: str, args, trained: Trained) -> None:
     files = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
     for part in _NEEDS[kind][0]:
         if not (folder / part).is_dir():
-            raise Unfit(f"has no folder {part}, which its model_index.json tells of: it was not copied whole")
+            raise Unfit(f"has no folder {part}, which its model_index.json names: it was not copied completely")
     _check_configurations(_NEEDS[kind][0], files)
     _check_weights(kind, files, folder, args, trained)
 
@@ -126,28 +126,28 @@ def _networks(kind: str) -> list[str]:
 
 
 def _check_weights(kind: str, files, folder: Path | None, args, trained: Trained) -> None:
-    choose = trained.kind == "model"  # Kandinsky's scripts have no --variant, and take what is there: `source`
+    choose = trained.kind == "model"  # Kandinsky's scripts have no --variant; `source` chooses one
     variant = args.variant if choose else None
     weight_files.check(_networks(kind), files, folder, trained.weights, variant, choose)
 
 
 def _check_configurations(parts, files) -> None:
-    """Raise Unfit unless each part has the files that are read besides weights."""
+    """Raise Unfit unless each part has its files besides weights."""
     for part in parts:
         if part == "tokenizer":
             old = {"tokenizer/vocab.json", "tokenizer/merges.txt"}
             if "tokenizer/tokenizer.json" not in files and not old.issubset(files):
                 lacks = "neither tokenizer/tokenizer.json nor tokenizer/vocab.json with tokenizer/merges.txt"
-                raise Unfit(f"has {lacks}: it was not copied whole")
+                raise Unfit(f"has {lacks}: it was not copied completely")
         elif (file := f"{part}/{_CONFIGURATIONS.get(part, 'config.json')}") not in files:
-            raise Unfit(f"has no {file}: it was not copied whole")
+            raise Unfit(f"has no {file}: it was not copied completely")
 
 
 def _parse(file: Path) -> dict:
     where = "/".join(file.parts[-2:]) if file.name != "model_index.json" else file.name
     try:
         content = file.read_bytes()
-        if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):  # as diffusers refuses it
+        if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):  # diffusers rejects it too
             raise Unfit(f"holds a {where} that begins with a byte order mark: save it as UTF-8 without BOM")
         if instead := stand_ins.of_content(content[:1000]):
             raise Unfit(f"cannot be read: {where} is {instead}")
@@ -156,12 +156,12 @@ def _parse(file: Path) -> dict:
         reason = f"{type(error).__name__}: {sanitize.reason(error)[:200]}"
         raise Unfit(f"holds a {where} that cannot be read ({reason})") from None
     if not isinstance(found, dict):
-        raise Unfit(f"holds a {where} that is no configuration")
+        raise Unfit(f"holds a {where} that is not a configuration")
     return found
 
 
 def _what_instead(folder: Path) -> str:
-    """What a folder without model_index.json is."""
+    """What a folder without model_index.json is, for the message."""
     inside = {path.name for path in folder.iterdir()}
     below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/model_index.json"))
     if below:
@@ -198,7 +198,7 @@ def _what_instead(folder: Path) -> str:
 def _check_repository(args, flag: str, name: str, kind: str, trained: Trained) -> None:
     from huggingface_hub import hf_hub_download
 
-    revision = args.revision if trained.kind == "model" else None  # Kandinsky's scripts have no such flag
+    revision = args.revision if trained.kind == "model" else None  # Kandinsky's scripts have no --variant
     source = {"repo_id": name, "revision": revision, "cache_dir": args.cache_dir}
     files = names.remote_files(args, flag, revision)
 
@@ -228,7 +228,7 @@ def _check_repository(args, flag: str, name: str, kind: str, trained: Trained) -
 
 
 def _check_kind(index: dict, read: Callable[[str], dict | None], kind: str, trained: Trained) -> None:
-    """Raise Unfit unless a pipeline of these configuration files is of that kind."""
+    """Raise Unfit unless these configuration files are those of a pipeline of that kind."""
     name = index.get("_class_name") or "pipeline without a name"
     reason = _other_parts(index, name, kind, is_flax="msgpack" in trained.weights)
     if reason is None:
@@ -238,7 +238,7 @@ def _check_kind(index: dict, read: Callable[[str], dict | None], kind: str, trai
 
 
 def _parts(index: dict) -> set[str]:
-    """The names of a pipeline's parts, without those that are left empty."""
+    """The names of a pipeline's parts, without empty ones."""
     return {part for part, entry in index.items() if isinstance(entry, list) and entry and entry[-1] is not None}
 
 
@@ -273,10 +273,10 @@ def _quantised(read, kind: str) -> str | None:
 
 
 def _other_unet(read, kind: str) -> str | None:
-    """What a UNet reads besides noisy latents, the step, and text states or, in Kandinsky, image embeddings."""
+    """Refuse UNets with inputs besides latents, timestep, and text states or, for Kandinsky, image embeddings."""
     unet, vae = read("unet/config.json"), read("vae/config.json" if kind == "model" else "movq/config.json")
     if unet is None or vae is None:
-        return None  # which loading will say
+        return None  # loading will report it
     added, wanted = unet.get("addition_embed_type"), {"model": None, "decoder": "image"}[kind]
     if added != wanted:
         known = {"text_time": " (SDXL's)", "text_image": " (Kandinsky 2.1's)", "image_hint": " (a ControlNet's)"}
@@ -295,7 +295,7 @@ def _other_unet(read, kind: str) -> str | None:
 
 
 def _check_pair(args) -> None:
-    """A prior's image embeddings must be those that a decoder reads."""
+    """Refuse a prior and a decoder whose image embeddings differ in size."""
     flags = {kind: flag for flag, kind in _models(args)}
     if "decoder" not in flags:
         return
@@ -305,7 +305,7 @@ def _check_pair(args) -> None:
     if None not in sizes and sizes[0] != sizes[1]:
         raise Unfit(
             f"--{flags['prior']} gives image embeddings of {sizes[0]} numbers, "
-            f"and --{flags['decoder']} reads such of {sizes[1]}: they are not of one kind"
+            f"and --{flags['decoder']} expects {sizes[1]}: they do not belong together"
         )
 
 
@@ -313,7 +313,7 @@ def _check_pair(args) -> None:
 
 
 def source(args, flag: str, part: str | None = None) -> dict:
-    """Options for `from_pretrained` of a Kandinsky model, whose scripts have no --variant: what is there is read."""
+    """Options for `from_pretrained` of a Kandinsky model: without plain weights, a variant's are chosen."""
     name = getattr(args, flag)
     files = [path.relative_to(name).as_posix() for path in Path(name).glob("*/*")]
     if not Path(name).is_dir():
@@ -322,5 +322,5 @@ def source(args, flag: str, part: str | None = None) -> dict:
     variants = {min(there) for each in parts if (there := weight_files.variants(files, each))} - {""}
     if not variants:
         return {"cache_dir": args.cache_dir}
-    logger.info(f"--{flag} {name} has weights only of a variant, {min(variants)}: they are read")
+    logger.info(f"--{flag} {name} has only weights of the variant {min(variants)}: these are used")
     return {"cache_dir": args.cache_dir, "variant": min(variants)}

@@ -1,4 +1,4 @@
-"""What a flag calls a model or a data set: a folder here, or a repository of the hub. Imports nothing heavy."""
+"""Names of models and data sets: a local folder, or a repository on the hub. Imports nothing heavy."""
 
 import contextlib
 import difflib
@@ -14,39 +14,39 @@ from ..library_errors import cache_hint
 from ..sanitize import is_hub_name
 
 _PATHS = ("output_dir", "cache_dir", "encodings_dir", "train_data_dir", "dataset_name", "resume_from_checkpoint")
-_FILES = (  # endings of what is a file, and no name of a repository
+_FILES = (  # endings of files, as opposed to repository names
     ".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".msgpack", ".onnx", ".gguf", ".zip", ".tar", ".gz", ".tgz", ".7z",
     ".rar", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".yaml", ".yml",
 )  # fmt: skip
-_READERS = {"imagefolder", "webdataset", "parquet", "arrow", "csv", "json", "text", "hdf5"}  # names that `datasets` has
+_READERS = {"imagefolder", "webdataset", "parquet", "arrow", "csv", "json", "text", "hdf5"}  # readers of `datasets`
 _WEB = re.compile(r"^(?:hf:/|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co))/(?:datasets/)?([\w.-]+/[\w.-]+)")
-SECONDS = 10  # to wait for an answer of the hub; its client would ask six times, for half a minute
+SECONDS = 10  # seconds to wait for the hub; its client would retry six times, for half a minute
 
 
 def expand_home(args) -> None:
-    """Replace a leading ~, which the shell leaves alone behind `--flag=`."""
+    """Replace a leading ~, which the shell does not expand after `--flag=`."""
     for name, value in vars(args).items():
         if value and (name in _PATHS or name.startswith("pretrained_")):
             setattr(args, name, os.path.expanduser(value))
 
 
 def check(parser, args) -> None:
-    """Refuse models and data sets that are written like a path, and are none."""
+    """Refuse models and data sets that are written as a path but do not exist."""
     for flag, value in vars(args).items():
         if not value or not (flag == "dataset_name" or flag.startswith("pretrained_")):
             continue
         if flag.startswith("pretrained_") and os.path.isfile(value):
             parser.error(
-                f"--{flag} {value} is a file; what is needed is the folder that diffusers' "
-                "from_single_file(...).save_pretrained(folder) makes of it"
+                f"--{flag} {value} is a file: convert it to a folder with diffusers' "
+                "from_single_file(...).save_pretrained(folder)"
             )
         if web := _WEB.match(value):
-            parser.error(f"--{flag} {value} is an address; the hub's name for it is {web[1]}")
+            parser.error(f"--{flag} {value} is a URL: use the hub's name, {web[1]}")
         if os.path.exists(value):
             continue
         if _looks_like_a_path(value):
             parser.error(f"--{flag} {value}: there is no such folder{_did_you_mean(value)}")
-        here = "/" not in value or os.path.isdir(value.partition("/")[0])  # or else its owner is the hub's
+        here = "/" not in value or os.path.isdir(value.partition("/")[0])  # else the owner may be one on the hub
         if value not in _READERS and here and (near := _near(value)) and _digits(near) == _digits(value):
             parser.error(f"--{flag} {value}: there is no such folder; did you mean {sanitize.printable(near)}?")
 
@@ -56,15 +56,15 @@ def _looks_like_a_path(value: str) -> bool:
 
 
 def _digits(name: str) -> list[str]:
-    return re.findall(r"\d+", name)  # names that differ in these are of two things: stable-diffusion-v1-4 and v1-5
+    return re.findall(r"\d+", name)  # names that differ in digits are different things: stable-diffusion-v1-4 and v1-5
 
 
 def _near(value: str) -> str | None:
-    """A folder here whose path is nearly `value`: its first part that does not exist, spelled in another way."""
+    """An existing folder whose path is nearly `value`: the first part that does not exist is spelled differently."""
     path = Path(value)
     lineage = [path, *path.parents]
     missing = next((part for part, above in itertools.pairwise(lineage) if os.path.isdir(above)), path)
-    with contextlib.suppress(OSError):  # a folder that may not be listed
+    with contextlib.suppress(OSError):  # no permission to list the folder
         there = {other.name.casefold(): other for other in missing.parent.iterdir() if other.is_dir()}
         for name in difflib.get_close_matches(missing.name.casefold(), there, 1, 0.75):
             whole = there[name] / path.relative_to(missing)
@@ -78,7 +78,7 @@ def _did_you_mean(value: str) -> str:
 
 
 def check_hub_dataset(args) -> None:
-    """Ask the hub whether it has --dataset_name, where that is no folder: exits with one line if not."""
+    """Ask the hub whether --dataset_name exists, unless it is a folder. Exits with one line if not."""
     name = args.dataset_name
     if name is None or name in _READERS or not is_hub_name(name):
         return
@@ -89,7 +89,7 @@ def check_hub_dataset(args) -> None:
 
 
 def _is_cached_dataset(args) -> bool:
-    """Whether `datasets` would take a copy of its own: it looks for it under this name."""
+    """Whether `datasets` has the data set in its cache, under this name."""
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
@@ -100,18 +100,18 @@ def _is_cached_dataset(args) -> bool:
 
 @contextlib.contextmanager
 def hub_errors(args, flag: str, cached: bool = False):
-    """What the hub says against a name, or that there is no hub, in one line; in silence where a copy is `cached`."""
+    """Turn errors of the hub, or its absence, into one line. Does nothing on errors if a copy is `cached`."""
     from huggingface_hub import constants, errors
 
     name = getattr(args, flag)
     try:
         yield
-    except Exception as error:  # of the hub's client, of the one for HTTP below it, of the system
+    except Exception as error:  # from the hub's client, its HTTP library, or the system
         kind = "data set" if flag == "dataset_name" else "model"
-        if cached:  # also of what the hub has no more
+        if cached:  # also if the hub has it no longer
             return
         if isinstance(error, errors.GatedRepoError):
-            reason = f"this {kind} of the hub wants its terms accepted on its page, and then `hf auth login` here"
+            reason = f"this {kind} needs you to accept its terms on its hub page, and then to run `hf auth login` here"
         elif isinstance(error, errors.RevisionNotFoundError):
             reason = "the hub has no such revision of it"
         elif isinstance(error, errors.RepositoryNotFoundError):
@@ -119,14 +119,14 @@ def hub_errors(args, flag: str, cached: bool = False):
         elif hint := cache_hint(error, args.cache_dir):
             reason = sanitize.reason(error)[:300] + hint
         elif constants.HF_HUB_OFFLINE:
-            reason = "there is no such folder, and no copy in the cache; HF_HUB_OFFLINE keeps from asking the hub"
+            reason = "there is no such folder, and no copy in the cache; HF_HUB_OFFLINE forbids asking the hub"
         else:
-            reason = f"there is no such folder, and the hub cannot be asked ({sanitize.reason(error)[:400]})"
+            reason = f"there is no such folder, and the hub cannot be reached ({sanitize.reason(error)[:400]})"
         raise RunError(f"--{flag} {sanitize.printable(name)}: {reason}{_did_you_mean(name)}") from error
 
 
 def cached_file(file: str, **source) -> str | None:
-    """Where the cache has a repository's file, if it has it."""
+    """Path of a repository's file in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(filename=file, **source)
@@ -141,7 +141,7 @@ def _list_files(name: str, revision: str | None) -> tuple[str, ...]:
 
 
 def remote_files(args, flag: str, revision: str | None = None) -> tuple[str, ...] | None:
-    """The repository's files; None where the hub cannot be asked, and the cache has a copy."""
+    """The repository's files; None if the hub cannot be reached and the cache has a copy."""
     name = getattr(args, flag)
     cached = cached_file("model_index.json", repo_id=name, revision=revision, cache_dir=args.cache_dir)
     with hub_errors(args, flag, cached=cached is not None):

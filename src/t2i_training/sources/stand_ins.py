@@ -1,4 +1,4 @@
-"""What lies in a file's place: a link to nothing, a Git LFS pointer, what a server sent with an error."""
+"""Recognises what may be in place of a file: a dangling link, a Git LFS pointer, a server's error page."""
 
 import os
 import re
@@ -8,7 +8,7 @@ _WEB_PAGE = re.compile(r"(<!--.*?-->\s*)*<(!doctype html|html|head|body)", re.DO
 
 
 def link_to_nothing(path: str | os.PathLike) -> str | None:
-    """What is wrong with a link whose target is not there; None of anything else."""
+    """Message for a dangling link; None for anything else."""
     return f"a link to nothing: {os.readlink(path)}" if os.path.islink(path) and not os.path.exists(path) else None
 
 
@@ -21,7 +21,7 @@ def is_web_page(text: str) -> bool:
 
 
 def of_content(head: bytes) -> str | None:
-    """By a file's first thousand bytes, and with the way out; None if it may be what it should be."""
+    """Message by a file's first thousand bytes, with what to do; None if the file may be genuine."""
     if is_pointer(head):
         return POINTER
     text = head.decode("utf-8-sig", errors="ignore").lstrip()

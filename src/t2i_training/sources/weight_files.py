@@ -1,4 +1,4 @@
-"""The files that hold a network's weights: which of them a run reads, and whether they are whole. Imports no torch."""
+"""The files with a network's weights: which of them a run reads, and whether they are complete. Imports no torch."""
 
 import json
 import re
@@ -14,14 +14,14 @@ _WEIGHTS = re.compile(
 )
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)\.(?:safetensors|bin)\.index(?:\.\w+)?\.json")
 _UNFINISHED = (".crdownload", ".part", ".partial", ".incomplete", ".download", ".tmp", ".aria2", ".!qb")
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors rejects longer headers
 
 
 def check(parts, files, folder: Path | None, kinds: tuple, variant: str | None, choose: bool) -> None:
-    """Raise Unfit unless each network of `parts` has weights of one of `kinds`, of the `variant` where any has.
+    """Raise Unfit unless each network of `parts` has weights of one of `kinds`, of the `variant` if any part has it.
 
-    `files` are relative to `folder`, in which they are looked at; None stands for a repository of the hub.
-    With `choose` the user says by --variant which one is read, else it is any that is there.
+    `files` are relative to `folder`, where they are checked; `folder` is None for a hub repository. With `choose` the
+    user chooses by --variant, otherwise any variant will do.
     """
     found = {part: variants(files, part, kinds) for part in parts}
     for part, there in found.items():
@@ -68,14 +68,14 @@ def _other_files(files, part: str) -> str:
 
 
 def _check_whole(folder: Path, files, part: str, variant: str, kinds) -> None:
-    """Raise Unfit unless the files of one variant, of the kind that is read first, are all there and undamaged."""
+    """Raise Unfit unless all files of one variant, of the preferred kind, exist and are intact."""
     matches = [(file, match) for file, match in _matches(files, part) if (match["variant"] or "") == variant]
     kind = next(kind for kind in kinds if any(match["type"] == kind for _, match in matches))
     used = [file for file, match in matches if match["type"] == kind]
     for index in [file for file in files if file.startswith(f"{part}/") and _INDEX.fullmatch(file.partition("/")[2])]:
         listed = {f"{part}/{name}" for name in _listed(folder / index)}
         if listed & {*used} and (lost := sorted(listed - {*files})):
-            raise Unfit(f"has no {lost[0]}, which holds a part of its weights: it was not copied whole")
+            raise Unfit(f"has no {lost[0]}, which holds a part of its weights: it was not copied completely")
     for file in used:
         if fault := damage(folder / file):
             raise Unfit(f"cannot be read: {file} {fault}")
@@ -89,7 +89,7 @@ def _listed(index: Path) -> list[str]:
 
 
 def damage(file: Path) -> str | None:
-    """What is wrong with a file of weights, from its size, its header and its first bytes; None if nothing is."""
+    """What is wrong with a weight file, judging by size, header and first bytes; None if nothing."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as opened:

@@ -75,7 +75,7 @@ def fill(blanks: dict, files: list[Path]) -> dict:
                 array = array.transpose(TO_FLAX[array.ndim])
             parameters[path] = nnx.Param(np.array(array, np.float32))
             if not np.isfinite(parameters[path].get_value()).all():
-                raise ValueError(f"{file}: tensor {old_name} holds values that are not finite: the file is of no use")
+                raise ValueError(f"{file}: tensor {old_name} holds values that are not finite: download the file again")
     if missing := sorted(paths[name] for name in paths if paths[name] not in parameters):
         raise ValueError(f"{files[0]}: tensor {tensor_name(missing[0])} is missing ({len(missing)} in all)")
     return parameters
