@@ -337,7 +337,7 @@ def test_a_changed_file_is_looked_at_again(size_stays, inspect, tmp_path):
     file = folder / "1.png"
     file.write_bytes(bytes(file.stat().st_size) if size_stays else b"no image")
     os.utime(file, ns=(0, 1))
-    reason = "it begins with nothing but zero bytes" if size_stays else "not an image"
+    reason = "it begins with zero bytes only" if size_stays else "not an image"
     assert f"row 1 ({file}, metadata.jsonl line 2): {reason}" in refusal(inspect, folder)
 
 

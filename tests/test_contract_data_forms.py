@@ -543,10 +543,10 @@ KINDS = {  # content -> what is said
     b"RIFF\0\0\0\0AVI LIST": "not an image but a video (AVI)",
     b"\xff\x0a\x00\x00": "a JPEG XL image, which Pillow cannot read: convert it to PNG or JPEG",
     b"PK\x03\x04\x14": "not an image but a zip archive: unpack it",
-    bytes(500): "it begins with nothing but zero bytes",
+    bytes(500): "it begins with zero bytes only",
     b"": "the file is empty",
     b"hello there": "not an image but a text that begins 'hello there'",
-    b"\x9c\x01\xfe\xfa\x88": "not an image, or of a kind that Pillow cannot read",
+    b"\x9c\x01\xfe\xfa\x88": "not an image, or of a format that Pillow cannot read",
 }
 
 

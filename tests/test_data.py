@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from t2i_training.data import captions, draws, loading
-from t2i_training.data.dataset import ROW, BadSample, describe, image_file, image_source, open_dataset
+from t2i_training.data.dataset import ROW_INDEX, BadSample, describe, image_file, image_source, open_dataset
 from t2i_training.report.progress import plan_updates
 from t2i_training.stopping import StopRequest
 
@@ -61,8 +61,8 @@ def test_folder_of_pictures(pictures):
     dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
     assert dataset["text"][:] == [f"image {i}" for i in range(tiny.PICTURES)]
     assert image_file(dataset[2]["image"]) == str(pictures / "2.png")  # not decoded yet
-    assert image_source(dataset[2] | {ROW: 2}, options()) == str(pictures / "2.png")
-    assert image_source(dataset[2] | {ROW: 2}, options(cache_encodings=True)) == 2  # not opened at all
+    assert image_source(dataset[2] | {ROW_INDEX: 2}, options()) == str(pictures / "2.png")
+    assert image_source(dataset[2] | {ROW_INDEX: 2}, options(cache_encodings=True)) == 2  # not opened at all
 
 
 def test_local_folder_as_dataset_name(pictures):
@@ -77,7 +77,7 @@ def test_pictures_within_a_parquet_file(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
     dataset = open_dataset(options(dataset_name=str(tmp_path / "set")), seed=0)
-    source = image_source(dataset[0] | {ROW: 0}, options())
+    source = image_source(dataset[0] | {ROW_INDEX: 0}, options())
     assert source == image_file(dataset[0]["image"])
     with Image.open(io.BytesIO(source)) as image:
         assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
@@ -255,7 +255,7 @@ CPU = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu
 def visit_record(row, draw):
     """What a sample is made of here: the row and one number drawn for the visit."""
     number = int(row["text"].split()[1])
-    assert row[ROW] == number
+    assert row[ROW_INDEX] == number
     return {"row": torch.tensor(number), "drawn": torch.tensor(draw("noise").random(), dtype=torch.float64)}
 
 

@@ -414,16 +414,16 @@ def look_into(store, path) -> None:
 
 # --- metrics.jsonl
 
-ROW = {"step": 2, "loss": 0.5, "lr": 1e-4, "grad_norm": None}
-METRICS = st.dictionaries(st.sampled_from(list(ROW)), JSON).map(lambda row: json.dumps(ROW | row).encode())
+ROW_INDEX = {"step": 2, "loss": 0.5, "lr": 1e-4, "grad_norm": None}
+METRICS = st.dictionaries(st.sampled_from(list(ROW_INDEX)), JSON).map(lambda row: json.dumps(ROW_INDEX | row).encode())
 
 
 @fuzz(lines=st.lists(METRICS | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=30), max_size=5))
 def test_metrics(lines, place):
     file = place / output_folder.METRICS
-    file.write_bytes(b"\n".join([json.dumps(ROW).encode(), *lines]))
+    file.write_bytes(b"\n".join([json.dumps(ROW_INDEX).encode(), *lines]))
     rows = output_folder.read_metrics(place)
-    assert rows[0] == ROW
+    assert rows[0] == ROW_INDEX
     for row in rows:
         assert type(row["step"]) is int
         assert row["loss"] - row["lr"] - (row["grad_norm"] or 0.0) < float("inf")

@@ -21,7 +21,7 @@ from t2i_training.sources import model_kind
 def parse_args(argv=None):
     parser = flags.make_parser(__doc__)
     flags.add_stable_diffusion_args(parser)
-    flags.add_data_source_args(parser)  # what open_dataset reads
+    flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
     flags.add_caption_args(parser)
     flags.add_image_args(parser)
@@ -38,7 +38,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
+    parse_args()  # report usage errors, and --help, before the slow imports below
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -57,7 +57,7 @@ from t2i_training.run.export import export_atomically
 
 
 def load_models(args, accelerator):
-    """The base pipeline, unrounded on the CPU; the UNet to train, in fp32; the training scheduler."""
+    """Load the base pipeline (fp32, on the CPU), the UNet to train (fp32) and the training scheduler."""
     source = {"variant": args.variant, "cache_dir": args.cache_dir}
     with readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         spare_parts.fetch(args)
@@ -71,10 +71,12 @@ def load_models(args, accelerator):
                 args.pretrained_model_name_or_path, subfolder="unet", revision=args.non_ema_revision, **source
             ).float()
     if args.prediction_type is not None:
-        # For sampling as well: a network trained on one and sampled as the other gives noise.
+        # Also for sampling: a network sampled with another prediction type than it was trained on gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(
+        accelerator.device
+    )  # copy once, not in every step
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
         raise RunError(
             "--dream_training needs a model that predicts epsilon, and this one does not: leave the flag out"
@@ -87,18 +89,18 @@ def load_models(args, accelerator):
 
 
 def read_image(source, crop_draw, mirror, resolution, interpolation):
-    """What the VAE reads of an image file: the square that is trained on."""
+    """Preprocess an image file for the VAE: the square to train on."""
     image = images.decode(source, resolution)
     return {"pixels": images.square(image, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
 
 
 def read_caption(caption, tokenizer):
-    """What the text encoder reads of a caption."""
+    """Preprocess a caption for the text encoder."""
     return {"input_ids": captions.tokenize(tokenizer, caption)}  # (tokens,)
 
 
 def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_timesteps):
-    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
     sample = {
@@ -116,37 +118,37 @@ def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_tim
 
 
 def freeze(args, pipeline, accelerator):
-    """The networks that `encode` takes: VAE and text encoder."""
+    """The frozen networks for `encode`: VAE and text encoder."""
     modules = (pipeline.vae, pipeline.text_encoder)
     return [networks.prepare_frozen(module, accelerator) for module in modules]
 
 
 def encode_images(batch, vae):
-    """The posteriors of the images' latents, in the precision of the VAE."""
+    """Mean and standard deviation of the latents' posteriors, in the dtype of the VAE."""
     posterior = vae.encode(images.normalize(batch["pixels"], vae.dtype)).latent_dist
     scale = vae.config.scaling_factor
     return {"latents_mean": posterior.mean * scale, "latents_std": posterior.std * scale}  # (B, C, R/f, R/f)
 
 
 def encode_captions(batch, text_encoder):
-    """One state per caption token."""
+    """The text encoder's states, one per token."""
     return {"text_states": text_encoder(batch["input_ids"])[0]}  # (B, tokens, D)
 
 
 @torch.no_grad()
 def encode(batch, vae, text_encoder):
-    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
+    """Run the frozen networks on a batch. With --cache_encodings the cache calls its parts instead."""
     return encode_images(batch, vae) | encode_captions(batch, text_encoder)
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
-    """The objective, a scalar in fp32. A pure function of weights and batch."""
+    """The training loss, a scalar in fp32. A pure function of weights and batch."""
     latents = batch["latents_mean"] + batch["latents_std"] * batch["posterior_noise"]
     noise, timesteps, text_states = batch["noise"], batch["timesteps"], batch["text_states"]
     if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright images
         noise = noise + args.noise_offset * batch["noise_offset"]
     input_noise = noise
-    if args.input_perturbation:  # arXiv:2301.11706: noise the input a little more than the target says
+    if args.input_perturbation:  # arXiv:2301.11706: more noise on the input than in the target
         input_noise = noise + args.input_perturbation * batch["input_perturbation"]
     noisy_latents = noise_scheduler.add_noise(latents, input_noise, timesteps)
     target = losses.prediction_target(noise_scheduler, latents, noise, timesteps)
@@ -161,7 +163,7 @@ def compute_loss(unet, batch, noise_scheduler, args):
 
 
 def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
-    """The run's batches of samples, from where it stands to its end."""
+    """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
     readers = [
         partial(read_image, resolution=args.resolution, interpolation=args.image_interpolation_mode),
         partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
@@ -184,7 +186,7 @@ def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_schedule
 
 
 def build_validation_pipeline(args, pipeline, unet, vae, text_encoder):
-    """The pipeline that validates, around what is in memory anyway. Nothing is loaded or copied."""
+    """The pipeline for validation, made of the modules in memory. Loads and copies nothing."""
     modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
     val_pipeline = StableDiffusionPipeline(**pipeline.components | modules, requires_safety_checker=False)
     val_pipeline.set_progress_bar_config(disable=True)
@@ -192,7 +194,7 @@ def build_validation_pipeline(args, pipeline, unet, vae, text_encoder):
 
 
 def generate_image(index, pipeline, args, seed, accelerator):
-    """The validation image of prompt `index`, the same noise at every validation."""
+    """Generate the validation image of prompt `index`, with the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
@@ -202,14 +204,14 @@ def generate_image(index, pipeline, args, seed, accelerator):
 
 
 def export(pipeline, unet, args, folder):
-    """Write the loadable pipeline, its frozen parts as they were loaded, into `folder`."""
+    """Write the pipeline into `folder`, with its frozen parts as they were loaded."""
     pipeline.register_modules(unet=unet)
     spare_parts.save(pipeline, args, folder)
 
 
 CARD = {
     "title": "Stable Diffusion fine-tuning",
-    "base_model": "pretrained_model_name_or_path",  # the flag that names it
+    "base_model": "pretrained_model_name_or_path",  # name of the flag
     "tags": ["stable-diffusion", "stable-diffusion-diffusers"],
     "usage": """
 from diffusers import StableDiffusionPipeline
@@ -262,7 +264,7 @@ def main(argv=None):
             validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
-    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+    if validation.pending(args, progress):  # before the first update: the untouched model, first row of every grid
         validate()
     with stop.after_step(), progress, checkpoints:
         while progress.step < progress.total and not stop.agreed:
@@ -288,14 +290,14 @@ def main(argv=None):
                 progress.save(checkpoints)
             if progress.validation_due() and not stop.agreed:
                 validate()
-                if stop.agree(accelerator):  # perhaps in the middle of the validation
+                if stop.agree(accelerator):  # a signal may have come during the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):
             exported = export_atomically(args.output_dir, partial(export, pipeline, network, args), accelerator)
         if args.validation_prompts:
-            validate()  # after the export: whatever fails from here on, the weights are safe
+            validate()  # after the export, so that the weights are safe if it fails
     progress.close()
     if progress.step >= progress.total:
         hub.publish_card_and_upload(args, accelerator, repo_id, exported, progress, CARD)

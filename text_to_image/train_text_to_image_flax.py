@@ -21,7 +21,7 @@ from t2i_training.sources import model_kind
 def parse_args(argv=None):
     parser = flags.make_parser(__doc__)
     flags.add_stable_diffusion_args(parser)
-    flags.add_data_source_args(parser)  # what open_dataset reads
+    flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
     flags.add_caption_args(parser)
     flags.add_image_args(parser)
@@ -40,7 +40,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
+    parse_args()  # report usage errors, and --help, before the slow imports below
 
 import copy
 import inspect
@@ -48,7 +48,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch  # for the loader, tokens and the sampler's formulas
+import torch  # for loader, tokenizer and sampler
 from diffusers import DDPMScheduler
 from PIL import Image
 
@@ -70,11 +70,11 @@ from t2i_training.sd_flax import train_state
 
 
 def load_models(args, precision):
-    """The base pipeline, unrounded in host memory, with the UNet to train in it; the training scheduler."""
+    """Load the base pipeline (fp32, in host memory), with the UNet to train in it, and the training scheduler."""
     with readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         pipeline = flax_pipeline.load(args, flax_devices.compute_dtype(precision))
     if args.prediction_type is not None:
-        # Into the exported scheduler too: a v-trained network sampled as an epsilon one gives noise.
+        # Also for sampling: a network sampled with another prediction type than it was trained on gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = train_state.NoiseScheduler(DDPMScheduler.from_config(pipeline.scheduler.config))
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
@@ -85,18 +85,18 @@ def load_models(args, precision):
 
 
 def read_image(source, crop_draw, mirror, resolution, interpolation):
-    """What the VAE reads of an image file: the square that is trained on."""
+    """Preprocess an image file for the VAE: the square to train on."""
     image = images.decode(source, resolution)
     return {"pixels": images.square(image, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
 
 
 def read_caption(caption, tokenizer):
-    """What the text encoder reads of a caption."""
+    """Preprocess a caption for the text encoder."""
     return {"input_ids": captions.tokenize(tokenizer, caption)}  # (tokens,)
 
 
 def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_timesteps):
-    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
     sample = {
@@ -114,24 +114,26 @@ def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_tim
 
 
 def encode_images(batch, vae):
-    """The posteriors of the images' latents."""
-    pixels = jnp.moveaxis(batch["pixels"], 1, -1) / 127.5 - 1  # networks have channels last, all else channels first
+    """Mean and standard deviation of the latents' posteriors."""
+    pixels = (
+        jnp.moveaxis(batch["pixels"], 1, -1) / 127.5 - 1
+    )  # the networks are channels-last, everything else channels-first
     mean, std = (jnp.moveaxis(moment * vae.config["scaling_factor"], -1, 1) for moment in vae.encode(pixels))
     return {"latents_mean": mean, "latents_std": std}  # (B, C, R/f, R/f)
 
 
 def encode_captions(batch, text_encoder):
-    """One state per caption token."""
+    """The text encoder's states, one per token."""
     return {"text_states": text_encoder(batch["input_ids"])}  # (B, tokens, D)
 
 
 def encode(batch, vae, text_encoder):
-    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
+    """Run the frozen networks on a batch. With --cache_encodings the cache calls its parts instead."""
     return encode_images(batch, vae) | encode_captions(batch, text_encoder)
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
-    """The objective, a scalar in fp32. A pure function of weights and batch."""
+    """The training loss, a scalar in fp32. A pure function of weights and batch."""
 
     def predict(noisy_latents):
         return jnp.moveaxis(unet(jnp.moveaxis(noisy_latents, 1, -1), timesteps, text_states), -1, 1)
@@ -141,7 +143,7 @@ def compute_loss(unet, batch, noise_scheduler, args):
     if args.noise_offset:  # "Diffusion with Offset Noise", N. Guttenberg 2023: very dark and very bright images
         noise = noise + args.noise_offset * batch["noise_offset"]
     input_noise = noise
-    if args.input_perturbation:  # arXiv:2301.11706: noise the input a little more than the target says
+    if args.input_perturbation:  # arXiv:2301.11706: more noise on the input than in the target
         input_noise = noise + args.input_perturbation * batch["input_perturbation"]
     noisy_latents = noise_scheduler.add_noise(latents, input_noise, timesteps)
     target = losses.prediction_target(noise_scheduler, latents, noise, timesteps)
@@ -154,7 +156,7 @@ def compute_loss(unet, batch, noise_scheduler, args):
 
 
 def make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accelerator, progress, mesh):
-    """The run's batches of samples, from where it stands to its end."""
+    """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
     readers = [
         partial(read_image, resolution=args.resolution, interpolation=args.image_interpolation_mode),
         partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
@@ -179,7 +181,7 @@ def make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accel
 
 
 def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
-    """(train_step, frozen): a weight update as a pure function, and the weights it reads besides those it trains."""
+    """(train_step, frozen): the update as a pure function, and the frozen weights that it reads."""
     optimizer, frozen, merge = train_state.make_optimizer(args), {}, {}
     if not args.cache_encodings:
         for name, network in zip(("vae", "text_encoder"), flax_pipeline.frozen(pipeline), strict=True):
@@ -199,7 +201,7 @@ def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
 
 
 def generate_image(index, pipeline, unet, vae, text_encoder, args, seed):
-    """The validation image of prompt `index`, the same noise at every validation: StableDiffusionPipeline's way."""
+    """Generate the validation image of prompt `index` as StableDiffusionPipeline does, always from the same noise."""
     generator = torch.Generator().manual_seed(seed + index)
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(validation.STEPS)
@@ -218,13 +220,13 @@ def generate_image(index, pipeline, unet, vae, text_encoder, args, seed):
 
 
 def export(pipeline, trained, args, folder):
-    """Write the loadable pipeline, its frozen parts as they were loaded, into `folder`."""
+    """Write the pipeline into `folder`, with its frozen parts as they were loaded."""
     flax_pipeline.save(pipeline, trained.export(), folder, args.variant)
 
 
 CARD = {
     "title": "Stable Diffusion fine-tuning",
-    "base_model": "pretrained_model_name_or_path",  # the flag that names it
+    "base_model": "pretrained_model_name_or_path",  # name of the flag
     "tags": ["stable-diffusion", "stable-diffusion-diffusers"],
     "usage": """
 from diffusers import StableDiffusionPipeline
@@ -255,7 +257,7 @@ def main(argv=None):
 
     rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
     trained = train_state.TrainState(args, precision, pipeline.unet, mesh)
-    pipeline.unet = None  # it lives on in `trained`
+    pipeline.unet = None  # `trained` has it now
     checkpoints = checkpoint.CheckpointManager(
         accelerator, stop, None, args.output_dir, args.checkpoints_total_limit, trained.save, trained.load
     )
@@ -274,7 +276,7 @@ def main(argv=None):
         validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
-    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+    if validation.pending(args, progress):  # before the first update: the untouched model, first row of every grid
         validate()
     with stop.after_step(), progress, checkpoints:
         while progress.step < progress.total and not stop.agreed:
@@ -287,13 +289,13 @@ def main(argv=None):
                 progress.save(checkpoints, versions=train_state.VERSIONS)
             if progress.validation_due() and not stop.agreed:
                 validate()
-                if stop.agree(accelerator):  # perhaps in the middle of the validation
+                if stop.agree(accelerator):  # a signal may have come during the validation
                     progress.save(checkpoints, versions=train_state.VERSIONS)
 
     if progress.step >= progress.total:
         exported = export_atomically(args.output_dir, partial(export, pipeline, trained, args), accelerator)
         if args.validation_prompts:
-            validate()  # after the export: whatever fails from here on, the weights are safe
+            validate()  # after the export, so that the weights are safe if it fails
     progress.close()
     flax_devices.leave_hosts()
     if progress.step >= progress.total:

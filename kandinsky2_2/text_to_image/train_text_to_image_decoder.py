@@ -20,7 +20,7 @@ from t2i_training.sources import model_kind
 def parse_args(argv=None):
     parser = flags.make_parser(__doc__)
     flags.add_kandinsky_args(parser)
-    flags.add_data_source_args(parser)  # what open_dataset reads
+    flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
     flags.add_decoder_condition_args(parser)
     flags.add_resolution_arg(parser, "Side of the square training images, in pixels.")
@@ -38,7 +38,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
+    parse_args()  # report usage errors, and --help, before the slow imports below
 
 import torch
 from diffusers import (
@@ -62,7 +62,7 @@ from t2i_training.run.export import export_atomically
 
 
 def load_models(args, accelerator):
-    """The base decoder's pipeline, unrounded on the CPU; the UNet to train, in fp32; the training scheduler."""
+    """Load the base decoder's pipeline (fp32, on the CPU), the UNet to train (fp32) and the training scheduler."""
     with readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         pipeline = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path,
@@ -71,7 +71,9 @@ def load_models(args, accelerator):
         networks.standardize(pipeline)
     unet = pipeline.unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
-    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(
+        accelerator.device
+    )  # copy once, not in every step
     if args.enable_xformers_memory_efficient_attention:
         networks.use_xformers(unet)
     if args.gradient_checkpointing:
@@ -80,7 +82,7 @@ def load_models(args, accelerator):
 
 
 def read_image(source, crop_draw, mirror, resolution, clip_size):
-    """What MoVQ and the image encoder read of an image file: the square in its middle, in two sizes."""
+    """Preprocess an image file for MoVQ and the image encoder: its centre square, in two sizes."""
     image = images.decode(source, max(resolution, clip_size))
     return {
         "pixels": images.square(image, resolution, "bicubic", crop_draw, mirror),  # (3, R, R) uint8
@@ -89,7 +91,7 @@ def read_image(source, crop_draw, mirror, resolution, clip_size):
 
 
 def make_sample(row, draw, args, load_image, empty_embeds, latent_shape, num_timesteps):
-    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
     sample = {
         **load_image(image_source(row, args), crop_draw=None, mirror=False),
         "noise": draws.normal(draw("noise"), latent_shape),  # (C, R/f, R/f)
@@ -102,7 +104,7 @@ def make_sample(row, draw, args, load_image, empty_embeds, latent_shape, num_tim
 
 
 def freeze(args, pipeline, accelerator):
-    """The networks that `encode` takes: MoVQ, and of the prior, which is not trained, the CLIP image encoder."""
+    """The frozen networks for `encode`: MoVQ, and the prior's CLIP image encoder."""
     with readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         image_encoder = CLIPVisionModelWithProjection.from_pretrained(
             args.pretrained_prior_model_name_or_path, subfolder="image_encoder",
@@ -116,7 +118,7 @@ def freeze(args, pipeline, accelerator):
 
 
 def encode_images(batch, movq, image_encoder):
-    """MoVQ's latents, neither sampled nor scaled, and the images' embeddings."""
+    """MoVQ's latents, neither sampled nor scaled, and the CLIP embeddings of the images."""
     clip_pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
     return {
         "latents": movq.encode(images.normalize(batch["pixels"], movq.dtype)).latents,  # (B, C, R/f, R/f)
@@ -126,20 +128,20 @@ def encode_images(batch, movq, image_encoder):
 
 @torch.no_grad()
 def encode(batch, movq, image_encoder):
-    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
+    """Run the frozen networks on a batch. With --cache_encodings the cache calls its parts instead."""
     return encode_images(batch, movq, image_encoder)
 
 
 @torch.no_grad()
 def embed_nothing(image_encoder):
-    """The prior's "no image", which guidance steers away from: the embedding (D,) of all-zero input."""
+    """The prior's unconditional image embedding (D,), for guidance: that of all-zero input."""
     side = image_encoder.config.image_size
     pixels = torch.zeros(1, 3, side, side, device=image_encoder.device, dtype=image_encoder.dtype)
     return image_encoder(pixels).image_embeds[0].cpu()
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
-    """The objective, a scalar in fp32. A pure function of weights and batch."""
+    """The training loss, a scalar in fp32. A pure function of weights and batch."""
     latents, noise, timesteps = batch["latents"].float(), batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     image_embeds = batch["image_embeds"]
@@ -152,7 +154,7 @@ def compute_loss(unet, batch, noise_scheduler, args):
 
 
 def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
-    """The run's batches of samples, from where it stands to its end."""
+    """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
     movq, image_encoder = frozen
     empty_embeds = embed_nothing(image_encoder) if args.image_embeds_dropout else None
     readers = [partial(read_image, resolution=args.resolution, clip_size=image_encoder.config.image_size)]
@@ -170,7 +172,7 @@ def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_schedule
 
 
 def build_validation_pipeline(args, pipeline, unet, movq, image_encoder):
-    """The pipeline that validates: what is in memory, and the rest of the base prior, loaded for this alone."""
+    """The pipeline for validation: the modules in memory, and the rest of the prior, loaded only for this."""
     with readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         prior = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, image_encoder=image_encoder,
@@ -186,7 +188,7 @@ def build_validation_pipeline(args, pipeline, unet, movq, image_encoder):
 
 
 def generate_image(index, pipeline, args, seed, accelerator):
-    """The validation image of prompt `index`, the same noise at every validation."""
+    """Generate the validation image of prompt `index`, with the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
@@ -196,14 +198,14 @@ def generate_image(index, pipeline, args, seed, accelerator):
 
 
 def export(pipeline, unet, folder):
-    """Write the loadable decoder pipeline, its frozen parts as they were loaded, into `folder`."""
+    """Write the decoder's pipeline into `folder`, with its frozen parts as they were loaded."""
     pipeline.register_modules(unet=unet)
     pipeline.save_pretrained(folder)
 
 
 CARD = {
     "title": "Kandinsky 2.2 decoder",
-    "base_model": "pretrained_decoder_model_name_or_path",  # the flag that names it
+    "base_model": "pretrained_decoder_model_name_or_path",  # name of the flag
     "prior": "pretrained_prior_model_name_or_path",
     "tags": ["kandinsky"],
     "license": "apache-2.0",
@@ -258,7 +260,7 @@ def main(argv=None):
             validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
-    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+    if validation.pending(args, progress):  # before the first update: the untouched model, first row of every grid
         validate()
     with stop.after_step(), progress, checkpoints:
         while progress.step < progress.total and not stop.agreed:
@@ -284,14 +286,14 @@ def main(argv=None):
                 progress.save(checkpoints)
             if progress.validation_due() and not stop.agreed:
                 validate()
-                if stop.agree(accelerator):  # perhaps in the middle of the validation
+                if stop.agree(accelerator):  # a signal may have come during the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
         with ema.averaged(average, network):
             exported = export_atomically(args.output_dir, partial(export, pipeline, network), accelerator)
         if args.validation_prompts:
-            validate()  # after the export: whatever fails from here on, the weights are safe
+            validate()  # after the export, so that the weights are safe if it fails
     progress.close()
     if progress.step >= progress.total:
         hub.publish_card_and_upload(args, accelerator, repo_id, exported, progress, CARD)

@@ -20,7 +20,7 @@ from t2i_training.sources import model_kind
 def parse_args(argv=None):
     parser = flags.make_parser(__doc__)
     flags.add_kandinsky_args(parser)
-    flags.add_data_source_args(parser)  # what open_dataset reads
+    flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
     flags.add_caption_args(parser)
     flags.add_resolution_arg(parser, "Side of the validation images, in pixels; the prior does not depend on it.")
@@ -38,7 +38,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # a usage error, or --help, comes before the seconds that the imports below take
+    parse_args()  # report usage errors, and --help, before the slow imports below
 
 import torch
 from diffusers import (
@@ -61,7 +61,7 @@ from t2i_training.run.export import export_atomically
 
 
 def load_models(args, accelerator):
-    """The base prior's pipeline, unrounded on the CPU; its prior, to be given adapters; the training scheduler."""
+    """Load the base prior's pipeline (fp32, on the CPU), its prior, still without adapters, the training scheduler."""
     with readable_errors("--pretrained_prior_model_name_or_path", args.pretrained_prior_model_name_or_path):
         pipeline = KandinskyV22PriorPipeline.from_pretrained(
             args.pretrained_prior_model_name_or_path, **model_kind.source(args, "pretrained_prior_model_name_or_path")
@@ -69,26 +69,28 @@ def load_models(args, accelerator):
         networks.standardize(pipeline)
     prior = pipeline.prior
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
-    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(
+        accelerator.device
+    )  # copy once, not in every step
     if args.gradient_checkpointing:
         networks.enable_gradient_checkpointing(prior.transformer_blocks)
     return pipeline, networks.prepare_trained(prior.train(), args, accelerator), noise_scheduler
 
 
 def read_image(source, crop_draw, mirror, clip_size):
-    """What the image encoder reads of an image file: the square in its middle."""
+    """Preprocess an image file for the image encoder: its centre square."""
     image = images.decode(source, clip_size)
     return {"clip_pixels": images.square(image, clip_size, "bicubic", crop_draw, mirror)}  # (3, S, S) uint8
 
 
 def read_caption(caption, tokenizer):
-    """What the text encoder reads of a caption, and the mask that the prior reads with its states."""
+    """Preprocess a caption for the text encoder, with the mask that the prior needs."""
     input_ids = captions.tokenize(tokenizer, caption)  # (tokens,)
     return {"input_ids": input_ids, "text_mask": captions.text_mask(tokenizer, input_ids)}  # (tokens,) bool
 
 
 def make_sample(row, draw, args, load_image, load_caption, embedding_size, num_timesteps):
-    """One visit to one row of the data set, in a loader worker: all that is random about it is drawn here."""
+    """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
     return {
         **load_image(image_source(row, args), crop_draw=None, mirror=False),
         **load_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
@@ -98,7 +100,7 @@ def make_sample(row, draw, args, load_image, load_caption, embedding_size, num_t
 
 
 def freeze(args, pipeline, accelerator):
-    """What `encode` takes besides the batch: both CLIP encoders and the statistics that normalise embeddings."""
+    """The frozen parts for `encode`: both CLIP encoders, and mean and std of the embeddings."""
     modules = (pipeline.image_encoder, pipeline.text_encoder)
     encoders = [networks.prepare_frozen(module, accelerator, exported=False) for module in modules]
     statistics = [
@@ -115,19 +117,19 @@ def encode_images(batch, image_encoder, clip_mean, clip_std):
 
 
 def encode_captions(batch, text_encoder):
-    """The captions' embeddings (B, D) and states (B, tokens, D), with the mask of the states that count."""
+    """Embeddings (B, D) and states (B, tokens, D) of the captions, with the mask of valid states."""
     text = text_encoder(batch["input_ids"])
     return {"text_embeds": text.text_embeds, "text_states": text.last_hidden_state, "text_mask": batch["text_mask"]}
 
 
 @torch.no_grad()
 def encode(batch, image_encoder, text_encoder, clip_mean, clip_std):
-    """All that the frozen networks give for a batch. With --cache_encodings the cache calls its parts, not this."""
+    """Run the frozen networks on a batch. With --cache_encodings the cache calls its parts instead."""
     return encode_images(batch, image_encoder, clip_mean, clip_std) | encode_captions(batch, text_encoder)
 
 
 def compute_loss(prior, batch, noise_scheduler, args):
-    """The objective, a scalar in fp32. A pure function of weights and batch."""
+    """The training loss, a scalar in fp32. A pure function of weights and batch."""
     image_embeds, timesteps = batch["image_embeds"], batch["timesteps"]
     noisy_embeds = noise_scheduler.add_noise(image_embeds, batch["noise"], timesteps)
     prediction = prior(
@@ -138,7 +140,7 @@ def compute_loss(prior, batch, noise_scheduler, args):
 
 
 def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
-    """The run's batches of samples, from where it stands to its end."""
+    """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
     image_encoder, text_encoder, clip_mean, clip_std = frozen
     readers = [
         partial(read_image, clip_size=image_encoder.config.image_size),
@@ -159,7 +161,7 @@ def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_schedule
 
 
 def build_validation_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
-    """The pipeline that validates: what is in memory, and the base decoder, which is loaded for this alone."""
+    """The pipeline for validation: the modules in memory, and the base decoder, which is loaded only for this."""
     with readable_errors("--pretrained_decoder_model_name_or_path", args.pretrained_decoder_model_name_or_path):
         decoder = KandinskyV22Pipeline.from_pretrained(
             args.pretrained_decoder_model_name_or_path,
@@ -176,7 +178,7 @@ def build_validation_pipeline(args, pipeline, prior, image_encoder, text_encoder
 
 
 def generate_image(index, pipeline, args, seed, accelerator):
-    """The validation image of prompt `index`, the same noise at every validation."""
+    """Generate the validation image of prompt `index`, with the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
@@ -187,7 +189,7 @@ def generate_image(index, pipeline, args, seed, accelerator):
 
 CARD = {
     "title": "Kandinsky 2.2 prior LoRA",
-    "base_model": "pretrained_prior_model_name_or_path",  # the flag that names it
+    "base_model": "pretrained_prior_model_name_or_path",  # name of the flag
     "tags": ["kandinsky", "lora"],
     "license": "apache-2.0",
     "usage": """
@@ -243,7 +245,7 @@ def main(argv=None):
             validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 
-    if validation.pending(args, progress):  # before the first step: the untouched model, every grid's first row
+    if validation.pending(args, progress):  # before the first update: the untouched model, first row of every grid
         validate()
     with stop.after_step(), progress, checkpoints:
         while progress.step < progress.total and not stop.agreed:
@@ -267,13 +269,13 @@ def main(argv=None):
                 progress.save(checkpoints)
             if progress.validation_due() and not stop.agreed:
                 validate()
-                if stop.agree(accelerator):  # perhaps in the middle of the validation
+                if stop.agree(accelerator):  # a signal may have come during the validation
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
         exported = export_atomically(args.output_dir, partial(lora.save_networks, network), accelerator)
         if args.validation_prompts:
-            validate()  # after the export: whatever fails from here on, the weights are safe
+            validate()  # after the export, so that the weights are safe if it fails
     progress.close()
     if progress.step >= progress.total:
         hub.publish_card_and_upload(args, accelerator, repo_id, exported, progress, CARD)

@@ -12,7 +12,7 @@ from ..sources import data_files, names
 from . import image_folder, images
 from .image_folder import FAULTS, LINE
 
-ROW = 0  # key under which a row carries its own index; an int cannot clash with a column name
+ROW_INDEX = 0  # key under which a row carries its own index; an int cannot clash with a column name
 
 
 class BadSample(Exception):
@@ -247,7 +247,7 @@ def image_bytes(image: dict) -> bytes:
 
 def image_source(row: dict, args) -> bytes | str | int:
     """The input of a script's `load_image`: the image file of a row, or with cached encodings the row's index."""
-    return row[ROW] if args.cache_encodings else image_file(row[args.image_column])
+    return row[ROW_INDEX] if args.cache_encodings else image_file(row[args.image_column])
 
 
 def describe(dataset, image_column: str, index: int) -> str:

@@ -1,11 +1,11 @@
-"""What a file is that Pillow cannot read as an image, by its first bytes, and what to do about it."""
+"""Recognises files that Pillow cannot read as images by their first bytes, and says what to do."""
 
 import re
 
 from ..sources import stand_ins
 
 _CONVERT = "convert it to PNG or JPEG"
-_BRANDS = {  # of ISO media files (ISO/IEC 14496-12), in which phones store images as well as films
+_BRANDS = {  # brands of ISO media files (ISO/IEC 14496-12), which hold images or videos
     b"heic": "heif", b"heix": "heif", b"heim": "heif", b"heis": "heif", b"hevc": "heif", b"hevx": "heif",
     b"mif1": "heif", b"msf1": "heif", b"avif": "avif", b"avis": "avif", b"crx ": "raw",
 }  # fmt: skip
@@ -14,7 +14,7 @@ _ISO = {
     "avif": f"an AVIF image, which this Pillow cannot read: pip install --upgrade pillow, or {_CONVERT}",
     "raw": f"a camera's raw file: {_CONVERT}",
 }
-_STARTS = (  # first that fits
+_STARTS = (  # the first match counts
     (b"%PDF", f"not an image but a PDF document: {_CONVERT}"),
     (b"\xff\x0a", f"a JPEG XL image, which Pillow cannot read: {_CONVERT}"),
     (b"\x00\x00\x00\x0cJXL ", f"a JPEG XL image, which Pillow cannot read: {_CONVERT}"),
@@ -33,11 +33,11 @@ _DOWNLOAD = "saved in place of the image, as servers send it with an error: down
 
 
 def describe(head: bytes) -> str:
-    """One clause for the user, by the first thousand bytes of a file."""
+    """What a file is, as a clause for the user, from its first thousand bytes."""
     if not head:
         return "the file is empty"
     if not head.strip(b"\0"):
-        return "it begins with nothing but zero bytes, as a copy or download that was cut off leaves it: copy it again"
+        return "it begins with zero bytes only, as after an incomplete copy or download: copy it again"
     if head[4:8] == b"ftyp":
         return _ISO.get(_BRANDS.get(head[8:12]), "not an image but a video: take single images out of it")
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -47,11 +47,11 @@ def describe(head: bytes) -> str:
     for start, what in _STARTS:
         if head.startswith(start):
             return what
-    return _describe_text(head) or "not an image, or of a kind that Pillow cannot read"
+    return _describe_text(head) or "not an image, or of a format that Pillow cannot read"
 
 
 def _describe_text(head: bytes) -> str | None:
-    """Of a text; None if it is none."""
+    """What a text file is; None if it is not text."""
     encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     text = head.decode(encoding, errors="ignore").strip()
     if not text or sum(c.isprintable() or c.isspace() for c in text) < len(text) or "\0" in text:

@@ -17,7 +17,7 @@ import torch
 from .. import stopping
 from ..errors import RunError
 from . import draws
-from .dataset import ROW, BadSample, naming_the_sample
+from .dataset import ROW_INDEX, BadSample, naming_the_sample
 from .workers import loader_workers
 
 MAX_LOOKAHEAD = 64  # upper bound of the look-ahead, in micro-batches
@@ -38,7 +38,7 @@ class TrainingDataset(torch.utils.data.Dataset):
         epoch, index = visit
         draw = functools.partial(draws.generator, self.seed, epoch, index)
         with naming_the_sample(self.dataset, self.image_column, index):
-            sample = self.make_sample(self.rows[index] | {ROW: index}, draw)
+            sample = self.make_sample(self.rows[index] | {ROW_INDEX: index}, draw)
         return sample | {"index": torch.tensor(index)}
 
 

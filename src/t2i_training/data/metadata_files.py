@@ -1,7 +1,7 @@
-"""The rows of a metadata file, of whatever form: (values by column, its place in the file, faults by column).
+"""Reads the rows of metadata files: (values by column, place in the file, faults by column).
 
-What a row lacks or holds too much of is a fault of that row, under "" one of the whole row; a file that cannot be read
-at all is BadData, with one line that says where and how to mend it.
+A missing or surplus value is a fault of its row; the key "" holds faults of the whole row. A file that cannot be read
+at all raises BadData, with one line that says where and what to do.
 """
 
 import csv
@@ -19,7 +19,7 @@ _DELIMITERS = ",;\t|"
 
 
 def rows(content: bytes, name: str) -> Rows:
-    """Of a file named metadata.jsonl, .csv or .parquet; places read like "metadata.jsonl line 3"."""
+    """The rows of a metadata.jsonl, .csv or .parquet; a place is e.g. "metadata.jsonl line 3"."""
     if name.endswith(".parquet"):
         return _parquet_rows(content, name)
     if instead := stand_ins.of_content(content[:1000]):
@@ -31,7 +31,7 @@ def rows(content: bytes, name: str) -> Rows:
 
 
 def is_name_column(column: str) -> bool:
-    """Whether its values are names of images."""
+    """Whether the column's values are names of image files."""
     return column == "file_name" or column.endswith("_file_name")
 
 
@@ -58,7 +58,7 @@ def _parse(line: bytes) -> tuple[dict, dict]:
 
 
 def _csv_rows(content: bytes, name: str) -> Rows:
-    """Values are texts as they stand (NA is a word); an empty field is no value."""
+    """Values are text (NA is a word); an empty field is no value."""
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -69,7 +69,7 @@ def _csv_rows(content: bytes, name: str) -> Rows:
             f"`iconv -f WINDOWS-1252 -t UTF-8 {posixpath.basename(name)} > new.csv`"
         ) from None
     first = 0
-    if text[:4].lower() == "sep=" and text[5:6] in "\r\n":  # how Excel is told the delimiter
+    if text[:4].lower() == "sep=" and text[5:6] in "\r\n":  # tells Excel the delimiter
         first, text = 1, text.partition("\n")[2]
     delimiter = _delimiter(text)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -97,7 +97,7 @@ def _csv_rows(content: bytes, name: str) -> Rows:
 
 
 def _delimiter(text: str) -> str:
-    """The one by which the first line names a file_name column, or else makes the most fields."""
+    """The delimiter with which the first line has a file_name column, or else the most columns."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     headers = {mark: [name.strip().strip('"').strip() for name in line.split(mark)] for mark in _DELIMITERS}
     named = [mark for mark, names in headers.items() if any(is_name_column(name) for name in names)]

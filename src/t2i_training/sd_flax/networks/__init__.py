@@ -1,11 +1,11 @@
-"""Stable Diffusion's networks in Flax, computing what their torch twins in diffusers and transformers compute.
+"""Stable Diffusion's networks in Flax, equivalent to those in diffusers and transformers.
 
     unet = load_unet("model/unet", dtype=jnp.bfloat16, gradient_checkpointing=True)
     prediction = unet(noisy_latents, timesteps, text_states)  # (B, h, w, C): channels last
     save(unet, "trained/unet")                                # for UNet2DConditionModel.from_pretrained
 
-A network is a pytree whose leaves are its parameters: what `jax.grad` returns for it, or an optimizer makes of it, is
-another such network. A training loop is quicker with the parameters in a dict, which `split` gives.
+A network is a pytree whose leaves are its parameters; gradients and updated networks have the same type. A training
+loop is faster with the parameters in a dict, which `split` returns.
 """
 
 from pathlib import Path

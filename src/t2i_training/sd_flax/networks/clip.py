@@ -23,7 +23,7 @@ class CLIPTextModel(Network):
     """Token numbers (B, T) to one state per token (B, T, D), from the last layer and normalised.
 
     `config` is that of transformers' class of the same name. SD 2.x takes the last but one of OpenCLIP's 24 layers;
-    its config has 23. Keys that are not known are left alone, as transformers does.
+    its config has 23. Unknown keys are ignored, as in transformers.
     """
 
     weights_stem = "model"
@@ -79,7 +79,7 @@ class EncoderLayer(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Every token looks at itself and those before it."""
+    """Causal self-attention: a token attends to itself and to earlier ones."""
 
     def __init__(self, dim: int, heads: int, *, dtype):
         self.heads = heads

@@ -1,17 +1,17 @@
-"""The config.json of a network: read, completed with the torch twin's defaults, refused where it asks for more than is
-built here."""
+"""Reads a network's config.json, fills in the defaults of the PyTorch class, and refuses options that are not supported
+here."""
 
 import json
 from pathlib import Path
 
-IGNORED = {  # change no number that a network returns; the last seven stand in a checkpoint's unet_ema
+IGNORED = {  # do not change a network's output; the last seven are in a checkpoint's unet_ema
     "sample_size", "use_memory_efficient_attention", "split_head_dim", "decay", "inv_gamma", "min_decay",
     "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip
 
 
 class Config(dict):
-    """The values of a config.json, to be looked up and left alone: hashable, since `jax.jit` caches by them."""
+    """The values of a config.json, immutable and hashable, since `jax.jit` caches by them."""
 
     def __hash__(self):
         return hash(json.dumps(self, sort_keys=True))
@@ -23,7 +23,7 @@ def read_config(folder: str | Path) -> dict:
 
 
 def complete(config: dict, defaults: dict, only: dict, strict: bool = True) -> Config:
-    """`config` over `defaults`. ValueError, naming key and value, for what the networks here do not do.
+    """`config` over `defaults`. Raises ValueError, with key and value, for options that are not supported here.
 
     `only` lists, for some keys, the values that are supported. A key found neither there nor in `defaults` is refused
     unless it is off (None or False) or, with `strict` off, whatever it says.

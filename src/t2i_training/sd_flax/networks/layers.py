@@ -1,7 +1,7 @@
-"""What the networks are made of. Attributes are named as in diffusers, so that a parameter's path is its name on disk.
+"""The networks' layers. Attributes are named as in diffusers, so that a parameter's path is its name on disk.
 
-Images and latents are (B, H, W, C), sequences (B, T, D). Parameters are float32; `dtype` is what is computed in,
-except normalisation and softmax, which are float32 always. Everything is built empty (zeros): weights come from a file.
+Images and latents are (B, H, W, C), sequences (B, T, D). Parameters are float32; `dtype` is that of the arithmetic,
+except in normalisation and softmax, which use float32. Parameters are zeros until weights are loaded from a file.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from flax import nnx
 ZEROS = nnx.initializers.zeros_init()
 NO_RNGS = SimpleNamespace(params=lambda: None)  # no random numbers are needed; tracing 700 real keys would take seconds
 
-# Of a normalisation: scale and bias are not rounded to its dtype, only what it returns is; and the variance takes two
-# passes, since E[x^2] - E[x]^2 loses digits that the torch twin keeps.
+# In normalisation only the output is rounded to the dtype, not scale and bias. The variance takes two passes, as in
+# PyTorch, since E[x^2] - E[x]^2 would lose digits.
 IN_FLOAT32 = {"promote_dtype": lambda arrays, dtype: arrays, "use_fast_variance": False}
 
 
@@ -89,7 +89,7 @@ def attend(query, key, value, heads: int, causal: bool = False):
     upcasting its config may ask for (`upcast_attention`, SD 2.1).
     """
     dtype = query.dtype
-    if dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no such product
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":  # which lacks this kernel
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))  # (B, T, heads, head size)
     implementation = attention_implementation(query.shape[-1], query.dtype)
@@ -116,7 +116,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """Two convolutions and a way around them, arXiv:1512.03385; with `time_dim`, told the timestep in between."""
+    """A ResNet block, arXiv:1512.03385; with `time_dim` the timestep embedding is added in between."""
 
     def __init__(
         self, in_channels: int, out_channels: int, groups: int, eps: float, time_dim: int | None = None, *, dtype
@@ -147,7 +147,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Doubles height and width, or to `size` = (height, width), at most one less where the way down rounded up."""
+    """Doubles height and width, or resizes to `size` = (height, width), one less if downsampling rounded up."""
 
     def __init__(self, channels: int, *, dtype):
         self.conv = conv(channels, channels, dtype=dtype)
@@ -160,7 +160,7 @@ class Upsample2D(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """From `dim` features to themselves, looking at `context_dim` features; `bias` is that of the three inputs."""
+    """Attention from `dim` features to `context_dim` features; `bias` is for the three input projections."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, bias: bool = False, *, dtype):
         self.heads = heads
@@ -174,7 +174,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """A gated linear unit with a GELU for gate, arXiv:2002.05202."""
+    """GEGLU: a linear unit gated by a GELU, arXiv:2002.05202."""
 
     def __init__(self, in_dim: int, out_dim: int, *, dtype):
         self.proj = linear(in_dim, 2 * out_dim, dtype=dtype)
@@ -186,7 +186,7 @@ class GEGLU(nnx.Module):
 
 class FeedForward(nnx.Module):
     def __init__(self, dim: int, *, dtype):
-        # Between the two diffusers has a dropout, without parameters but with a number.
+        # In diffusers a dropout without parameters takes index 1 between the two.
         self.net = nnx.List([GEGLU(dim, 4 * dim, dtype=dtype), None, linear(4 * dim, dim, dtype=dtype)])
 
     def __call__(self, x):
@@ -194,7 +194,7 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention to the text, feed-forward; each normalised first and added to what came in."""
+    """Self-attention, cross-attention to the text, feed-forward; each with pre-norm and a residual connection."""
 
     def __init__(self, dim: int, text_dim: int, heads: int, *, dtype):
         self.norm1 = layer_norm(dim, dtype=dtype)
@@ -212,7 +212,7 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """A transformer over the places of a (B, H, W, C) grid, which reads text states (B, T, text_dim)."""
+    """A transformer over the positions of a (B, H, W, C) grid, with cross-attention to text states (B, T, text_dim)."""
 
     def __init__(self, channels: int, text_dim: int, heads: int, groups: int, linear_projection: bool, *, dtype):
         project = linear if linear_projection else conv_1x1

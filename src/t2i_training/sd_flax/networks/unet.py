@@ -39,7 +39,7 @@ ONLY = {
 
 
 def check_config(config: dict) -> Config:
-    """`config` completed. ValueError for what is not built here."""
+    """`config` with defaults. Raises ValueError for unsupported options."""
     config = complete(config, DEFAULTS, ONLY)
     check_blocks(config, "down_block_types", DOWN_BLOCKS)
     check_blocks(config, "up_block_types", UP_BLOCKS)
@@ -58,10 +58,10 @@ def plain(module, *args):
 
 
 class UNet2DConditionModel(Network):
-    """What a noisy latent, a timestep and a text predict together: noise, or velocity, as the model was trained.
+    """Predicts noise or velocity from noisy latents, timesteps and text states.
 
-    `config` is that of diffusers' class of the same name. With `gradient_checkpointing` the backward pass computes
-    every ResNet and transformer again instead of keeping what they computed: a third more work, far less memory.
+    `config` is that of diffusers' class of the same name. With `gradient_checkpointing` the backward pass
+    recomputes every ResNet and transformer: a third more arithmetic, far less memory.
     """
 
     weights_stem = "diffusion_pytorch_model"
@@ -70,7 +70,7 @@ class UNet2DConditionModel(Network):
         self.config = config = check_config(config)
         self.dtype, self.gradient_checkpointing = dtype, gradient_checkpointing
         widths = config["block_out_channels"]
-        heads = config["attention_head_dim"]  # in diffusers' UNet the number of heads, whatever the name says
+        heads = config["attention_head_dim"]  # in diffusers' UNet this is the number of heads, despite the name
         heads = [heads] * len(widths) if isinstance(heads, int) else heads
         groups, eps = config["norm_num_groups"], config["norm_eps"]
         shared = {"groups": groups, "eps": eps, "time_dim": 4 * widths[0], "dtype": dtype}
@@ -116,7 +116,7 @@ def transformers(config: dict, count: int, channels: int, heads: int | None, gro
 
 
 class DownBlock(nnx.Module):
-    """Block `i` on the way down; leaves all it computed on `skips`."""
+    """Down block `i`; appends its outputs to `skips`."""
 
     def __init__(self, config: dict, i: int, heads: int | None, *, groups, eps, time_dim, dtype):
         widths, layers = config["block_out_channels"], config["layers_per_block"]
@@ -153,13 +153,13 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Block `i` on the way up; takes from `skips` what the way down left there, last in first out."""
+    """Up block `i`; pops the outputs of the down blocks from `skips`."""
 
     def __init__(self, config: dict, i: int, heads: int | None, *, groups, eps, time_dim, dtype):
         widths, layers = config["block_out_channels"][::-1], config["layers_per_block"] + 1
         before, channels, below = widths[max(i - 1, 0)], widths[i], widths[min(i + 1, len(widths) - 1)]
         incoming = [before] + [channels] * (layers - 1)
-        skipped = [channels] * (layers - 1) + [below]  # the last is what entered this level on the way down
+        skipped = [channels] * (layers - 1) + [below]  # the last one is the input of this level's down block
         self.resnets = nnx.List(
             ResnetBlock2D(a + b, channels, groups, eps, time_dim, dtype=dtype) for a, b in zip(incoming, skipped)
         )

@@ -8,7 +8,7 @@ from .config import check_blocks, complete
 from .layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D, conv, conv_1x1, group_norm
 from .weights import Network
 
-EPS = 1e-6  # of every normalisation; not in the config
+EPS = 1e-6  # epsilon of every normalisation; not in the config
 DEFAULTS = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [64], "layers_per_block": 1,
     "down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"], "norm_num_groups": 32,
@@ -17,7 +17,7 @@ DEFAULTS = {
 ONLY = {
     "_class_name": ("AutoencoderKL", "FlaxAutoencoderKL"),
     "act_fn": ("silu",), "shift_factor": (None, 0), "latents_mean": (None,), "latents_std": (None,),
-    "force_upcast": (True, False),  # a wish about fp16; here the caller chooses the dtype
+    "force_upcast": (True, False),  # a hint about fp16; here the caller chooses the dtype
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class AutoencoderKL(Network):
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20))  # the bounds the models were trained with
+        return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20))  # the clamp that the models were trained with
 
     def decode(self, latents):
         """Latents (B, h, w, C), not scaled, to pixels (B, f h, f w, 3), about -1..1."""
@@ -108,7 +108,7 @@ def resnets(in_channels: int, out_channels: int, layers: int, groups: int, *, dt
 class DownEncoderBlock2D(nnx.Module):
     def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool, *, dtype):
         self.resnets = resnets(in_channels, out_channels, layers, groups, dtype=dtype)
-        padding = ((0, 1), (0, 1))  # below and on the right only
+        padding = ((0, 1), (0, 1))  # pads only at the bottom and on the right
         self.downsamplers = nnx.List([Downsample2D(out_channels, padding, dtype=dtype)]) if downsample else None
 
     def __call__(self, x):
@@ -129,7 +129,7 @@ class UpDecoderBlock2D(nnx.Module):
 
 
 class GridAttention(Attention):
-    """Every place of a (B, H, W, C) grid looks at every other, with one head."""
+    """Self-attention over the positions of a (B, H, W, C) grid, with one head."""
 
     def __init__(self, channels: int, groups: int, *, dtype):
         super().__init__(channels, channels, heads=1, bias=True, dtype=dtype)

@@ -1,5 +1,5 @@
-"""Networks from files and back. On disk a network is what diffusers and transformers write: config.json and one tensor
-per parameter, named by its path, with convolutions as (out, in, height, width) and linear layers as (out, in).
+"""Loads and saves networks in the format of diffusers and transformers: config.json and one tensor per parameter, named
+by its path, with convolutions as (out, in, height, width) and linear layers as (out, in).
 """
 
 import json
@@ -16,22 +16,22 @@ from .config import read_config
 
 TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}  # axes of a kernel, which in Flax is (in, out) or (height, width, in, out)
 TO_FLAX = {2: (1, 0), 4: (2, 3, 1, 0)}
-NUMBERED = re.compile(  # lists in old Flax files: "resnets_0"; others, like "linear_1", keep their number
+NUMBERED = re.compile(  # lists in old Flax files, e.g. "resnets_0"; other names, e.g. "linear_1", keep their number
     r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net)_(\d+)$"
 )
-OLD_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")  # in most autoencoders' files
+OLD_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")  # in most VAE files
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-HARMLESS = ("text_model.embeddings.position_ids", "embeddings.position_ids")  # 0, 1, 2, ... are no weights
-BIN_STEMS = {"model": "pytorch_model"}  # transformers' .bin files have a name of their own
+HARMLESS = ("text_model.embeddings.position_ids", "embeddings.position_ids")  # the constants 0, 1, 2, ...
+BIN_STEMS = {"model": "pytorch_model"}  # name of transformers' .bin files
 
 
 class Network(nnx.Module):
-    """A whole network. Its `config` is that of its config.json; `dtype` is what it computes in."""
+    """A network. `config` holds its config.json; `dtype` is that of its arithmetic."""
 
-    weights_stem: str  # of its file's name
+    weights_stem: str  # stem of its file's name
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Its parameters, or its gradient, as named and shaped on disk: contiguous float32 arrays on the host."""
+        """Its parameters or gradients with names and shapes as on disk: contiguous float32 arrays on the host."""
         tensors = {}
         for path, parameter in nnx.to_flat_state(nnx.state(self)):
             array = np.asarray(jax.device_get(parameter[...]), np.float32)
@@ -57,7 +57,7 @@ def load(network_class: type[Network], folder: str | Path, *, variant: str | Non
 
 
 def fill(blanks: dict, files: list[Path]) -> dict:
-    """`blanks`, a dict from path to parameter, with values from `files`. ValueError unless they fit, and are finite."""
+    """Fill `blanks`, a dict from path to parameter, from `files`. Raises ValueError unless they fit and are finite."""
     paths = {tensor_name(path): path for path in blanks}
     is_torch, parameters = files[0].suffix != ".msgpack", {}
     for file in files:
@@ -100,9 +100,9 @@ def save(network: Network, folder: str | Path) -> None:
 
 
 def split(network: Network) -> tuple[dict[str, jax.Array], Callable]:
-    """A network's parameters by their names on disk, in Flax's axes, and the function that makes such a dict a network.
+    """A network's parameters by their names on disk, in Flax's axes, and the function that merges them into a network.
 
-    For training loops: to call a jitted function costs 1 ms of Python with this dict, 40 ms with SD 1.5's UNet itself.
+    For training loops: calling a jitted function takes 1 ms of Python with this dict, 40 ms with SD 1.5's UNet itself.
     """
     graph, state = nnx.split(network)
     paths = {tensor_name(path): path for path, _ in nnx.to_flat_state(state)}
@@ -116,7 +116,7 @@ def split(network: Network) -> tuple[dict[str, jax.Array], Callable]:
 
 
 def shapes_on_disk(network: Network) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that `save` would write; of a network from nnx.eval_shape too."""
+    """Name and shape of every tensor that `save` would write. Works on networks from nnx.eval_shape."""
     return {tensor_name(path): shape_on_disk(path, value) for path, value in nnx.to_flat_state(nnx.state(network))}
 
 
@@ -132,14 +132,14 @@ def tensor_name(path: tuple) -> str:
 
 
 def current_name(name: str, expected) -> str:
-    """The name here of a tensor from an older file, or from transformers 5, which leaves out "text_model."."""
+    """The current name of a tensor from an older file, or from transformers 5, which omits "text_model."."""
     if name not in expected and f"text_model.{name}" in expected:
         return f"text_model.{name}"
     return OLD_ATTENTION.sub(lambda match: NEW_ATTENTION[match[0]], name)
 
 
 def find_files(folder: str | Path, stem: str, variant: str | None) -> list[Path]:
-    """The files, all of one kind, that hold the weights. FileNotFoundError, saying what is there, if there are none."""
+    """The files with the weights, all of one format. Raises FileNotFoundError, with what is there instead."""
     folder, mark = Path(folder), f".{variant}" if variant else ""
     for name, ending in ((stem, ".safetensors"), (BIN_STEMS.get(stem, stem), ".bin")):
         whole, index = folder / f"{name}{mark}{ending}", folder / f"{name}{ending}.index{mark}.json"
@@ -156,7 +156,7 @@ def find_files(folder: str | Path, stem: str, variant: str | None) -> list[Path]
 
 
 def read_torch(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a safetensors or torch file as float32, one at a time. Of pickles nothing but tensors is read."""
+    """The tensors of a safetensors or torch file as float32, one at a time. Unpickles only tensors."""
     import torch
     from safetensors import safe_open
 
@@ -164,14 +164,14 @@ def read_torch(file: Path) -> Iterator[tuple[str, np.ndarray]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no dict
                 yield name, tensors.get_tensor(name).float().numpy()
-    else:  # of torch's newer, zip, kind of file only what is being read is in memory
+    else:  # memory-mapped, if it is a file of torch's zip format
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         for name, tensor in tensors.items():
             yield name, tensor.float().numpy()
 
 
 def read_msgpack(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of an old Flax file, named as torch would have them; their axes are those used here."""
+    """The tensors of an old Flax file, with torch's names and Flax's axes."""
     stack = [((), serialization.msgpack_restore(file.read_bytes()))]
     while stack:
         path, value = stack.pop()
