@@ -176,7 +176,7 @@ NAMES = {  # name -> (the line's "file_name", expected)
     "outside, deep": ("bom/../../outside.png", "leads outside of the folder"),
     "outside, absolute": ("/outside.png", "leads outside of the folder"),
     "outside, backslash": ("..\\outside.png", "leads outside of the folder"),
-    "an address": ("https://example.com/cat.png", "is an address: download the image"),
+    "an address": ("https://example.com/cat.png", "is a URL: download the image"),
     "roundabout, inside": ("bom/../plain.png", TRAINS),
     "duplicate row": ("plain.png", TRAINS),
 }
@@ -186,7 +186,7 @@ METADATA = {  # folder with its own metadata.jsonl -> (its bytes, expected line 
     "bom": (b"\xef\xbb\xbf" + _LINE + b"\n", {1: TRAINS}),
     "broken": (
         b"\n".join([_LINE, _LINE[:20], b"[1, 2]", b"null", b'{"file_name": "a.png", "text": "caf\xe9"}', b"[" * 9999]),
-        {1: TRAINS, 2: "no JSON", 3: "no JSON object", 4: "no JSON object", 5: "it is not UTF-8", 6: "no JSON"},
+        {1: TRAINS, 2: "not JSON", 3: "not a JSON object", 4: "not a JSON object", 5: "it is not UTF-8", 6: "not JSON"},
     ),
     "crlf": (_LINE + b"\r\n" + _LINE + b"\r\n", {1: TRAINS, 2: TRAINS}),
     "given_path": (b'{"image": {"bytes": null, "path": "/outside.png"}, "text": "b"}', {1: "it has no image"}),

@@ -29,9 +29,9 @@ import tiny
 import tiny_kandinsky
 from scripts import REPOSITORY, SCRIPTS
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
+from t2i_training.stopping import STOP_SIGNALS
 
-STOP_SIGNALS = [getattr(signal, f"SIG{name}") for name in ("TERM", "INT", "HUP", "USR1", "USR2", "XCPU")]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore, and runs heed that
 
 SAMPLING_STEPS = 2  # of a validation image, in all tests but those that are about it
 

@@ -200,7 +200,7 @@ RUN_ERRORS = {  # found once data and models are opened: exit status 1
     "no such configuration": (own_data("{renamed}", dataset_config_name="winter"), "'winter'"),
     "broken metadata": (
         {"train_data_dir": "{broken_metadata}"},
-        "--train_data_dir {broken_metadata}: metadata.jsonl line 1: the line is no JSON",
+        "--train_data_dir {broken_metadata}: metadata.jsonl line 1: the line is not JSON",
     ),
     "data set unknown": ({"train_data_dir": None, "dataset_name": "nobody/nothing"}, "--dataset_name nobody/nothing: "),
     "more samples than there are": (

@@ -364,7 +364,7 @@ def test_a_published_scripts_checkpoint(files, parse, refused, tmp_path):
         (tmp_path / "out" / f"checkpoint-{number}" / "manifest.json").write_text("{}")
         if number == 400:
             message = refused(parse, resume_from_checkpoint="latest")
-            assert "move it away, to continue from that of these scripts before it" in message
+            assert "move it away, to continue from the last checkpoint of these scripts" in message
     parse(resume_from_checkpoint="latest")
 
 

@@ -95,7 +95,7 @@ def test_a_run_fails_before_models_are_loaded_and_lists_all(odd, model, tmp_path
         message = refusal(load_script("sd").main, tokens)
     first = f"row 2 ({folder}/truncated.jpg, metadata.jsonl line 3): OSError: image file is truncated"
     assert message.startswith(f"error: 41 of 87 samples cannot be used; {first}")
-    assert message.endswith(f"{tmp_path}/out/bad_samples.jsonl: mend or remove them, or leave them out with "
+    assert message.endswith(f"{tmp_path}/out/bad_samples.jsonl: fix or remove them, or leave them out with "
                             "--skip_bad_samples")  # fmt: skip
     check_list(tmp_path / "out" / "bad_samples.jsonl", cases)
     rows = [line for line in caplog.messages if line.startswith("row ")]
@@ -243,7 +243,7 @@ def test_no_usable_sample_at_all(inspect, tmp_path):
     ("content", "reason"),
     [
         ('{"file_name": "0.png"}'.encode("utf-16"), "metadata.jsonl is UTF-16: save it as UTF-8"),
-        (b"file_name,text\n0.png,a\n", "metadata.jsonl line 1: the line is no JSON"),
+        (b"file_name,text\n0.png,a\n", "metadata.jsonl line 1: the line is not JSON"),
         (b"", "holds no samples"),
     ],
 )

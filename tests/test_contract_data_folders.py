@@ -229,7 +229,7 @@ REFUSED = {  # a folder -> what is said
     ),
     "a column of addresses": (
         lambda f: table(f, image=["https://a.org/0.png"], text=["a"]),
-        "is an address: download the image",
+        "is a URL: download the image",
     ),
     "a column of base64": (
         lambda f: table(f, image=["iVBORw0KGgo="], text=["a"]),

@@ -313,9 +313,9 @@ CSV_FAULTS = [  # (a line after two good ones, what is said of it)
     ("2.png,", "it has no caption"),
     (",a fox", "file_name is missing"),
     ("gone.png,a fox", "No such file: gone.png"),
-    ('2.png,"a" fox', "the line is no CSV: ',' expected after '\"'"),
-    ('2.png,"a fox', "the line is no CSV: unexpected end of data (read until line 5; is a quote not closed?)"),
-    ("https://a.org/2.png,a", "is an address: download the image, and name its file"),
+    ('2.png,"a" fox', "the line is not CSV: ',' expected after '\"'"),
+    ('2.png,"a fox', "the line is not CSV: unexpected end of data (read until line 5; is a quote not closed?)"),
+    ("https://a.org/2.png,a", "is a URL: download the image, and name its file"),
     ("../outside.png,a", "leads outside of the folder of its metadata.csv"),
 ]
 
@@ -364,7 +364,10 @@ def test_a_csv_that_cannot_be_read_at_all(case, samples, tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('[{"file_name": "0.png"}]', "the line is no JSON object but a list of them: write each on a line of its own"),
+        (
+            '[{"file_name": "0.png"}]',
+            "the line is not a JSON object but a list of them: write each on a line of its own",
+        ),
         ('{\n"file_name": "0.png"\n}', "; an object, {...}, must stand on one line"),
         ('{"file_name": "0.png", "text": "caf\u00e9"}'.encode("cp1252"), "it is not UTF-8"),
     ],
@@ -583,7 +586,7 @@ def test_a_fault_of_the_machine_ends_the_inspection(error, samples, tmp_path, mo
     monkeypatch.setattr(data_files, "stamped", fail)
     message = samples(folder, skip=True)
     assert message.startswith(f"error: {folder}/0.png could not be read: {type(error).__name__}")
-    assert "not the image's: start again once it is mended" in message
+    assert "not the image's: start again once it is fixed" in message
     assert not (tmp_path / "out" / "skipped_samples.jsonl").exists()
 
 

@@ -6,11 +6,10 @@ import re
 import pytest
 from scripts import REPOSITORY
 
-ROOT = REPOSITORY
 PAGES = sorted(
     page
-    for page in [*ROOT.rglob("README.md"), *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]
-    if not any(part[0] == "." for part in page.relative_to(ROOT).parts)
+    for page in [*REPOSITORY.rglob("README.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "CONTRIBUTING.md"]
+    if not any(part[0] == "." for part in page.relative_to(REPOSITORY).parts)
 )
 
 

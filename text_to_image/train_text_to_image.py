@@ -74,9 +74,7 @@ def load_models(args, accelerator):
         # Also for sampling: a network sampled with another prediction type than it was trained on gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(
-        accelerator.device
-    )  # copy once, not in every step
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.dream_training and noise_scheduler.config.prediction_type != "epsilon":
         raise RunError(
             "--dream_training needs a model that predicts epsilon, and this one does not: leave the flag out"

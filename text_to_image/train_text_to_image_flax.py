@@ -115,9 +115,7 @@ def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_tim
 
 def encode_images(batch, vae):
     """Mean and standard deviation of the latents' posteriors."""
-    pixels = (
-        jnp.moveaxis(batch["pixels"], 1, -1) / 127.5 - 1
-    )  # the networks are channels-last, everything else channels-first
+    pixels = jnp.moveaxis(batch["pixels"], 1, -1) / 127.5 - 1  # the networks are channels-last, all else channels-first
     mean, std = (jnp.moveaxis(moment * vae.config["scaling_factor"], -1, 1) for moment in vae.encode(pixels))
     return {"latents_mean": mean, "latents_std": std}  # (B, C, R/f, R/f)
 

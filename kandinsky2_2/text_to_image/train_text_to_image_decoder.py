@@ -71,9 +71,7 @@ def load_models(args, accelerator):
         networks.standardize(pipeline)
     unet = pipeline.unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
-    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(
-        accelerator.device
-    )  # copy once, not in every step
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.enable_xformers_memory_efficient_attention:
         networks.use_xformers(unet)
     if args.gradient_checkpointing:

@@ -72,9 +72,7 @@ def load_models(args, accelerator):
         networks.standardize(pipeline)
     unet = pipeline.unet
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
-    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(
-        accelerator.device
-    )  # copy once, not in every step
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return pipeline, networks.prepare_trained(unet.train(), args, accelerator), noise_scheduler

@@ -69,9 +69,7 @@ def load_models(args, accelerator):
         networks.standardize(pipeline)
     prior = pipeline.prior
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
-    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(
-        accelerator.device
-    )  # copy once, not in every step
+    noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)  # once, not in every step
     if args.gradient_checkpointing:
         networks.enable_gradient_checkpointing(prior.transformer_blocks)
     return pipeline, networks.prepare_trained(prior.train(), args, accelerator), noise_scheduler

@@ -12,7 +12,7 @@ import torch.distributed
 
 from .errors import RunError
 
-_group = None  # torch keeps groups for the process, and the accelerator, which all calls here get, has no place for one
+_group = None  # torch's process groups live as long as the process, and accelerate's objects have no field for one
 
 
 def init_cpu_group() -> None:
@@ -37,7 +37,7 @@ def never_joined() -> str | None:
     if name and int(os.environ[name]) > 1:
         alone = f"{os.environ[name]} processes were asked for ({name}), and this one is alone: {way_out}"
         if name == "WORLD_SIZE":
-            raise RunError(f"{alone}")
+            raise RunError(alone)
         return alone
     if name is None and "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         return f"`accelerate launch` was asked for several processes, and on the CPU it starts one: {way_out}"

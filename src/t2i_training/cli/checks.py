@@ -224,7 +224,7 @@ def _check_resume(parser, args):
         other = max(filter(_is_of_another_script, found), key=_number, default=None)
         newest = max(map(_number, ours), default=-1)
         if other and _number(other) > newest:
-            instead = "to continue from that of these scripts before it" if ours else "to start from the beginning"
+            instead = "to continue from the last checkpoint of these scripts" if ours else "to start from the beginning"
             parser.error(f"--resume_from_checkpoint latest: {_not_ours(other)}, {instead}{_its_weights(other)}")
     elif wanted is not None:
         folder = output_dir / wanted if (output_dir / wanted).is_dir() else Path(wanted)

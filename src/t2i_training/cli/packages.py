@@ -28,9 +28,8 @@ def hide_unused(args) -> None:
     """
     too_late = any(name in sys.modules for name in LOOKING)
     used = {name for name, flag in FLAGS.items() if getattr(args, flag, False)}
-    if (
-        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    ):  # refused later, with a message of its own
+    # Refused later, with a message of its own.
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         used.add("deepspeed")
     for name in (*UNUSED, *FLAGS, "deepspeed"):
         if name not in used:

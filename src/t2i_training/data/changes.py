@@ -21,9 +21,8 @@ def describe(args, accelerator, dataset, image_infos) -> dict[str, str]:
         for start in range(0, len(images), _CHUNK):
             chunk = texts[start : start + _CHUNK][args.caption_column]
             captions[start : start + _CHUNK] = [_number(repr(caption)) for caption in chunk]
-    samples = (
-        images * np.uint64(0x9E3779B97F4A7C15) ^ captions
-    )  # an odd factor, so that equal numbers do not cancel out
+    # The factor is odd, so that equal numbers do not cancel out.
+    samples = images * np.uint64(0x9E3779B97F4A7C15) ^ captions
     numbers = {"images": np.sort(images), "captions": np.sort(captions), "samples": np.sort(samples), "order": samples}
     return {name: hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest() for name, array in numbers.items()}
 

@@ -218,7 +218,7 @@ def naming_the_sample(dataset, image_column: str, index: int):
             sample = f"row {int(index)}"
         if images.is_system_fault(error):
             raise BadSample(not_the_images_fault(sample, error)) from None
-        error.add_note(f"raised while {sample} was prepared; it may have nothing to do with it")
+        error.add_note(f"raised while {sample} was prepared, which may not be the cause")
         raise
 
 
@@ -227,7 +227,7 @@ def not_the_images_fault(what: str, error: Exception) -> str:
     reason = f"{type(error).__name__}: {sanitize.reason(error)}" if str(error) else type(error).__name__
     return (
         f"{what} could not be read: {reason}; the fault is the machine's (disk, network or memory), not the image's: "
-        "start again once it is mended"
+        "start again once it is fixed"
     )
 
 

@@ -96,7 +96,7 @@ def _read_file(listing, name: str) -> Iterator[tuple[dict, str, dict]]:
     try:
         content = data_files.read_bytes(listing.files[name])
     except OSError as error:
-        reason = stand_ins.link_to_nothing(listing.files[name]) or f"not to be read: {error.strerror or error}"
+        reason = stand_ins.link_to_nothing(listing.files[name]) or f"not readable: {error.strerror or error}"
         raise data_files.BadData(f"{name} is {reason}") from None
     for values, place, faults in metadata_files.rows(content, name):
         columns, wrong = _columns(values, folder, name)
@@ -125,12 +125,11 @@ def _inside(folder: str, name, metadata: str) -> tuple[str | None, str | None]:
         return None, f"file_name is {_shown(name)}"
     plain, below = name.replace("\\", "/"), folder.rstrip(os.sep) + os.sep
     if re.match(r"\w+://", plain):
-        return None, f"file_name {name!r:.300} is an address: download the image, and name its file"
+        return None, f"file_name {name!r:.300} is a URL: download the image, and name its file"
     path = os.path.normpath(os.path.join(folder, plain))
     real = os.path.realpath(folder).rstrip(os.sep) + os.sep
-    if plain.startswith("/") and path.startswith(
-        real
-    ):  # an absolute path, while the folder was named by a symbolic link
+    # An absolute path, while the folder was named by a symbolic link.
+    if plain.startswith("/") and path.startswith(real):
         path = below + path[len(real) :]
     if not path.startswith(below):
         absolute = plain.startswith("/") or plain[1:3] == ":/"

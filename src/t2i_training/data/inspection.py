@@ -92,9 +92,8 @@ def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tu
             for start in range(first, end, _CHUNK):
                 chunk = range(start, min(start + _CHUNK, end))
                 keys = [f"{stored}:{row}" if stored else None for row in chunk]
-                if stored and known.keys() >= {
-                    *keys
-                }:  # known images within the data set's own files are not read again
+                # Known images within the data set's own files are not read again.
+                if stored and known.keys() >= {*keys}:
                     looked_at = [(key, ImageInfo(*known[key], None)) for key in keys]
                     chunk = _rows(texts_alone, chunk)
                 else:
@@ -221,7 +220,7 @@ def _last_line(args, dataset, bad: dict[int, str]) -> str:
         return f"none of the {len(bad)} samples can be used; {example}"
     return (
         f"{len(bad)} of {len(dataset)} samples cannot be used; {example}; all in "
-        f"{Path(args.output_dir) / BAD}: mend or remove them, or leave them out with --skip_bad_samples"
+        f"{Path(args.output_dir) / BAD}: fix or remove them, or leave them out with --skip_bad_samples"
     )
 
 

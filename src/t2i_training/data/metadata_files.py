@@ -46,15 +46,15 @@ def _parse(line: bytes) -> tuple[dict, dict]:
     try:
         values = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return {}, {"": f"the line is no JSON: it is not UTF-8 ({error}): save the file as UTF-8"}
+        return {}, {"": f"the line is not JSON: it is not UTF-8 ({error}): save the file as UTF-8"}
     except (ValueError, RecursionError) as error:
         whole = "; an object, {...}, must stand on one line" if line.strip() in (b"{", b"[", b"[{") else ""
-        return {}, {"": f"the line is no JSON: {' '.join(str(error).split())}{whole}"}
+        return {}, {"": f"the line is not JSON: {' '.join(str(error).split())}{whole}"}
     if isinstance(values, dict):
         return values, {}
     of_objects = isinstance(values, list) and any(isinstance(value, dict) for value in values)
     advice = " but a list of them: write each on a line of its own" if of_objects else ""
-    return {}, {"": f"the line is no JSON object{advice}"}
+    return {}, {"": f"the line is not a JSON object{advice}"}
 
 
 def _csv_rows(content: bytes, name: str) -> Rows:
@@ -82,7 +82,7 @@ def _csv_rows(content: bytes, name: str) -> Rows:
             until = first + lines.line_num
             backslash = '; a double quote within quotes is written twice, "", and not \\"' if '\\"' in text else ""
             reason = f"{error} (read until line {until}; is a quote not closed?){backslash}"
-            yield {}, place, {"": f"the line is no CSV: {reason}"}
+            yield {}, place, {"": f"the line is not CSV: {reason}"}
             continue
         if fields is None:
             return

@@ -22,9 +22,8 @@ def loader_workers(args, batch_size: int) -> int:
     if workers and os.path.isdir(SHARED_MEMORY):  # containers often have 64 MB, and a worker that exceeds it dies
         batch = 8 * args.resolution**2 * batch_size  # bytes: pixels, perhaps twice, and noise
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        hold = shutil.disk_usage(SHARED_MEMORY).free // (
-            3 * batch * local
-        )  # per worker: 2 batches ahead, 1 in transfer
+        # Per worker: 2 batches ahead, 1 in transfer.
+        hold = shutil.disk_usage(SHARED_MEMORY).free // (3 * batch * local)
         if hold < workers:
             logger.warning(
                 f"{SHARED_MEMORY} holds the batches of {hold} loader workers, not of {workers}: loading may be slower; "

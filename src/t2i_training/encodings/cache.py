@@ -81,7 +81,7 @@ def _read_view(view: tuple, read: Callable, dataset, views: list[tuple[str, int]
     with naming_the_sample(dataset, column, row):
         content = image_bytes(dataset[row][column])
         if hashlib.blake2b(content, digest_size=16).hexdigest() != views[row][0]:
-            advice = f"start again, without {inspection.MEMO} if that recurs"
+            advice = f"start again; if it recurs, remove {inspection.MEMO}"
             raise images.UnreadableImage(f"not the file that was inspected: {advice}")
         return read(content, crop_draw, mirror)
 

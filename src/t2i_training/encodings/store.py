@@ -40,15 +40,11 @@ class Store:
         """
         self._places, self._files = {}, {}
         paths = [path for path in self.folder.glob("*.safetensors") if path.is_file()]
-        for path in sorted(
-            paths, key=lambda path: (path.stat().st_ctime_ns, path.name)
-        ):  # ctime is that of the rename into place
+        # In the order in which they were renamed into place.
+        for path in sorted(paths, key=lambda path: (path.stat().st_ctime_ns, path.name)):
             try:
                 keys = self._keys(path.name)
-            except (
-                safetensors.SafetensorError,
-                ValueError,
-            ) as error:  # an OSError is not the file's fault, and propagates
+            except (safetensors.SafetensorError, ValueError) as error:  # an OSError is not the file's fault
                 self._discard(path.name, error)
                 continue
             for i, key in enumerate(keys):

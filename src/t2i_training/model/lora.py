@@ -37,9 +37,8 @@ def add_adapters(model, args, seed: int, accelerator, targets: tuple[str, ...] =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config)
-    model.peft_config["default"].target_modules = sorted(
-        targets
-    )  # peft makes a set of it, whose order differs between processes
+    # In peft it is a set, whose order differs between processes.
+    model.peft_config["default"].target_modules = sorted(targets)
     cast_training_params(model, torch.float32)
     return model
 

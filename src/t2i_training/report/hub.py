@@ -89,7 +89,7 @@ def push(args, repo_id: str, exported: list[str]) -> None:
             allow_patterns=[*patterns, "README.md", "training_curves.png", "validation/*.png"],
         )  # fmt: skip
     except Exception as error:
-        raise _failure(args, error, f"; the trained model is whole in {args.output_dir}") from None
+        raise _failure(args, error, f"; the trained model is complete in {args.output_dir}") from None
     logger.info(f"pushed to {repo_id}")
 
 

@@ -140,9 +140,8 @@ class CheckpointManager:
         device = self.accelerator.device if self.accelerator.device.type == "cuda" else "cpu"
         state = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
         names = {name for tensors in state["state"].values() for name in tensors}
-        older = (
-            "AdamW8bit" if names and "exp_avg" not in names else "AdamW"
-        )  # older manifests do not name the optimizer
+        # Older manifests do not name the optimizer.
+        older = "AdamW8bit" if names and "exp_avg" not in names else "AdamW"
         was, now = read_manifest(folder).get("optimizer", older), _class_name(self.optimizer)
         if was != now:
             raise RunError(
@@ -151,9 +150,8 @@ class CheckpointManager:
             )
         load_optimizer(self.optimizer, state)
         scaler = self.accelerator.scaler
-        if (
-            scaler is not None and (folder / SCALER).is_file()
-        ):  # else the checkpoint was saved in another precision: start with a new scale
+        # Else the checkpoint was saved in another precision: start with a new scale.
+        if scaler is not None and (folder / SCALER).is_file():
             scaler.load_state_dict(torch.load(folder / SCALER, weights_only=True))
 
 

@@ -36,9 +36,8 @@ def start(args, mixed_precision: str | None = None) -> Accelerator:
 
     The accelerator has the run's precision: `mixed_precision`, else the flag's, else that of `accelerate launch`.
     """
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # each worker tokenizes single captions; its fork warnings are noise
+    # Captions are tokenized singly, in forked workers: threads would bring nothing but warnings.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.local_rank != -1 and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     # A second run in one process (main() called again) may ask for another precision or accumulation.

@@ -52,9 +52,8 @@ def write_config(config: dict, resumed: bool) -> bool:
     """Write run_config.yaml for --config. Returns whether a resumed run's flags have changed; a warning lists them."""
     changed, file = [], Path(config["output_dir"]) / "run_config.yaml"
     if resumed:
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError, yaml.YAMLError
-        ):  # there is none, or it is not ours
+        # If there is no such file, or not one of ours, nothing has changed.
+        with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             names = before.keys() & config.keys() - {"output_dir", "resume_from_checkpoint"}
             changed = [f"--{n} {before[n]} -> {config[n]}" for n in sorted(names) if before[n] != config[n]]
@@ -94,9 +93,8 @@ def _keep_own_course(wanted: str, metrics: Path, step: int, flags_changed: bool)
     folder, kept = metrics.parent.resolve(), step
     source = (folder / wanted if (folder / wanted).is_dir() else Path(wanted)).resolve()
     if wanted != "latest" and source != folder / f"checkpoint-{kept}":
-        kept = (
-            0 if source.parent == folder else -1
-        )  # a renamed checkpoint: its grid of step 0 stays valid; or that of another run
+        # With a renamed checkpoint of this folder step 0 still counts; with another run's, nothing here does.
+        kept = 0 if source.parent == folder else -1
     if flags_changed or wanted != "latest":
         _set_metrics_aside(metrics, kept)
         _set_validation_aside(metrics.parent, kept)

@@ -178,8 +178,7 @@ def on_host(arrays, *axes: str):
 def encode_on_host(batch: dict[str, torch.Tensor], encode: functools.partial) -> dict[str, torch.Tensor]:
     """Called by the cache: `encode(batch)` on the devices of this host, which hold the networks bound to it."""
     size = len(next(iter(batch.values())))
-    places = (
-        np.arange(size + -size % jax.local_device_count()) % size
-    )  # repeat some samples, so that all devices get equally many
+    # Repeat some samples, so that all devices get equally many.
+    places = np.arange(size + -size % jax.local_device_count()) % size
     samples = on_host({name: to_numpy(tensor)[places] for name, tensor in batch.items()}, "devices")
     return {name: to_torch(array)[:size] for name, array in _jit(encode.func)(samples, **encode.keywords).items()}

@@ -7,7 +7,7 @@ from ..cli import flags
 
 PACKAGES = ("jax", "flax", "optax")
 HELP = {
-    "seed": "Random seed. Default: 0, or in a run that is resumed its checkpoint's.",
+    "seed": "Random seed. Default: 0, or the checkpoint's when resuming.",
     "train_batch_size": "Samples per micro-batch and device.",
     "mixed_precision": "Precision of the arithmetic; trained weights are fp32. Default: accelerate launch's, or no.",
     "scale_lr": "Multiply the learning rate by devices x batch size x accumulation.",

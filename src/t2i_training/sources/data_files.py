@@ -27,17 +27,7 @@ _TABLES = (  # read by `datasets`, as tables or archives
     ".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv",
     ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar",
 )  # fmt: skip
-_ARCHIVES = (
-    ".tar",
-    ".tar.gz",
-    ".tgz",
-    ".tar.bz2",
-    ".tar.xz",
-    ".tar.zst",
-    ".7z",
-    ".rar",
-    ".001",
-)  # archives that are not read
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".001")  # are not read
 _CAPTIONS = (".txt", ".caption")
 _SPLITS = {  # name of a folder -> its split, as in `datasets`
     "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
