@@ -12,6 +12,7 @@ setup(
     description="Training scripts that fine-tune text-to-image diffusion models",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"t2i_training.sources.clip_vocabulary": ["merges.txt.gz", "LICENSE"]},
     python_requires=">=3.11",
     install_requires=[
         line

@@ -8,7 +8,8 @@ _SD, _KANDINSKY = REPOSITORY / "text_to_image", REPOSITORY / "kandinsky2_2" / "t
 ADAPTERS = "pytorch_lora_weights.safetensors"
 _SD_DRAWS = {"random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "input_perturbation": 0.1}
 _OURS = {"config", "log_file", "logging_steps", "skip_bad_samples", "cache_encodings", "encodings_dir"}
-_SD_OURS = _OURS | {"caption_dropout", "cache_crops"}
+_FILES = {"save_precision", "metadata_title", "metadata_license", "metadata_trigger_phrase"}
+_SD_OURS = _OURS | _FILES | {"caption_dropout", "cache_crops", "pretrained_vae_model_name_or_path"}
 _DREAM = {"input_perturbation", "dream_training", "dream_detail_preservation"}
 
 
@@ -43,7 +44,7 @@ class Script:
 TORCH = {
     "sd": Script(
         _SD / "train_text_to_image.py", "model", "unet/diffusion_pytorch_model.safetensors", _SD_DRAWS, "sd_full.sh",
-        ours=_SD_OURS | {"torch_compile"},
+        ours=_SD_OURS | {"torch_compile", "save_single_file"},
         without={"embed_nothing"},  # no "no image" where there are captions
         graphs=(1, 8), resumed={"use_ema": True}, tensors=50,
     ),
@@ -87,6 +88,7 @@ SCRIPTS = TORCH | {  # JAX is optional: the tests of this one are skipped withou
         _SD / "train_text_to_image_flax.py", "model", "unet/diffusion_pytorch_model.safetensors", _SD_DRAWS,
         "sd_flax.sh",
         ours=_SD_OURS | _DREAM | {
+            "save_single_file",
             "validation_prompts", "gradient_accumulation_steps", "gradient_checkpointing", "lr_warmup_steps",
             "snr_gamma", "use_ema", "noise_offset", "prediction_type", "allow_tf32", "dataloader_num_workers",
             "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_epochs",

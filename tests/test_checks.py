@@ -295,7 +295,9 @@ def test_folder_without_captions(parse, refused, tmp_path):
 
 def test_files_in_place_of_folders(parse, refused, tmp_path):
     (tmp_path / "model.safetensors").touch()
-    assert "from_single_file" in refused(parse, pretrained_model_name_or_path=tmp_path / "model.safetensors")
+    assert "model.safetensors cannot be read: it is empty: fetch it again" in refused(
+        parse, pretrained_model_name_or_path=tmp_path / "model.safetensors"
+    )
     assert "model.safetensors is a file" in refused(parse, train_data_dir=tmp_path / "model.safetensors")
 
 

@@ -157,7 +157,9 @@ FOLDERS = {  # files -> what a folder without model_index.json is
     ("pytorch_lora_weights.safetensors", "manifest.json"): "is a checkpoint of a training run, for --resume_from_check",
     ("adapter_config.json", "adapter_model.safetensors"): "holds LoRA adapters",
     ("config.json", "diffusion_pytorch_model.safetensors"): "is one network (UNet2DConditionModel), and not a whole",
-    ("v1-5-pruned.ckpt", "v1-inference.yaml"): "holds a model in a single file, v1-5-pruned.ckpt: make a folder of it",
+    ("v1-5-pruned.ckpt", "v1-inference.yaml"): (
+        "holds no model_index.json: give the single file itself, {folder}/v1-5-pruned.ckpt"
+    ),
     ("unet/config.json", "vae/config.json"): "holds no model_index.json (but unet, vae): it is no pipeline",
     ("sd/model_index.json",): "holds no model_index.json, but {folder}/sd does: give that",
     ("snapshots/0123/model_index.json",): "holds no model_index.json, but {folder}/snapshots/0123 does: give that",

@@ -42,7 +42,8 @@ PATHS = (
 @pytest.mark.parametrize("value", PATHS)
 @pytest.mark.parametrize("flag", [MODEL, DATA])
 def test_a_path_that_is_none(flag, value, refused):
-    assert f"--{flag} {value}: there is no such folder" in refused(flag, value)
+    kind = "file" if value in ("model.safetensors", "a/model.ckpt", "pictures.zip", "data/train.csv") else "folder"
+    assert f"--{flag} {value}: there is no such {kind}" in refused(flag, value)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ MAY_IMPORT = {  # besides what is in the room itself
     "sources": {"ground"},
     "data": {"ground", "sources"},
     "encodings": {"ground", "data"},
-    "model": {"ground", "sources"},
+    "model": {"ground", "sources", "cli"},  # cli: model/single_file is a command too
     "run": {"ground", "sources", "cli"},
     "report": {"ground", "cli", "data", "model", "run"},
     "sd_flax": {"ground", "sources", "cli", "data", "encodings", "model", "run", "report"},

@@ -26,7 +26,10 @@ ORDER = (
 )  # fmt: skip
 
 KANDINSKY = [
-    ("imports", ", spare_parts", "", "training uses all that it loads"),
+    ("imports", "import base, ema, losses, networks, optim, single_file, spare_parts",
+     "import ema, losses, networks, optim", "one kind of source, and training uses all that it loads"),
+    ("imports", "from t2i_training.model", "from t2i_training.library_errors import readable_errors\n"
+     "from t2i_training.model", "its models are loaded part by part"),
     ("imports", "from t2i_training.errors import RunError\n", "", "no --dream_training"),
     ("main", "partial(export, pipeline, network, args)", "partial(export, pipeline, network)",
      "it exports what it loads"),
@@ -38,7 +41,7 @@ KANDINSKY = [
     ("main", ", progress.effective_batch if args.scale_lr else 1)", ")", "no --scale_lr"),
 ]  # fmt: skip
 LORA = [
-    ("imports", "import ema,", "import lora,", "the method; no --use_ema"),
+    ("imports", " ema,", " lora,", "the method; no --use_ema"),
     ("parse_args", "add_validation_args(parser)", "add_validation_args(parser, single=True)", "its flags"),
     ("parse_args", "add_reporting_args(parser)", "add_reporting_args(parser, project=False)", "its flags"),
     ("main", "partial(ema.save_networks, 'unet', network, average)", "partial(lora.save_networks, network)",
@@ -78,10 +81,11 @@ DIFFERENCES = {
         ("parse_args", "flags.add_ema_args(parser)", "flags.add_lora_args(parser, kohya=True)", "its flags"),
         ("parse_args", "project=False)",
          "project=False)\n    parser.set_defaults(output_dir='sd-model-finetuned-lora')", "its default"),
-        ("load_models", "        spare_parts.fetch(args)\n", "", "adapters are exported alone"),
-        ("load_models", "        if args.non_ema_revision is not None:\n            unet = UNet2DConditionModel."
-         "from_pretrained(args.pretrained_model_name_or_path, subfolder='unet', revision=args.non_ema_revision, "
-         "**source).float()\n", "", "no --non_ema_revision"),
+        ("imports", ", single_file, spare_parts", "", "adapters are exported alone"),
+        ("parse_args", "    flags.add_single_file_args(parser)\n", "", "adapters are exported alone"),
+        ("load_models", ", exported=True", "", "adapters are exported alone"),
+        ("load_models", " if args.non_ema_revision is None else base.load_non_ema_unet(args)", "",
+         "no --non_ema_revision"),
         ("freeze", *NOT_EXPORTED),
         ("main", PREPARED.format(", pipeline.unet, args.offload_ema, args.foreach_ema"),
          "    unet = lora.add_adapters(unet, args, seed, accelerator)\n",
@@ -91,7 +95,8 @@ DIFFERENCES = {
         ("main", "partial(lora.save_networks, network)", "lambda folder: export(args, network, folder, "
          "progress.step)", "a checkpoint holds what is exported"),
         ("export", "def export(pipeline, unet, args, folder):\n    pipeline.register_modules(unet=unet)\n    "
-         "spare_parts.save(pipeline, args, folder)", "def export(args, unet, folder, step=None):\n    "
+         "spare_parts.save(pipeline, args, folder)\n    if args.save_single_file:\n        "
+         "single_file.write(folder, args)", "def export(args, unet, folder, step=None):\n    "
          "lora.save_stable_diffusion(StableDiffusionPipeline, unet, folder)\n    if args.save_kohya:\n        "
          "lora.save_kohya(unet, folder, step)", "the adapters are exported, not the pipeline"),
     ],

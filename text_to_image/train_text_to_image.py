@@ -15,11 +15,12 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 from functools import partial
 
 from t2i_training.cli import checks, flags
+from t2i_training.cli.parser import make_parser
 from t2i_training.sources import model_kind
 
 
 def parse_args(argv=None):
-    parser = flags.make_parser(__doc__)
+    parser = make_parser(__doc__)
     flags.add_stable_diffusion_args(parser)
     flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
@@ -32,6 +33,7 @@ def parse_args(argv=None):
     flags.add_ema_args(parser)
     flags.add_encoding_args(parser, crops=True)
     flags.add_checkpoint_args(parser)
+    flags.add_single_file_args(parser)
     flags.add_validation_args(parser)
     flags.add_reporting_args(parser)
     return checks.parse(parser, argv, model_kind.STABLE_DIFFUSION)
@@ -41,15 +43,14 @@ if __name__ == "__main__":
     parse_args()  # report usage errors, and --help, before the slow imports below
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from t2i_training import distributed, stopping
 from t2i_training.data import captions, draws, images, inspection, loading
 from t2i_training.data.dataset import image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.errors import RunError
-from t2i_training.library_errors import readable_errors
-from t2i_training.model import ema, losses, networks, optim, spare_parts
+from t2i_training.model import base, ema, losses, networks, optim, single_file, spare_parts
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
 from t2i_training.run import checkpoint, lifecycle, output_folder
@@ -58,18 +59,8 @@ from t2i_training.run.export import export_atomically
 
 def load_models(args, accelerator):
     """Load the base pipeline (fp32, on the CPU), the UNet to train (fp32) and the training scheduler."""
-    source = {"variant": args.variant, "cache_dir": args.cache_dir}
-    with readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        spare_parts.fetch(args)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.NOT_LOADED
-        )
-        networks.standardize(pipeline)
-        unet = pipeline.unet
-        if args.non_ema_revision is not None:
-            unet = UNet2DConditionModel.from_pretrained(
-                args.pretrained_model_name_or_path, subfolder="unet", revision=args.non_ema_revision, **source
-            ).float()
+    pipeline = base.load_pipeline(args, exported=True)
+    unet = pipeline.unet if args.non_ema_revision is None else base.load_non_ema_unet(args)
     if args.prediction_type is not None:
         # Also for sampling: a network sampled with another prediction type than it was trained on gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -202,9 +193,11 @@ def generate_image(index, pipeline, args, seed, accelerator):
 
 
 def export(pipeline, unet, args, folder):
-    """Write the pipeline into `folder`, with its frozen parts as they were loaded."""
+    """Write the pipeline into `folder`, with its frozen parts as loaded, and with --save_single_file one file of it."""
     pipeline.register_modules(unet=unet)
     spare_parts.save(pipeline, args, folder)
+    if args.save_single_file:
+        single_file.write(folder, args)
 
 
 CARD = {

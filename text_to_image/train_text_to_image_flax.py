@@ -14,12 +14,13 @@ Each device of the machine takes --train_batch_size samples at a time. --resume_
 from functools import partial
 
 from t2i_training.cli import checks, flags
+from t2i_training.cli.parser import make_parser
 from t2i_training.sd_flax import flags as flax_flags
 from t2i_training.sources import model_kind
 
 
 def parse_args(argv=None):
-    parser = flags.make_parser(__doc__)
+    parser = make_parser(__doc__)
     flags.add_stable_diffusion_args(parser)
     flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
@@ -31,6 +32,7 @@ def parse_args(argv=None):
     flags.add_ema_args(parser, placement=False)
     flags.add_encoding_args(parser, crops=True)
     flags.add_checkpoint_args(parser)
+    flags.add_single_file_args(parser)
     flags.add_validation_args(parser)
     flags.add_reporting_args(parser)
     flax_flags.add_flax_args(parser)
@@ -58,7 +60,7 @@ from t2i_training.data.dataset import image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.errors import RunError
 from t2i_training.library_errors import readable_errors
-from t2i_training.model import losses, optim
+from t2i_training.model import losses, optim, single_file
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
 from t2i_training.run import checkpoint, lifecycle, output_folder
@@ -218,8 +220,10 @@ def generate_image(index, pipeline, unet, vae, text_encoder, args, seed):
 
 
 def export(pipeline, trained, args, folder):
-    """Write the pipeline into `folder`, with its frozen parts as they were loaded."""
+    """Write the pipeline into `folder`, with its frozen parts as loaded, and with --save_single_file one file of it."""
     flax_pipeline.save(pipeline, trained.export(), folder, args.variant)
+    if args.save_single_file:
+        single_file.write(folder, args)
 
 
 CARD = {

@@ -16,11 +16,12 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 from functools import partial
 
 from t2i_training.cli import checks, flags
+from t2i_training.cli.parser import make_parser
 from t2i_training.sources import model_kind
 
 
 def parse_args(argv=None):
-    parser = flags.make_parser(__doc__)
+    parser = make_parser(__doc__)
     flags.add_stable_diffusion_args(parser)
     flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
@@ -50,8 +51,7 @@ from t2i_training.data import captions, draws, images, inspection, loading
 from t2i_training.data.dataset import image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.errors import RunError
-from t2i_training.library_errors import readable_errors
-from t2i_training.model import lora, losses, networks, optim, spare_parts
+from t2i_training.model import base, lora, losses, networks, optim
 from t2i_training.report import hub, validation
 from t2i_training.report.progress import Progress
 from t2i_training.run import checkpoint, lifecycle, output_folder
@@ -60,13 +60,8 @@ from t2i_training.run.export import export_atomically
 
 def load_models(args, accelerator):
     """Load the base pipeline (fp32, on the CPU), its UNet, still without adapters, the training scheduler."""
-    source = {"variant": args.variant, "cache_dir": args.cache_dir}
-    with readable_errors("--pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, **source, **spare_parts.NOT_LOADED
-        )
-        networks.standardize(pipeline)
-        unet = pipeline.unet
+    pipeline = base.load_pipeline(args)
+    unet = pipeline.unet
     if args.prediction_type is not None:
         # Also for sampling: a network sampled with another prediction type than it was trained on gives noise.
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)

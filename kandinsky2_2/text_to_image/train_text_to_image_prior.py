@@ -13,11 +13,12 @@ The same command with --resume_from_checkpoint=latest continues, bit for bit, wh
 from functools import partial
 
 from t2i_training.cli import checks, flags
+from t2i_training.cli.parser import make_parser
 from t2i_training.sources import model_kind
 
 
 def parse_args(argv=None):
-    parser = flags.make_parser(__doc__)
+    parser = make_parser(__doc__)
     flags.add_kandinsky_args(parser)
     flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)

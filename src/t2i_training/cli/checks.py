@@ -96,7 +96,18 @@ def _check_combinations(parser, args):
     for package, name in packages.FLAGS.items():
         if getattr(args, name, False) and importlib.util.find_spec(package) is None:
             parser.error(f"--{name} needs the package {package}: pip install {package}, or leave the flag out")
+    _check_tool_files(parser, args)
     _check_schedule(parser, args)
+
+
+def _check_tool_files(parser, args):
+    """Refuse flags for a file that is not written."""
+    switch = next((name for name in ("save_single_file", "save_kohya") if hasattr(args, name)), None)
+    if switch is None or getattr(args, switch):
+        return
+    for name in ("save_precision", "metadata_title", "metadata_license", "metadata_trigger_phrase"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} does nothing without --{switch}: add --{switch}, or leave --{name} out")
 
 
 def _check_schedule(parser, args):

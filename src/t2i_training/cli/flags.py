@@ -5,12 +5,8 @@ of a flag is given with it; combinations of flags are checked in `checks.py`.
 """
 
 import argparse
-import difflib
 import math
-import re
 from collections.abc import Callable
-
-from .. import sanitize
 
 INTERPOLATION_MODES = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -55,58 +51,12 @@ share = _number(float, lambda n: "" if 0 <= n < 1 else f"at least 0 and below 1,
 seed, multiple_of_8 = _number(int, _seed_fault), _number(int, _side_fault)
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help.lower()
-        return action.help if silent else f"{action.help.rstrip('.')}. Default: %(default)s."
-
-
-class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args=None, namespace=None):
-        self.given = args or []
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message):  # argparse would print forty lines of usage first
-        message = re.sub(r"argument (--\w+): must\b", r"\1 must", message)
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if message.startswith("the following arguments are required"):  # perhaps one of them was abbreviated
-            names = [token.partition("=")[0] for token in self.given if token.startswith("--")]
-            unknown = next((re.match("(.*)", name) for name in names if name not in self._option_string_actions), None)
-            message += f"; there is no {unknown[1]}" if unknown else ""
-        near = self._near(unknown[1]) if unknown else []
-        message += f" (did you mean {near[0]}?)" if near else ""
-        message = re.sub(r"hf_\w{9,}", "hf_***", sanitize.printable(" ".join(message.split())))
-        if re.search("^unrecognized|has no flag", message):  # perhaps a mistyped --hub_token
-            message = re.sub(r"(\S*tok\S*?[= ])\S+", r"\1***", message)
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def typed(self, tokens: list[str]) -> frozenset[str]:
-        """The names of the flags that these tokens set, as opposed to defaults."""
-        untouched = object()  # argparse sets no default for an attribute that exists
-        args = argparse.Namespace(**{action.dest: untouched for action in self._actions})
-        given = self.parse_args(tokens, args)
-        return frozenset(name for name, value in vars(given).items() if value is not untouched)
-
-    def _near(self, name: str) -> list[str]:
-        """The flag that `name` abbreviates or misspells."""
-        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        name = name.replace("-", "_").replace("__", "--", 1)
-        begun = [flag for flag in flags if flag.startswith(name) and len(name) > 3]
-        return begun or difflib.get_close_matches(name, flags, 1)
-
-
-def make_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser whose description is the script's own docstring, with the `--config` flag already on it."""
-    # No abbreviations: a flag added later could change their meaning.
-    parser = _Parser(usage="%(prog)s FLAGS", description=docstring, formatter_class=_Formatter, allow_abbrev=False)
-    parser.add_argument("--config", metavar="YAML", help="File with defaults for any flag; the command line wins.")
-    return parser
-
-
 def add_stable_diffusion_args(parser):
     group = parser.add_argument_group("model")
-    text = "Folder or hub name of the pipeline to fine-tune."
+    text = "Model to fine-tune: folder or hub name of a pipeline, or a single file (.safetensors, .ckpt)."
     group.add_argument("--pretrained_model_name_or_path", required=True, help=text)
+    text = "VAE to use in place of the model's: folder, hub name or single file."
+    group.add_argument("--pretrained_vae_model_name_or_path", help=text)
     group.add_argument("--revision", help="Branch, tag or commit of the hub repository.")
     group.add_argument("--variant", help="Variant of the weight files to load, e.g. fp16.")
 
@@ -324,6 +274,27 @@ def add_lora_args(parser, *, kohya=False):
     if kohya:
         text = "Also write a file for A1111, ComfyUI and kohya, at the end and with each checkpoint."
         group.add_argument("--save_kohya", action="store_true", help=text)
+        add_tool_file_args(group)
+        parser.refused["--save_single_file"] = (
+            "adapters are no whole model: this script writes pytorch_lora_weights.safetensors, and with --save_kohya "
+            "kohya_lora_weights.safetensors for A1111 and ComfyUI"
+        )
+
+
+def add_single_file_args(parser):
+    group = parser.add_argument_group("single file")
+    text = "Also write the model as one .safetensors for A1111, ComfyUI and model sites."
+    group.add_argument("--save_single_file", action="store_true", help=text)
+    add_tool_file_args(group)
+
+
+def add_tool_file_args(group):
+    """Flags for files that other tools read. Their names are kohya's."""
+    text = "Precision of the numbers in that file; files for diffusers are fp32."
+    group.add_argument("--save_precision", choices=["fp32", "fp16", "bf16"], default="fp16", help=text)
+    group.add_argument("--metadata_title", help="Title in its header. Default: the output folder's name.")
+    group.add_argument("--metadata_license", help="License in its header.")
+    group.add_argument("--metadata_trigger_phrase", help="Words in its header that call up what was learned.")
 
 
 def add_reporting_args(parser, *, project=True):

@@ -22,12 +22,12 @@ _CLASSES = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # the name of today
 
 
 def fetch(args, **options) -> Path:
-    """The base's folder; of a hub's repository that in the cache, into which all of the pipeline is downloaded.
+    """The base's folder or file; of a hub's repository the folder in the cache, into which all of it is downloaded.
 
     A full run calls it before it trains: hours later nothing that it exports is missing.
     """
     name = args.pretrained_model_name_or_path
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name)
     source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     return Path(StableDiffusionPipeline.download(name, **source, **options))
@@ -51,7 +51,7 @@ def carry_over(base: Path, variant: str | None, folder: Path) -> None:
     """
     file = folder / "model_index.json"
     try:
-        theirs = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+        theirs = {} if base.is_file() else json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         logger.warning(f"{base} cannot be read any more ({error}): a safety checker of it is left out of the export")
         theirs = {}

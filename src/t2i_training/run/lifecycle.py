@@ -77,7 +77,7 @@ def start(args, mixed_precision: str | None = None) -> Accelerator:
 
 def _what_is_trained(args) -> str:
     """The first line of a log: script, models, and where the result will be."""
-    models = [f"--{name}={value}" for name, value in vars(args).items() if name.startswith("pretrained_")]
+    models = [f"--{name}={value}" for name, value in vars(args).items() if name.startswith("pretrained_") and value]
     return f"{Path(sys.argv[0]).name} {' '.join(models)} --output_dir={args.output_dir}"
 
 

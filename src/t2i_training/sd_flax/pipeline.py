@@ -1,6 +1,6 @@
 """Loads a Stable Diffusion pipeline into Flax networks, and saves it so that diffusers can load it.
 
-Tokenizer and sampler are those of diffusers and transformers; no PyTorch network is built.
+Tokenizer and sampler are those of diffusers and transformers. PyTorch's networks are built only for single files.
 """
 
 import json
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from transformers import CLIPTokenizer
 
-from ..model import spare_parts
+from ..model import base, spare_parts
 from ..model.networks import fit_tokenizer
 from . import networks
 from .networks.weights import find_files
@@ -25,7 +25,7 @@ ALL_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "diffusion_fla
 class Pipeline:
     """The parts of a Stable Diffusion. The networks' weights are fp32 in host memory."""
 
-    folder: Path
+    folder: Path  # or the single file
     tokenizer: CLIPTokenizer
     scheduler: diffusers.SchedulerMixin  # the sampler's
     unet: networks.UNet2DConditionModel
@@ -41,6 +41,8 @@ class Pipeline:
 
 def load(args, dtype) -> Pipeline:
     """The pipeline --pretrained_model_name_or_path; its networks compute in `dtype`."""
+    if Path(args.pretrained_model_name_or_path).is_file():
+        return _from_single_file(args, dtype)
     folder = local_folder(args)
     variants = {part: variant_of(folder / part, args.variant) for part in STEMS}
     if args.variant and not any(variants.values()):
@@ -54,16 +56,31 @@ def load(args, dtype) -> Pipeline:
     )
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     text_encoder = networks.load_text_encoder(folder / "text_encoder", variant=variants["text_encoder"], dtype=dtype)
+    if args.pretrained_vae_model_name_or_path is None:
+        vae = networks.load_vae(folder / "vae", variant=variants["vae"], dtype=dtype)
+    else:
+        vae = networks.from_torch(networks.AutoencoderKL, base.load_vae(args), dtype=dtype)
     fit_tokenizer(tokenizer, text_encoder.config["max_position_embeddings"])
     return Pipeline(
         folder,
         tokenizer,
         getattr(diffusers, scheduler_class.removeprefix("Flax")).from_pretrained(folder / "scheduler"),
         unet,
-        networks.load_vae(folder / "vae", variant=variants["vae"], dtype=dtype),
+        vae,
         text_encoder,
         dtype,
     )
+
+
+def _from_single_file(args, dtype) -> Pipeline:
+    loaded = base.load_pipeline(args)
+    unet = networks.from_torch(
+        networks.UNet2DConditionModel, loaded.unet, dtype=dtype, gradient_checkpointing=args.gradient_checkpointing
+    )
+    vae = networks.from_torch(networks.AutoencoderKL, loaded.vae, dtype=dtype)
+    text_encoder = networks.from_torch(networks.CLIPTextModel, loaded.text_encoder, dtype=dtype)
+    file = Path(args.pretrained_model_name_or_path)
+    return Pipeline(file, loaded.tokenizer, loaded.scheduler, unet, vae, text_encoder, dtype)
 
 
 def variant_of(part: Path, variant: str | None) -> str | None:

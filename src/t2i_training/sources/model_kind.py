@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import sanitize
 from ..errors import RunError, Unfit
 from ..log import logger
-from . import names, stand_ins, weight_files
+from . import names, original_files, stand_ins, weight_files
 
 _NEEDS = {  # kind -> the parts of its pipeline, and its description for the user
     "model": (
@@ -44,11 +44,12 @@ STABLE_DIFFUSION, PRIOR, DECODER = Trained("model"), Trained("prior"), Trained("
 STABLE_DIFFUSION_IN_JAX = Trained("model", ("safetensors", "bin", "msgpack"))
 _NETWORKS = ("unet", "vae", "movq", "prior", "text_encoder", "image_encoder")  # the parts with weights
 _CONFIGURATIONS = {"scheduler": "scheduler_config.json", "image_processor": "preprocessor_config.json"}
-_SINGLE = (".ckpt", ".safetensors", ".pt", ".pth", ".gguf")  # single-file models
 
 
 def check_folders(parser, args, trained: Trained) -> None:
-    """Refuse local models of another kind than the script trains. Reads only configuration files."""
+    """Refuse local models of another kind than the script trains. Reads only configuration files and headers."""
+    if trained.kind == "model":
+        _check_single_file(parser, args)
     for flag, kind in _models(args):
         folder = Path(getattr(args, flag))
         if os.path.isdir(folder):  # unlike Path.is_dir, it accepts names that are too long
@@ -70,12 +71,27 @@ def check_hub(args, trained: Trained) -> None:
     """The same for hub names. Exits with one line."""
     for flag, kind in _models(args):
         name = getattr(args, flag)
-        if os.path.isdir(name) or not _is_used(args, flag, trained):
+        if os.path.exists(name) or not _is_used(args, flag, trained):
             continue
         try:
             _check_repository(args, flag, name, kind, trained)
         except Unfit as error:
             raise RunError(f"--{flag} {name} {sanitize.printable(str(error))}") from None
+
+
+def _check_single_file(parser, args) -> None:
+    file, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    if vae is not None and os.path.isfile(vae) and not vae.lower().endswith(original_files.SUFFIXES):
+        parser.error(f"--pretrained_vae_model_name_or_path {vae} is no .safetensors or .ckpt")
+    if not os.path.isfile(file):
+        return
+    for flag in ("revision", "non_ema_revision", "variant"):
+        if getattr(args, flag, None):
+            parser.error(f"--{flag} does nothing with a single file, {file}: leave it out")
+    try:
+        original_files.check(Path(file), needs_vae=vae is None, prediction_type=args.prediction_type)
+    except Unfit as error:
+        parser.error(f"--pretrained_model_name_or_path {file} {sanitize.printable(str(error))}")
 
 
 def _models(args) -> list[tuple[str, str]]:
@@ -106,7 +122,7 @@ def _check_folder(folder: Path, kind: str, args, trained: Trained) -> None:
     if not (folder / "model_index.json").is_file():
         if _reads_image_encoder_alone(kind, args, trained) and (folder / "image_encoder" / "config.json").is_file():
             return
-        raise Unfit(f"{_what_instead(folder)}; {_NEEDS[kind][1]}")
+        raise Unfit(f"{_what_instead(folder, kind)}; {_NEEDS[kind][1]}")
 
     def read(name: str) -> dict | None:
         return _parse(folder / name) if (folder / name).is_file() else None
@@ -160,7 +176,7 @@ def _parse(file: Path) -> dict:
     return found
 
 
-def _what_instead(folder: Path) -> str:
+def _what_instead(folder: Path, kind: str) -> str:
     """What a folder without model_index.json is, for the message."""
     inside = {path.name for path in folder.iterdir()}
     below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/model_index.json"))
@@ -182,11 +198,9 @@ def _what_instead(folder: Path) -> str:
         return f"is a part of a pipeline{whole}"
     if any(re.fullmatch(r"checkpoint-\d+", name) for name in inside):
         return "is the output folder of a training run that has not come to its end"
-    if single := sorted(name for name in inside if name.lower().endswith(_SINGLE)):
-        return (
-            f"holds a model in a single file, {single[0]}: make a folder of it with diffusers' "
-            "from_single_file(...).save_pretrained(folder)"
-        )
+    single = sorted(name for name in inside if name.lower().endswith(original_files.SUFFIXES))
+    if kind == "model" and single:
+        return f"holds no model_index.json: give the single file itself, {folder / single[0]}"
     parts = sorted(inside & {*_NETWORKS, "tokenizer", "scheduler"})
     found = f" (but {', '.join(parts)})" if parts else ""
     return f"holds no model_index.json{found}: it is no pipeline of diffusers"

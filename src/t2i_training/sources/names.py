@@ -35,17 +35,15 @@ def check(parser, args) -> None:
     for flag, value in vars(args).items():
         if not value or not (flag == "dataset_name" or flag.startswith("pretrained_")):
             continue
-        if flag.startswith("pretrained_") and os.path.isfile(value):
-            parser.error(
-                f"--{flag} {value} is a file: convert it to a folder with diffusers' "
-                "from_single_file(...).save_pretrained(folder)"
-            )
+        if flag.startswith(("pretrained_prior", "pretrained_decoder")) and os.path.isfile(value):
+            parser.error(f"--{flag} {value} is a file: for Kandinsky a folder or a hub name is needed")
         if web := _WEB.match(value):
             parser.error(f"--{flag} {value} is a URL: use the hub's name, {web[1]}")
         if os.path.exists(value):
             continue
         if _looks_like_a_path(value):
-            parser.error(f"--{flag} {value}: there is no such folder{_did_you_mean(value)}")
+            what = "file" if value.lower().endswith(_FILES) else "folder"
+            parser.error(f"--{flag} {value}: there is no such {what}{_did_you_mean(value)}")
         here = "/" not in value or os.path.isdir(value.partition("/")[0])  # else the owner may be one on the hub
         if value not in _READERS and here and (near := _near(value)) and _digits(near) == _digits(value):
             parser.error(f"--{flag} {value}: there is no such folder; did you mean {sanitize.printable(near)}?")

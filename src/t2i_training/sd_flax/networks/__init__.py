@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from .clip import CLIPTextModel
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
-from .weights import load, save, shapes_on_disk, split
+from .weights import from_torch, load, save, shapes_on_disk, split
 
 __all__ = [
-    "AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel", "load_text_encoder", "load_unet", "load_vae", "save",
-    "shapes_on_disk", "split",
+    "AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel", "from_torch", "load_text_encoder", "load_unet",
+    "load_vae", "save", "shapes_on_disk", "split",
 ]  # fmt: skip
 
 

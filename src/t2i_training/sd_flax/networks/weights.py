@@ -5,7 +5,7 @@ by its path, with convolutions as (out, in, height, width) and linear layers as 
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -49,35 +49,51 @@ def load(network_class: type[Network], folder: str | Path, *, variant: str | Non
     to the class. FileNotFoundError where there are no such files; ValueError, naming the tensor, where one is missing,
     not expected or of another shape, or, naming the key, where config.json asks for what is not built here.
     """
-    config = read_config(folder)
-    blank = nnx.eval_shape(lambda: network_class(config, **options))
-    graph, state = nnx.split(blank)
-    parameters = fill(dict(nnx.to_flat_state(state)), find_files(folder, network_class.weights_stem, variant))
+    files = find_files(folder, network_class.weights_stem, variant)
+    is_torch = files[0].suffix != ".msgpack"
+    read = read_torch if is_torch else read_msgpack
+    tensors = ((file, name, array) for file in files for name, array in read(file))
+    return _build(network_class, read_config(folder), options, tensors, is_torch)
+
+
+def from_torch(network_class: type[Network], network, **options) -> Network:
+    """The equivalent of a diffusers or transformers network in memory. Errors as for `load`."""
+    config = network.config.to_dict() if hasattr(network.config, "to_dict") else dict(network.config)
+    source = type(network).__name__
+    tensors = ((source, name, tensor.float().numpy()) for name, tensor in network.state_dict().items())
+    return _build(network_class, config, options, tensors, is_torch=True)
+
+
+def _build(network_class: type[Network], config: dict, options: dict, tensors, is_torch: bool) -> Network:
+    graph, state = nnx.split(nnx.eval_shape(lambda: network_class(config, **options)))
+    parameters = fill(dict(nnx.to_flat_state(state)), tensors, is_torch)
     return nnx.merge(graph, nnx.from_flat_state(parameters))
 
 
-def fill(blanks: dict, files: list[Path]) -> dict:
-    """Fill `blanks`, a dict from path to parameter, from `files`. Raises ValueError unless they fit and are finite."""
+def fill(blanks: dict, tensors: Iterable[tuple], is_torch: bool) -> dict:
+    """Fill `blanks`, a dict from path to parameter. Raises ValueError unless the tensors fit and are finite.
+
+    A tensor comes as (where from, name, array); with `is_torch` its axes are PyTorch's.
+    """
     paths = {tensor_name(path): path for path in blanks}
-    is_torch, parameters = files[0].suffix != ".msgpack", {}
-    for file in files:
-        for old_name, array in (read_torch if is_torch else read_msgpack)(file):
-            name = current_name(old_name, paths)
-            if name in HARMLESS:
-                continue
-            if name not in paths:
-                raise ValueError(f"{file}: tensor {old_name} has no place in the network that config.json describes")
-            path = paths[name]
-            expected = shape_on_disk(path, blanks[path]) if is_torch else blanks[path].shape
-            if array.shape != expected:
-                raise ValueError(f"{file}: tensor {old_name} is {array.shape}, but config.json makes it {expected}")
-            if is_torch and path[-1] == "kernel":
-                array = array.transpose(TO_FLAX[array.ndim])
-            parameters[path] = nnx.Param(np.array(array, np.float32))
-            if not np.isfinite(parameters[path].get_value()).all():
-                raise ValueError(f"{file}: tensor {old_name} holds values that are not finite: download the file again")
+    parameters = {}
+    for source, old_name, array in tensors:
+        name = current_name(old_name, paths)
+        if name in HARMLESS:
+            continue
+        if name not in paths:
+            raise ValueError(f"{source}: tensor {old_name} has no place in the network that config.json describes")
+        path = paths[name]
+        expected = shape_on_disk(path, blanks[path]) if is_torch else blanks[path].shape
+        if array.shape != expected:
+            raise ValueError(f"{source}: tensor {old_name} is {array.shape}, but config.json makes it {expected}")
+        if is_torch and path[-1] == "kernel":
+            array = array.transpose(TO_FLAX[array.ndim])
+        parameters[path] = nnx.Param(np.array(array, np.float32))
+        if not np.isfinite(parameters[path].get_value()).all():
+            raise ValueError(f"{source}: tensor {old_name} holds values that are not finite: download the file again")
     if missing := sorted(paths[name] for name in paths if paths[name] not in parameters):
-        raise ValueError(f"{files[0]}: tensor {tensor_name(missing[0])} is missing ({len(missing)} in all)")
+        raise ValueError(f"{source}: tensor {tensor_name(missing[0])} is missing ({len(missing)} in all)")
     return parameters
 
 
