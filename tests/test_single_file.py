@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_script
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from scripts import SCRIPTS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from t2i_training.model import single_file, tensor_file
-from t2i_training.sources import families
+from t2i_training.model import original_names, single_file, tensor_file
+from t2i_training.sources import families, original_files
 
 NAME = "single_file.safetensors"
 # SHA-256 of the sorted lines "name [sizes]" of the files that were published: v1-5-pruned-emaonly.safetensors, and
@@ -74,7 +79,7 @@ def test_names_and_shapes_are_those_of_the_published_files(family):
         part: {name: tensor_file.Lazy(tuple(t.shape), t.dtype, None) for name, t in network.state_dict().items()}
         for part, network in nets.items()
     }
-    found = single_file.original_layout(parts, configurations)
+    found = original_names.original_layout(parts, configurations)
     lines = sorted(f"{name} [{','.join(map(str, tensor.shape))}]" for name, tensor in found.items())
     count, digest = PUBLISHED[family]
     assert "first_stage_model.encoder.mid.attn_1.q.weight [512,512,1,1]" in lines
@@ -179,15 +184,326 @@ def test_full_disk_leaves_the_folder(command, monkeypatch, caplog):
 # --------------------------------------------------------------------------------------------------- what is trained on
 
 
-@pytest.mark.parametrize("script", ["sd", "sd_lora", "sd_flax"])
+@pytest.mark.parametrize("script", ["sd", "sd_lora"])
 def test_run_from_a_file_is_the_run_from_the_folder(run, one_file, script):
     rows, files = [], []
     for base in (one_file, one_file.parent):
         folder = run(script, pretrained_model_name_or_path=base, max_train_steps=2)
         rows.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
-        trained = {"sd_lora": "pytorch_lora_weights.safetensors"}.get(
-            script, "unet/diffusion_pytorch_model.safetensors"
-        )
-        files.append(load_file(folder / trained))
+        files.append(load_file(folder / SCRIPTS[script].trained))
     assert rows[0] == rows[1]
     assert_equal(*files)
+
+
+def rewrite(file, target, change, texts=None):
+    """A copy of a file with other tensors, without the header's texts unless they are given."""
+    tensors = change(load_file(file))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata=texts)
+    return target
+
+
+@pytest.fixture
+def refused(command):
+    """refused(**changes): the one line with which the full run's flags are refused."""
+
+    def run(capsys, script="sd", **changes) -> str:
+        with pytest.raises(SystemExit) as stop:
+            load_script(script).parse_args(command(script, **changes))
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+WHOLE = "a whole Stable Diffusion 1.x or 2.x is needed"
+CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+ONE = {f"{UNET}input_blocks.0.0.weight": (8, 4, 3, 3), CONTEXT: (8, 768), f"{VAE}encoder.conv_in.weight": (8, 3, 3, 3),
+       f"{TEXT}transformer.text_model.final_layer_norm.bias": (768,)}  # fmt: skip
+TWO = ONE | {CONTEXT: (8, 1024)}
+V = "weights do not tell what it predicts: add --prediction_type=v_prediction (most models for 768 pixels) or"
+FILES = {  # shapes of a file's tensors, what is said of it
+    "VAE": ({"encoder.conv_in.weight": (8, 3, 3, 3)}, "is a VAE: give it as --pretrained_vae_model_name_or_path, "),
+    "VAE with its prefix": ({f"{VAE}decoder.conv_in.weight": (8, 4, 3, 3)}, "is a VAE: give it as "),
+    "LoRA of kohya": ({"lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": (8, 4)}, "is a LoRA: give the model"),
+    "LoRA of diffusers": ({"unet.down_blocks.0.attentions.0.to_q.lora.up.weight": (8, 4)}, "is a LoRA: give the model"),
+    "LoHa": ({"lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a": (8, 4)}, "is a LoRA: give the model"),
+    "SDXL": (ONE | {"conditioner.embedders.0.transformer.text_model.x": (1,)}, f"is a Stable Diffusion XL; {WHOLE}"),
+    "SD 3": ({f"{UNET}joint_blocks.0.x.weight": (1,)}, f"is a newer architecture: {WHOLE}"),
+    "inpainting": (ONE | {f"{UNET}input_blocks.0.0.weight": (8, 9, 3, 3)}, f"is a model for inpainting; {WHOLE}"),
+    "depth": (TWO | {f"{UNET}input_blocks.0.0.weight": (8, 5, 3, 3)}, f"is a model with depth; {WHOLE}"),
+    "UNet alone": ({n: s for n, s in ONE.items() if n.startswith(UNET)}, "has a UNet and no text encoder that is read"),
+    "diffusers' UNet": ({"conv_in.weight": (8, 4, 3, 3)}, "is the UNet of a folder of diffusers: give the folder that"),
+    "text encoder": ({"text_model.embeddings.position_ids": (1, 77)}, "is the text encoder of a folder of diffusers"),
+    "embedding": ({"emb_params": (4, 768)}, f"is an embedding (textual inversion): {WHOLE}"),
+    "no VAE": ({n: s for n, s in ONE.items() if not n.startswith(VAE)}, "has no VAE: add one with --pretrained_vae_"),
+    "another width": (ONE | {CONTEXT: (8, 512)}, "has a UNet that reads text states of 512 numbers, not of 768 or"),
+    "2.x": (TWO, V),
+    "something": ({"weight": (1,)}, f"holds no UNet of a Stable Diffusion (1 other tensors); {WHOLE}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_file_that_cannot_be_trained(kind, tmp_path, refused, capsys):
+    shapes, said = FILES[kind]
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
+    line = refused(capsys, pretrained_model_name_or_path=file)
+    assert f"--pretrained_model_name_or_path {file} {said}" in line or (kind == "2.x" and said in line)
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "said"),
+    [
+        (b"", {}, "cannot be read: it is empty: fetch it again"),
+        (b"<!DOCTYPE html>", {}, "cannot be read: it is a web page"),
+        (b"version https://git-lfs", {}, "cannot be read: it is a Git LFS pointer in place of it"),
+        (b"\x10", {}, "cannot be read: it is damaged or incomplete"),
+    ],
+)
+def test_file_that_is_damaged(content, changes, said, tmp_path, refused, capsys):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert said in refused(capsys, pretrained_model_name_or_path=tmp_path / "model.safetensors", **changes)
+
+
+def test_flags_that_do_nothing_with_a_file(one_file, tmp_path, refused, capsys):
+    for flag in ("revision", "non_ema_revision", "variant"):
+        line = refused(capsys, pretrained_model_name_or_path=one_file, **{flag: "fp16"})
+        assert f"--{flag} does nothing with a single file, {one_file}: leave it out" in line
+    other = tmp_path / "model.gguf"
+    other.write_bytes(b"GGUF")
+    line = refused(capsys, pretrained_model_name_or_path=other)
+    assert f"{other} is a file, and of files only .safetensors and .ckpt are read" in line
+    line = refused(capsys, script="decoder", pretrained_decoder_model_name_or_path=one_file)
+    assert f"{one_file} is a file: for Kandinsky a folder or a hub name is needed" in line
+    line = refused(capsys, save_precision="fp32")
+    assert "--save_precision does nothing without --save_single_file" in line
+
+
+def test_lora_script_says_what_it_writes(refused, capsys):
+    line = refused(capsys, script="sd_lora", save_single_file=True)
+    assert line.endswith(
+        "--save_single_file: adapters are no whole model: this script writes pytorch_lora_weights.safetensors, and "
+        "with --save_kohya kohya_lora_weights.safetensors for A1111 and ComfyUI"
+    )
+
+
+def test_file_that_lacks_a_tensor(one_file, command, tmp_path, monkeypatch, capsys):
+    """A file of that name in the working folder is not taken for the text encoder's."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(one_file, tmp_path / "model.safetensors")
+    for lost, said in (
+        (
+            f"{TEXT}transformer.text_model.final_layer_norm.bias",
+            f"lacks {TEXT}transformer.text_model.final_layer_norm.bias: download it again",
+        ),
+        (f"{UNET}time_embed.0.bias", f"lacks {UNET}time_embed.0.bias: download it again"),
+        (f"{VAE}decoder.conv_out.bias", f"lacks {VAE}decoder.conv_out.bias: download it again"),
+    ):
+        file = rewrite(
+            one_file, tmp_path / "lacks.safetensors",
+            lambda tensors, lost=lost: {n: t for n, t in tensors.items() if n != lost}, texts(one_file),
+        )  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            load_script("sd").main(command("sd", pretrained_model_name_or_path=file))
+        assert f"--pretrained_model_name_or_path {file}: {said}" in str(stop.value)
+
+
+# ------------------------------------------------------------------------------------- what a file does not say clearly
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, model) -> Path:
+    """Folder of a tiny Stable Diffusion 2.x: OpenCLIP's text encoder, of 23 layers, and linear projections."""
+    folder = tmp_path_factory.mktemp("two") / "sd2"
+    shutil.copytree(model, folder)
+    torch.manual_seed(2)
+    ends = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514, hidden_size=16, intermediate_size=32, num_hidden_layers=23, num_attention_heads=2,
+            max_position_embeddings=16, hidden_act="gelu", **ends,
+        )
+    ).save_pretrained(folder / "text_encoder")  # fmt: skip
+    unet = UNet2DConditionModel.load_config(folder / "unet")
+    config = dict(unet) | {"use_linear_projection": True, "attention_head_dim": (2, 4)}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    return folder
+
+
+def test_stable_diffusion_2_comes_back(two, tmp_path):
+    folder = tmp_path / "two"
+    shutil.copytree(two, folder)
+    single_file.main([str(folder), "--save_precision=fp32"])
+    assert_equal(weights(open_file(folder / NAME, folder)), weights(StableDiffusionPipeline.from_pretrained(folder)))
+    tensors = load_file(folder / NAME)
+    layer = f"{TEXT}model.transformer.resblocks"
+    assert tensors[f"{layer}.0.attn.in_proj_weight"].shape == (48, 16)
+    assert torch.equal(tensors[f"{layer}.23.mlp.c_fc.bias"], tensors[f"{layer}.22.mlp.c_fc.bias"]), "read by nothing"
+    assert texts(folder / NAME)["modelspec.architecture"] == "stable-diffusion-v2-512"
+
+
+def identified(tensors: dict, header=None, flag=None, file="model.safetensors"):
+    return original_files.identify(Path(file), tensors, header or {}, True, flag)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "flag", "predicts", "how"),
+    [
+        (ONE, {}, None, "epsilon", "1.x that predicts epsilon (as all of 1.x do that do not say otherwise)"),
+        (ONE, {"modelspec.prediction_type": "v"}, None, "v_prediction", "1.x that predicts v (by its header)"),
+        (ONE | {"v_pred": ()}, {}, None, "v_prediction", "1.x that predicts v (by its tensor v_pred)"),
+        (ONE, {"modelspec.prediction_type": "v"}, "epsilon", "epsilon", "1.x that predicts epsilon (by --prediction"),
+        (TWO, {"modelspec.prediction_type": "epsilon"}, None, "epsilon", "2.x that predicts epsilon (by its header)"),
+        (TWO, {}, "v_prediction", "v_prediction", "2.x that predicts v (by --prediction_type)"),
+        (ONE | {f"{UNET}x": (1,), "model_ema.decay": ()}, {}, None, "epsilon", "; of its two sets of UNet weights the"),
+    ],
+)
+def test_what_a_model_predicts(tensors, header, flag, predicts, how):
+    found = identified(tensors, header, flag)
+    assert found.configurations["scheduler/scheduler_config.json"]["prediction_type"] == predicts
+    assert how in found.description
+    width = found.configurations["unet/config.json"]["cross_attention_dim"]
+    assert width == (1024 if tensors == TWO else 768)
+    assert found.configurations["unet/config.json"].get("upcast_attention", False) == (
+        tensors == TWO and flag is not None
+    )
+
+
+def test_configuration_beside_the_file(tmp_path):
+    """As A1111 reads it."""
+    file = tmp_path / "model.safetensors"
+    file.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    found = identified(TWO, file=file)
+    assert found.description == "Stable Diffusion 2.x that predicts v (by model.yaml)"
+    file.with_suffix(".yaml").write_text("model:\n  params:\n    linear_start: 0.00085\n")
+    assert "predicts epsilon (by model.yaml)" in identified(TWO, file=file).description
+
+
+def test_checkpoint_of_before_safetensors(one_file, tmp_path, command, run, monkeypatch):
+    """With what Lightning leaves beside the weights; the tiny model's configurations stand in for the published."""
+    configurations = json.loads(texts(one_file)["t2i_training.configurations"])
+    monkeypatch.setattr(original_files, "_family", lambda *_: ("1", configurations, "epsilon"))
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": load_file(one_file), "global_step": 470000, "epoch": 6}, file)
+    tokens = command("sd", pretrained_model_name_or_path=file, max_train_steps=2)
+    load_script("sd").main(tokens)
+    trained = "unet/diffusion_pytorch_model.safetensors"
+    same = run("sd", pretrained_model_name_or_path=one_file, max_train_steps=2) / trained
+    assert (Path(tokens[tokens.index("--output_dir") + 1]) / trained).read_bytes() == same.read_bytes()
+
+
+def test_checkpoint_that_could_run_code(one_file, tmp_path, command):
+    class Callback:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": load_file(one_file), "callbacks": Callback()}, file)
+    with pytest.raises(SystemExit) as stop:
+        load_script("sd").main(command("sd", pretrained_model_name_or_path=file))
+    assert f"--pretrained_model_name_or_path {file}: holds Python objects besides tensors, which" in str(stop.value)
+    assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ other VAE
+
+
+@pytest.fixture(scope="module")
+def other_vae(model, tmp_path_factory) -> Path:
+    torch.manual_seed(7)
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    AutoencoderKL.from_config(AutoencoderKL.load_config(model / "vae")).save_pretrained(folder)
+    return folder
+
+
+def other_vaes(model, other_vae, tmp_path) -> dict:
+    whole = tmp_path / "whole"
+    shutil.copytree(model, whole)
+    shutil.copytree(other_vae, whole / "vae", dirs_exist_ok=True)
+    single_file.main([str(whole), "--save_precision=fp32"])
+    return {"folder": other_vae, "pipeline": whole, "single file": whole / NAME}
+
+
+@pytest.mark.parametrize("script", ["sd", "sd_lora"])
+def test_other_vae(script, run, model, other_vae, tmp_path):
+    losses = {"its own": loss(run(script, max_train_steps=1))}
+    for kind, vae in other_vaes(model, other_vae, tmp_path).items():
+        folder = run(script, max_train_steps=1, pretrained_vae_model_name_or_path=vae)
+        losses[kind] = loss(folder)
+        if script != "sd_lora":
+            saved = [load_file(place / "diffusion_pytorch_model.safetensors") for place in (folder / "vae", other_vae)]
+            assert_equal(*saved)
+    assert losses["folder"] != losses["its own"]
+    assert losses["folder"] == losses["pipeline"] == losses["single file"]
+
+
+def loss(folder) -> float:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def test_vae_that_does_not_fit(model, command, tmp_path):
+    config = dict(AutoencoderKL.load_config(model / "vae")) | {"latent_channels": 8}
+    AutoencoderKL.from_config(config).save_pretrained(tmp_path / "vae")
+    with pytest.raises(SystemExit) as stop:
+        load_script("sd").main(command("sd", pretrained_vae_model_name_or_path=tmp_path / "vae"))
+    assert "vae: its latents have 8 channels, and the model reads 4" in str(stop.value)
+
+
+# --------------------------------------------------------------------------------------------------------- the Flax script
+
+
+def test_flax_reads_and_writes_them(one_file, model, other_vae, command, tmp_path):
+    """The networks, tokens and scheduler of the folder; its export, read by diffusers, is what it was given."""
+    pytest.importorskip("jax")
+    from t2i_training.sd_flax import pipeline as flax_pipeline
+
+    script = load_script("sd_flax")
+
+    def load(**changes):
+        args = script.parse_args(command("sd_flax", save_single_file=True, save_precision="fp32", **changes))
+        return args, flax_pipeline.load(args, np.float32)
+
+    args, loaded = load(pretrained_model_name_or_path=one_file)
+    _, other = load(pretrained_model_name_or_path=one_file, pretrained_vae_model_name_or_path=other_vae)
+    _, expected = load(pretrained_vae_model_name_or_path=other_vae)
+    for part in ("unet", "vae", "text_encoder"):
+        tensors, wanted = getattr(other, part).state_dict(), getattr(expected, part).state_dict()
+        assert tensors.keys() == wanted.keys()
+        assert all(np.array_equal(tensors[name], wanted[name]) for name in wanted)
+    assert not np.array_equal(loaded.vae.state_dict()["decoder.conv_in.weight"], tensors_of(other_vae))
+    assert other.tokenizer("été 🦊").input_ids == expected.tokenizer("été 🦊").input_ids
+    assert other.scheduler.config["beta_end"] == 0.012
+    script.export(loaded, SimpleNamespace(export=lambda: loaded.unet), args, tmp_path)
+    assert_equal(load_file(tmp_path / NAME), load_file(one_file))
+
+
+def tensors_of(vae) -> np.ndarray:
+    return load_file(vae / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"].numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("base", ["folder", "single file"])
+def test_file_of_a_checkpoint(base, run, one_file, model, capsys):
+    folder = run("sd", use_ema=True, checkpointing_steps=2, save_single_file=True)
+    checkpoint = folder / "checkpoint-4"
+    place = {"folder": model, "single file": one_file}[base]
+    single_file.main([str(checkpoint), "--base", str(place), "--save_precision=fp16"])
+    assert f"{checkpoint / NAME} (0.00 GiB, fp16)" in capsys.readouterr().out
+    assert_equal(load_file(checkpoint / NAME), load_file(folder / NAME))  # the average after the last update
+    (checkpoint / NAME).unlink()
+
+
+def test_command_says_what_it_needs(run, model, tmp_path):
+    folder = run("sd", use_ema=True, checkpointing_steps=2, save_single_file=True)
+    for place, options, said in (
+        (folder / "checkpoint-2", [], "is a checkpoint, which has no VAE and no text encoder: add --base"),
+        (folder, ["--base", str(model)], "is a whole pipeline: leave --base out"),
+        (tmp_path, [], "holds neither a pipeline nor a checkpoint with a UNet"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            single_file.main([str(place), *options])
+        assert f"error: folder {place}: {said}" in str(stop.value)

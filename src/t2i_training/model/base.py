@@ -12,7 +12,7 @@ from ..errors import RunError, Unfit
 from ..library_errors import readable_errors
 from ..log import logger
 from ..sources import families, original_files
-from . import networks, spare_parts
+from . import networks, original_names, spare_parts
 
 
 def load_pipeline(args, exported: bool = False, **parts) -> StableDiffusionPipeline:
@@ -44,19 +44,19 @@ def load_pipeline(args, exported: bool = False, **parts) -> StableDiffusionPipel
 
 def _from_single_file(file: Path, args, parts: dict) -> StableDiffusionPipeline:
     """By diffusers, with configurations from here: by itself it would fetch them from the hub."""
-    found = _identify(file, "vae" not in parts, args.prediction_type)
-    logger.info(f"{file.name}: {found.description}")
-    with tempfile.TemporaryDirectory() as folder:
-        families.write(found.configurations, Path(folder))
-        return StableDiffusionPipeline.from_single_file(str(file), config=folder, local_files_only=True, **parts)
-
-
-def _identify(file: Path, needs_vae: bool, prediction_type: str | None) -> original_files.Original:
     if file.suffix.lower() == ".safetensors":
         tensors, texts = original_files.read(file)
     else:
         tensors, texts = {name: tuple(tensor.shape) for name, tensor in _checkpoint(file).items()}, {}
-    return original_files.identify(file, tensors, texts, needs_vae, prediction_type)
+    found = original_files.identify(file, tensors, texts, "vae" not in parts, args.prediction_type)
+    needed = [part for part in original_names.PREFIXES if part not in parts]
+    if lacking := original_names.lacking(tensors, found.configurations, needed):
+        more = f" and {len(lacking) - 1} more tensors" if lacking[1:] else ""
+        raise Unfit(f"lacks {lacking[0]}{more}: download it again")
+    logger.info(f"{file.name}: {found.description}")
+    with tempfile.TemporaryDirectory() as folder:
+        families.write(found.configurations, Path(folder))
+        return StableDiffusionPipeline.from_single_file(str(file), config=folder, local_files_only=True, **parts)
 
 
 def _checkpoint(file: Path) -> dict[str, torch.Tensor]:

@@ -51,8 +51,8 @@ def fit_tokenizer(tokenizer, positions: int, needed: int | None = None) -> None:
 def to_whole(network: torch.nn.Module, name: str, dtype: torch.dtype) -> torch.nn.Module:
     """Cast a loaded network to `dtype`. Raises Unfit if its files lack a tensor, or hold one that is not finite."""
     lacking = [tensor for tensor, value in network.state_dict().items() if value.is_meta]  # as diffusers leaves them
-    if isinstance(network, PreTrainedModel):
-        lacking = weight_files.absent(network)
+    if isinstance(network, PreTrainedModel) and network.name_or_path:  # "" of a single file, which diffusers loads
+        lacking += weight_files.absent(network)
     if lacking:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise Unfit(f"{name} has no weights for {lacking[0]}{more}, which its config.json describes")
