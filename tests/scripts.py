@@ -50,7 +50,7 @@ TORCH = {
     ),
     "sd_lora": Script(
         _SD / "train_text_to_image_lora.py", "model", ADAPTERS, _SD_DRAWS, "sd_lora.sh",
-        ours=_SD_OURS | {"torch_compile", "save_kohya", *_DREAM},  # the objective is the full run's
+        ours=_SD_OURS | {"torch_compile", "save_kohya", "network_weights", *_DREAM},  # the objective is the full run's
         compared_with="sd", without={"embed_nothing"},
         graphs=(1, 9), resumed={"snr_gamma": 5.0, "save_kohya": True}, tensors=60,
     ),

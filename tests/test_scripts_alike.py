@@ -88,17 +88,23 @@ DIFFERENCES = {
          "no --non_ema_revision"),
         ("freeze", *NOT_EXPORTED),
         ("main", PREPARED.format(", pipeline.unet, args.offload_ema, args.foreach_ema"),
-         "    unet = lora.add_adapters(unet, args, seed, accelerator)\n",
+         "    unet = lora.add_adapters(unet, args, seed, accelerator, start=start['unet'])\n",
          "the method"),
-        ("main", "partial(export, pipeline, network, args)", "partial(export, args, network)",
-         "the adapters are exported, not the pipeline"),
-        ("main", "partial(lora.save_networks, network)", "lambda folder: export(args, network, folder, "
-         "progress.step)", "a checkpoint holds what is exported"),
+        ("main", "load_models(args, accelerator)\n",
+         "load_models(args, accelerator)\n    start = lora.load_network_weights(args, pipeline)\n", "the flag"),
+        ("main", "    parameters = optim.trainable_parameters(network)\n",
+         "    parameters = optim.trainable_parameters(network)\n"
+         "    write = partial(export, pipeline, network, start['text_encoder'], args)\n", "it is used twice"),
+        ("main", "partial(export, pipeline, network, args)", "write", "the adapters are exported, not the pipeline"),
+        ("main", "partial(lora.save_networks, network)", "lambda folder: write(folder, progress.step)",
+         "a checkpoint holds what is exported"),
         ("export", "def export(pipeline, unet, args, folder):\n    pipeline.register_modules(unet=unet)\n    "
          "spare_parts.save(pipeline, args, folder)\n    if args.save_single_file:\n        "
-         "single_file.write(folder, args)", "def export(args, unet, folder, step=None):\n    "
-         "lora.save_stable_diffusion(StableDiffusionPipeline, unet, folder)\n    if args.save_kohya:\n        "
-         "lora.save_kohya(unet, folder, step)", "the adapters are exported, not the pipeline"),
+         "single_file.write(folder, args)", "def export(pipeline, unet, text_adapters, args, folder, step=None):\n    "
+         "lora.save_stable_diffusion(StableDiffusionPipeline, unet, text_adapters, folder)\n"
+         "    if args.save_kohya:\n"
+         "        lora.save_kohya(pipeline, unet, text_adapters, args, folder, step)",
+         "the adapters are exported, not the pipeline"),
     ],
     "prior_lora": [
         *LORA, *KANDINSKY_LORA,

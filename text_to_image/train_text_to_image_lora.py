@@ -59,7 +59,7 @@ from t2i_training.run.export import export_atomically
 
 
 def load_models(args, accelerator):
-    """Load the base pipeline (fp32, on the CPU), its UNet, still without adapters, the training scheduler."""
+    """Load the base pipeline (fp32, on the CPU), the UNet to train (fp32) and the training scheduler."""
     pipeline = base.load_pipeline(args)
     unet = pipeline.unet
     if args.prediction_type is not None:
@@ -193,11 +193,11 @@ def generate_image(index, pipeline, args, seed, accelerator):
         ).images[0]  # fmt: skip
 
 
-def export(args, unet, folder, step=None):
+def export(pipeline, unet, text_adapters, args, folder, step=None):
     """Write the adapters into `folder`, for diffusers and, with --save_kohya, for other tools."""
-    lora.save_stable_diffusion(StableDiffusionPipeline, unet, folder)
+    lora.save_stable_diffusion(StableDiffusionPipeline, unet, text_adapters, folder)
     if args.save_kohya:
-        lora.save_kohya(unet, folder, step)
+        lora.save_kohya(pipeline, unet, text_adapters, args, folder, step)
 
 
 CARD = {
@@ -228,20 +228,22 @@ def main(argv=None):
     dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
+    start = lora.load_network_weights(args, pipeline)
     frozen = freeze(args, pipeline, accelerator)
     progress = Progress(args, accelerator, dataset, image_infos, position, seed)
     loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress)
-    unet = lora.add_adapters(unet, args, seed, accelerator)
+    unet = lora.add_adapters(unet, args, seed, accelerator, start=start["unet"])
 
     optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet), accelerator)
     rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)
     parameters = optim.trainable_parameters(network)
+    write = partial(export, pipeline, network, start["text_encoder"], args)
 
     checkpoints = checkpoint.CheckpointManager(
         accelerator, stop, optimizer, args.output_dir, args.checkpoints_total_limit,
-        lambda folder: export(args, network, folder, progress.step), partial(lora.load_networks, network),
+        lambda folder: write(folder, progress.step), partial(lora.load_networks, network),
     )  # fmt: skip
     checkpoints.restore(folder)
     output_folder.take_over(progress.config, accelerator, progress.step)
@@ -284,7 +286,7 @@ def main(argv=None):
                     progress.save(checkpoints)
 
     if progress.step >= progress.total:
-        exported = export_atomically(args.output_dir, partial(export, args, network), accelerator)
+        exported = export_atomically(args.output_dir, write, accelerator)
         if args.validation_prompts:
             validate()  # after the export, so that the weights are safe if it fails
     progress.close()

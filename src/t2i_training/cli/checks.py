@@ -14,7 +14,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from ..sources import data_files, model_kind, names
+from ..errors import Unfit
+from ..sources import data_files, model_kind, names, weight_files
 from . import config_file, packages
 from .flags import LR_SCHEDULERS, TRACKERS
 
@@ -64,6 +65,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, trained: mo
     _check_objective(parser, args)
     _check_reporting(parser, args)
     names.check(parser, args)
+    _take_rank(parser, args)
     if hasattr(args, "dataset_name"):  # a script without flags.add_data_source_args opens its own data set
         _check_data_source(parser, args)
     _check_paths(parser, args)
@@ -108,6 +110,23 @@ def _check_tool_files(parser, args):
     for name in ("save_precision", "metadata_title", "metadata_license", "metadata_trigger_phrase"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} does nothing without --{switch}: add --{switch}, or leave --{name} out")
+
+
+def _take_rank(parser, args):
+    """With --network_weights the rank is the file's."""
+    file = getattr(args, "network_weights", None)
+    if file is None:
+        return
+    if not Path(file).is_file():
+        kind = "a folder: name the file in it" if Path(file).is_dir() else "no file"
+        parser.error(f"--network_weights {file} is {kind}")
+    try:
+        rank = weight_files.lora_rank(Path(file))
+    except Unfit as error:
+        parser.error(f"--network_weights {file} {error}")
+    if "rank" in args.typed and args.rank != rank:
+        parser.error(f"--rank {args.rank}: --network_weights {file} has adapters of rank {rank}: leave --rank out")
+    args.rank = rank
 
 
 def _check_schedule(parser, args):

@@ -275,6 +275,8 @@ def add_lora_args(parser, *, kohya=False):
         text = "Also write a file for A1111, ComfyUI and kohya, at the end and with each checkpoint."
         group.add_argument("--save_kohya", action="store_true", help=text)
         add_tool_file_args(group)
+        text = "LoRA file to start from, of these scripts, diffusers or kohya; its rank is taken over."
+        group.add_argument("--network_weights", help=text)
         parser.refused["--save_single_file"] = (
             "adapters are no whole model: this script writes pytorch_lora_weights.safetensors, and with --save_kohya "
             "kohya_lora_weights.safetensors for A1111 and ComfyUI"
@@ -290,9 +292,9 @@ def add_single_file_args(parser):
 
 def add_tool_file_args(group):
     """Flags for files that other tools read. Their names are kohya's."""
-    text = "Precision of the numbers in that file; files for diffusers are fp32."
-    group.add_argument("--save_precision", choices=["fp32", "fp16", "bf16"], default="fp16", help=text)
-    group.add_argument("--metadata_title", help="Title in its header. Default: the output folder's name.")
+    text = "Precision of the numbers in that file; fp16 halves it, and is what model sites have."
+    group.add_argument("--save_precision", choices=["fp32", "fp16", "bf16"], default="fp32", help=text)
+    group.add_argument("--metadata_title", help="Title in its header. Default: made of the base model's name.")
     group.add_argument("--metadata_license", help="License in its header.")
     group.add_argument("--metadata_trigger_phrase", help="Words in its header that call up what was learned.")
 

@@ -12,7 +12,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from .. import sanitize
 from ..cli import flags
 from ..errors import Unfit
 from ..files import atomic_write
@@ -34,7 +33,7 @@ def write(folder: Path, args) -> None:
     """
     try:
         tensors, configurations = read_folder(folder)
-        texts = modelspec(configurations, args, args.output_dir, args.resolution)
+        texts = _modelspec(configurations, args, args.resolution)
         write_tensors(folder / NAME, tensors, configurations, args.save_precision, texts)
     except OSError as error:
         (folder / NAME).unlink(missing_ok=True)
@@ -50,23 +49,10 @@ def write_tensors(file: Path, tensors: dict[str, Lazy], configurations: dict, pr
     tensor_file.write(file, tensors, precision, lambda sha256: texts | {"modelspec.hash_sha256": f"0x{sha256}"})
 
 
-def modelspec(configurations: dict, args, output_dir: str, resolution: int, suffix: str = "") -> dict[str, str]:
-    """What model managers show of a file (github.com/Stability-AI/ModelSpec, 1.0.1). No date: equal runs, equal files.
-
-    `suffix` is "/lora" for adapters of the architecture; `args` has --metadata_*.
-    """
+def _modelspec(configurations: dict, args, resolution: int) -> dict[str, str]:
+    is_v2 = configurations["text_encoder/config.json"].get("hidden_act") == "gelu"
     is_v = configurations["scheduler/scheduler_config.json"].get("prediction_type") == "v_prediction"
-    architecture = "stable-diffusion-v1"
-    if configurations["text_encoder/config.json"].get("hidden_act") == "gelu":
-        architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
-    found = {
-        "sai_model_spec": "1.0.1", "architecture": architecture + suffix,
-        "title": args.metadata_title or Path(output_dir).resolve().name,
-        "implementation": "diffusers" if suffix else "https://github.com/Stability-AI/generative-models",
-        "resolution": f"{resolution}x{resolution}", "prediction_type": "v" if is_v else "epsilon",
-        "license": args.metadata_license, "trigger_phrase": args.metadata_trigger_phrase,
-    }  # fmt: skip
-    return {f"modelspec.{name}": sanitize.printable(value) for name, value in found.items() if value}
+    return tensor_file.modelspec(args, resolution, is_v2, is_v)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Lazy], dict]:
@@ -87,20 +73,19 @@ def _vocabulary(tokenizer: Path) -> dict[str, str]:
     """The files that hold a tokenizer's vocabulary, unless it is CLIP's."""
     if (tokenizer / "tokenizer.json").is_file():
         content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary, files = content["model"]["vocab"], ["tokenizer.json"]
+        content |= {"padding": None, "truncation": None}  # of the last call
+        vocabulary, files = content["model"]["vocab"], {"tokenizer.json": json.dumps(content, ensure_ascii=False)}
     else:
-        vocabulary, files = (
-            json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8")),
-            ["vocab.json", "merges.txt"],
-        )
+        files = {name: (tokenizer / name).read_text(encoding="utf-8") for name in ("vocab.json", "merges.txt")}
+        vocabulary = json.loads(files["vocab.json"])
     if vocabulary == clip_vocabulary.vocabulary():
         return {}
-    return {f"tokenizer/{name}": (tokenizer / name).read_text(encoding="utf-8") for name in files}
+    return {f"tokenizer/{name}": text for name, text in files.items()}
 
 
 def convert(args) -> Path:
     """Write the single file of an exported folder, or of a checkpoint with the rest of its base. Returns its path."""
-    folder, output_dir = Path(args.folder), Path(args.folder)
+    folder = Path(args.folder)
     if (folder / "model_index.json").is_file():
         if args.pretrained_model_name_or_path is not None:
             raise Unfit("is a whole pipeline: leave --base out")
@@ -109,7 +94,6 @@ def convert(args) -> Path:
         if args.pretrained_model_name_or_path is None:
             raise Unfit("is a checkpoint, which has no VAE and no text encoder: add --base, the model it began with")
         trained = folder / ("unet_ema" if (folder / "unet_ema").is_dir() else "unet")
-        output_dir = folder.resolve().parent
         configurations, parts = _rest_of(args)
         configurations["unet/config.json"] = json.loads((trained / "config.json").read_text(encoding="utf-8"))
         tensors = original_layout({"unet": _tensors(trained), **parts}, configurations)
@@ -118,7 +102,7 @@ def convert(args) -> Path:
         raise Unfit("holds neither a pipeline nor a checkpoint with a UNet; LoRA adapters are a file of their own")
     side = configurations["vae/config.json"].get("sample_size", 512)
     with atomic_write(folder / NAME) as partial:
-        texts = modelspec(configurations, args, output_dir, side)
+        texts = _modelspec(configurations, args, side)
         write_tensors(partial, tensors, configurations, args.save_precision, texts)
     return folder / NAME
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import sanitize
 from ..log import logger
 from ..sources.weight_files import read_header
 
@@ -59,6 +60,26 @@ def tensors(file: Path) -> dict[str, Lazy]:
 def metadata(file: Path) -> dict[str, str]:
     """The texts in a safetensors file's header."""
     return read_header(file)[0].get("__metadata__", {})
+
+
+def modelspec(args, resolution: int, is_v2: bool, is_v: bool, suffix: str = "") -> dict[str, str]:
+    """What model managers show of a file (github.com/Stability-AI/ModelSpec, 1.0.1).
+
+    Without date and output folder: equal runs write equal files. `is_v2`: of Stable Diffusion 2.x; `is_v`: it predicts
+    v; `suffix` is "/lora" for adapters.
+    """
+    base = Path(args.pretrained_model_name_or_path or "Stable Diffusion")
+    architecture = "stable-diffusion-v1"
+    if is_v2:
+        architecture = "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
+    found = {
+        "sai_model_spec": "1.0.1", "architecture": architecture + suffix,
+        "title": args.metadata_title or f"{base.stem if base.is_file() else base.name}, fine-tuned",
+        "implementation": "diffusers" if suffix else "https://github.com/Stability-AI/generative-models",
+        "resolution": f"{resolution}x{resolution}", "prediction_type": "v" if is_v else "epsilon",
+        "license": args.metadata_license, "trigger_phrase": args.metadata_trigger_phrase,
+    }  # fmt: skip
+    return {f"modelspec.{name}": sanitize.printable(value) for name, value in found.items() if value}
 
 
 def write(file: Path, tensors: dict[str, Lazy], precision: str, metadata: Callable[[str], dict[str, str]]) -> None:

@@ -13,7 +13,15 @@ from ..errors import RunError
 from ..library_errors import cache_hint
 from ..sanitize import is_hub_name
 
-_PATHS = ("output_dir", "cache_dir", "encodings_dir", "train_data_dir", "dataset_name", "resume_from_checkpoint")
+_PATHS = (
+    "network_weights",
+    "output_dir",
+    "cache_dir",
+    "encodings_dir",
+    "train_data_dir",
+    "dataset_name",
+    "resume_from_checkpoint",
+)
 _FILES = (  # endings of files, as opposed to repository names
     ".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".msgpack", ".onnx", ".gguf", ".zip", ".tar", ".gz", ".tgz", ".7z",
     ".rar", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".yaml", ".yml",

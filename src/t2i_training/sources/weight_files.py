@@ -119,6 +119,19 @@ def _damaged_tensors(file: Path, size: int) -> str | None:
     return f"is damaged or incomplete: it has {size} bytes, and its header promises {promised}: fetch it again"
 
 
+def lora_rank(file: Path) -> int:
+    """The rank that most adapters of a LoRA file have. Raises Unfit if it is none."""
+    if file.suffix.lower() != ".safetensors":
+        raise Unfit("is no .safetensors, the only files that LoRA weights are read from")
+    if fault := damage(file):
+        raise Unfit(f"cannot be read: it {fault}")
+    downs = re.compile(r".*[._](lora_down|lora_A(\.default)?|lora(_linear_layer)?\.down)\.weight")
+    ranks = [entry["shape"][0] for name, entry in read_header(file)[0].items() if downs.fullmatch(name)]
+    if not ranks:
+        raise Unfit("holds no LoRA adapters")
+    return max(sorted(set(ranks)), key=ranks.count)
+
+
 def read_header(file: Path) -> tuple[dict, int]:
     """Of a safetensors file: name -> type, shape and place of each tensor; and where the tensors' bytes begin.
 
