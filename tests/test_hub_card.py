@@ -5,11 +5,14 @@ import re
 from html import escape
 
 import pytest
+import torch
 import yaml
 from conftest import load_script
 from huggingface_hub import ModelCard
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+from test_single_file import ONE
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from t2i_training.report import hub
@@ -208,6 +211,23 @@ def test_adapters_of_another_prediction_type_say_how_to_sample(card):
     assert "| prediction type | `v_prediction` |" in body
     assert "prediction" not in card(tags=["lora"], usage=usage)[1]
     assert "<" not in load_script("sd").CARD["usage"], "a pipeline's folder says it all"
+
+
+def test_models_in_single_files(card, tmp_path):
+    """Loaded by the method for such files; their paths stay private."""
+    usage = load_script("sd_lora").CARD["usage"]
+    save_file({name: torch.zeros(shape) for name, shape in ONE.items()}, tmp_path / "base.safetensors")
+    (tmp_path / "vae.ckpt").touch()
+    flags = {"pretrained_model_name_or_path": tmp_path / "base.safetensors"}
+    _, body = card(flags, usage=usage, base_model=str(tmp_path / "base.safetensors"))
+    assert 'pipe = StableDiffusionPipeline.from_single_file("path/to/the/model.safetensors")\npipe.load_lora' in body
+    flags = {"pretrained_vae_model_name_or_path": tmp_path / "vae.ckpt"}
+    _, body = card(flags, usage=usage)
+    assert '\npipe.vae = pipe.vae.from_single_file("path/to/the/vae.ckpt")\npipe.load_lora_weights' in body
+    assert "| VAE | `vae.ckpt` |" in body
+    _, body = card({"pretrained_vae_model_name_or_path": "stabilityai/sd-vae-ft-mse"}, usage=usage)
+    assert '\npipe.vae = pipe.vae.from_pretrained("stabilityai/sd-vae-ft-mse")\n' in body
+    assert str(tmp_path) not in body
 
 
 def test_token_is_not_on_the_card(card):

@@ -165,6 +165,8 @@ def _settings(args, base_model: str, steps: int, seed: int, precision: str) -> l
         ("mixed precision", precision),
         ("seed", seed),
     ]
+    sources = {"VAE": "pretrained_vae_model_name_or_path", "started from": "network_weights"}
+    rows += [(name, _public_name(value)) for name, flag in sources.items() if (value := vars(args).get(flag))]
     rows += [(flag.replace("_", " "), value) for flag in OBJECTIVE if (value := vars(args).get(flag))]
     return rows
 
@@ -178,16 +180,29 @@ def _data_name(args) -> str | None:
 def _fill_in(args, usage: str) -> str:
     """Code with flags' values in place of <flag>; a line whose flag is not set is left out."""
     lines = usage.strip().splitlines()
+    if vars(args).get("pretrained_vae_model_name_or_path"):  # a full run's export has it in it
+        base = 'from_pretrained("<pretrained_model_name_or_path>")'
+        vae = 'pipe.vae = pipe.vae.from_pretrained("<pretrained_vae_model_name_or_path>")'
+        lines = [each for line in lines for each in ([line, vae] if base in line else [line])]
     flags = [re.findall(r"<(\w+)>", line) for line in lines]
     lines = [line for line, names in zip(lines, flags) if all(getattr(args, name) is not None for name in names)]
+    lines = [_from_single_file(args, line) for line in lines]
     return re.sub(r"<(\w+)>", lambda flag: _loadable_name(args, flag[1]), "\n".join(lines))
+
+
+def _from_single_file(args, line: str) -> str:
+    """A line that loads a model, of one in a single file with the method for it."""
+    flag = re.search(r"from_pretrained\(\"<(\w+)>", line)
+    is_file = flag and Path(getattr(args, flag[1])).is_file()
+    return line.replace("from_pretrained", "from_single_file") if is_file else line
 
 
 def _loadable_name(args, flag: str) -> str:
     value = getattr(args, flag)
     if not flag.startswith("pretrained_") or is_hub_name(value):
         return str(value)
-    return f"path/to/the/{flag.split('_')[1]}"  # model, prior or decoder
+    kind = flag.split("_")[1]  # model, vae, prior or decoder
+    return f"path/to/the/{kind}{Path(value).suffix if Path(value).is_file() else ''}"
 
 
 def _public_name(name: str) -> str:
