@@ -1,5 +1,7 @@
 """--push_to_hub, --hub_model_id and --hub_token against a local server, through the real client."""
 
+import shutil
+
 import hub_server
 import pytest
 import test_guide_commands
@@ -242,3 +244,27 @@ def test_a_base_that_the_hub_does_not_have(public, start, command, tmp_path):
     assert line.startswith(
         "error: --pretrained_model_name_or_path someone/bse: there is no such folder, and no such model on"
     )
+
+
+def test_a_vae_by_its_name_on_the_hub(public, model, start, command, tmp_path):
+    """A VAE's repository, or a pipeline's, whose other networks are left there."""
+    shutil.copytree(model / "vae", tmp_path / "vae")
+    options = {"public": public["public"] | {"someone/vae": tmp_path / "vae"}}
+    for name, file in (("someone/vae", ""), ("someone/base", "vae/")):
+        changes = {"pretrained_vae_model_name_or_path": name, "cache_dir": tmp_path / "cache", "max_train_steps": 1}
+        tokens = command("sd_lora", output_dir=tmp_path / name.replace("/", "-"), **changes)
+        hub, status, printed = start(tokens, tmp_path, "sd_lora", options=options)
+        assert status == 0, printed
+        weights = {path for path in downloads(hub) if path.endswith(".safetensors")}
+        assert weights == {f"{file}diffusion_pytorch_model.safetensors"}
+
+
+def test_a_repository_of_single_files(public, start, command, tmp_path):
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "Anime_v2.safetensors").write_bytes(b"x")
+    options = {"public": {"someone/single": tmp_path / "single"}}
+    tokens = command("sd", pretrained_model_name_or_path="someone/single", output_dir=tmp_path / "out")
+    _, status, printed = start(tokens, tmp_path, "sd", options=options)
+    assert status == 1
+    said = "is no pipeline, but holds single files: download one, Anime_v2.safetensors perhaps, and name that file"
+    assert f"error: --pretrained_model_name_or_path someone/single {said}" in printed

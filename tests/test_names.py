@@ -82,6 +82,14 @@ def test_an_address(start, refused):
     assert "is a URL: use the hub's name, someone/thing" in refused(MODEL, f"{start}someone/thing/tree/main")
 
 
+def test_an_address_of_a_file(refused):
+    start = "https://huggingface.co/someone/thing/resolve/main/model.safetensors"
+    for value in (start, f"{start}?download=true"):
+        assert f"--{MODEL} {value} is a URL: download the file and name it" in refused(MODEL, value)
+    value = "https://civitai.com/models/4384"
+    assert f"--{MODEL} {value} is a URL of no hub: download the file that it leads to" in refused(MODEL, value)
+
+
 def test_home_is_expanded(parse, monkeypatch, model, pictures):
     """The shell leaves it alone behind `--flag=`, and a folder named ~ is nobody's wish."""
     monkeypatch.setenv("HOME", str(model.parent))

@@ -56,7 +56,9 @@ def _from_single_file(file: Path, args, parts: dict) -> StableDiffusionPipeline:
     logger.info(f"{file.name}: {found.description}")
     with tempfile.TemporaryDirectory() as folder:
         families.write(found.configurations, Path(folder))
-        return StableDiffusionPipeline.from_single_file(str(file), config=folder, local_files_only=True, **parts)
+        link = Path(folder, f"model{file.suffix.lower()}")  # diffusers goes by the suffix, in small letters
+        link.symlink_to(file.resolve())
+        return StableDiffusionPipeline.from_single_file(str(link), config=folder, local_files_only=True, **parts)
 
 
 def _checkpoint(file: Path) -> dict[str, torch.Tensor]:

@@ -231,6 +231,11 @@ def _check_repository(args, flag: str, name: str, kind: str, trained: Trained) -
             return
         adapters = any("lora" in file or "adapter_" in file for file in files)
         what = "holds LoRA adapters, and no model" if adapters else "holds no model_index.json"
+        single = sorted(file for file in files if "/" not in file and file.lower().endswith(original_files.SUFFIXES))
+        if kind == "model" and single and not adapters:
+            raise Unfit(
+                f"is no pipeline, but holds single files: download one, {single[0]} perhaps, and name that file"
+            )
         raise Unfit(f"{what}; {_NEEDS[kind][1]}")
     index = read("model_index.json")
     _check_kind(index, read, kind, trained)

@@ -45,8 +45,13 @@ def check(parser, args) -> None:
             continue
         if flag.startswith(("pretrained_prior", "pretrained_decoder")) and os.path.isfile(value):
             parser.error(f"--{flag} {value} is a file: for Kandinsky a folder or a hub name is needed")
+        is_url = flag.startswith("pretrained_") and value.startswith(("http://", "https://"))
+        if is_url and value.lower().partition("?")[0].endswith(_FILES):
+            parser.error(f"--{flag} {value} is a URL: download the file and name it")
         if web := _WEB.match(value):
             parser.error(f"--{flag} {value} is a URL: use the hub's name, {web[1]}")
+        if is_url:
+            parser.error(f"--{flag} {value} is a URL of no hub: download the file that it leads to, and name that")
         if os.path.exists(value):
             continue
         if _looks_like_a_path(value):
