@@ -17,7 +17,7 @@ from scripts import SCRIPTS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from t2i_training.model import original_names, single_file, tensor_file
-from t2i_training.sources import families, original_files
+from t2i_training.sources import clip_vocabulary, families, original_files
 
 NAME = "single_file.safetensors"
 # SHA-256 of the sorted lines "name [sizes]" of the files that were published: v1-5-pruned-emaonly.safetensors, and
@@ -88,6 +88,12 @@ def test_names_and_shapes_are_those_of_the_published_files(family):
 
 
 def test_vocabulary_is_clips(tmp_path):
+    vocabulary = clip_vocabulary.vocabulary()
+    assert [*vocabulary.values()] == [*range(49408)]
+    ends = {  # id -> token
+        0: "!", 255: "Ń", 256: "!</w>", 512: "in", 49405: "jekyll</w>", 49406: "<|startoftext|>", 49407: "<|endoftext|>",
+    }  # fmt: skip
+    assert {i: [*vocabulary][i] for i in ends} == ends
     families.write(families.SD1, tmp_path / "1")
     families.write(families.SD2, tmp_path / "2")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "1" / "tokenizer")
@@ -167,7 +173,8 @@ def test_full_disk_leaves_the_folder(command, monkeypatch, caplog):
     load_script("sd").main(tokens)
     folder = tokens[tokens.index("--output_dir") + 1]
     StableDiffusionPipeline.from_pretrained(folder)
-    assert f"{NAME} cannot be written (No space left on device): the model's folder is complete" in caplog.text
+    said = f"{NAME} cannot be written ([Errno 28] No space left on device): the model's folder is complete"
+    assert said in caplog.text
     monkeypatch.undo()
     single_file.main([folder, "--save_precision=fp16"])
     assert_equal(
@@ -485,13 +492,14 @@ def tensors_of(vae) -> np.ndarray:
 
 
 @pytest.mark.parametrize("base", ["folder", "single file"])
-def test_file_of_a_checkpoint(base, run, one_file, model, capsys):
+def test_file_of_a_checkpoint(base, run, one_file, model, command, capsys):
     folder = run("sd", use_ema=True, checkpointing_steps=2, save_single_file=True)
     checkpoint = folder / "checkpoint-4"
     place = {"folder": model, "single file": one_file}[base]
     single_file.main([str(checkpoint), "--base", str(place)])
     assert f"{checkpoint / NAME} (0.00 GiB, fp32)" in capsys.readouterr().out
     assert_equal(load_file(checkpoint / NAME), load_file(folder / NAME))  # the average after the last update
+    load_script("sd").main(command("sd", use_ema=True, max_train_steps=5, resume_from_checkpoint=checkpoint))
     (checkpoint / NAME).unlink()
 
 

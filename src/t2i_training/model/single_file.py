@@ -12,6 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from .. import sanitize
 from ..cli import flags
 from ..errors import Unfit
 from ..files import atomic_write
@@ -35,11 +36,11 @@ def write(folder: Path, args) -> None:
         tensors, configurations = read_folder(folder)
         texts = _modelspec(configurations, args, args.resolution)
         write_tensors(folder / NAME, tensors, configurations, args.save_precision, texts)
-    except OSError as error:
+    except (OSError, ValueError, Unfit) as error:
         (folder / NAME).unlink(missing_ok=True)
         logger.warning(
-            f"{NAME} cannot be written ({error.strerror}): the model's folder is complete; make the file from it "
-            f"with: python -m t2i_training.model.single_file {args.output_dir}"
+            f"{NAME} cannot be written ({sanitize.reason(error)[:200]}): the model's folder is complete; make the file "
+            f"from it with: python -m t2i_training.model.single_file {args.output_dir}"
         )
 
 
@@ -141,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("folder", help="Output folder of a finished run, or one of its checkpoints.")
     text = "For a checkpoint: the model that the run began with (folder, hub name or single file)."
-    parser.add_argument("--base", dest="pretrained_model_name_or_path", metavar="MODEL", help=text)
+    names = ("--base", "--pretrained_model_name_or_path")  # the scripts' own name, which messages have
+    parser.add_argument(*names, dest="pretrained_model_name_or_path", metavar="MODEL", help=text)
     parser.add_argument("--revision", help="Its branch, tag or commit on the hub.")
     parser.add_argument("--variant", help="Variant of its weight files, e.g. fp16.")
     parser.add_argument("--cache_dir", help="Folder where downloaded models are kept.")
