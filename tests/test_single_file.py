@@ -90,7 +90,7 @@ def test_names_and_shapes_are_those_of_the_published_files(family):
 def test_vocabulary_is_clips(tmp_path):
     vocabulary = clip_vocabulary.vocabulary()
     assert [*vocabulary.values()] == [*range(49408)]
-    ends = {  # id -> token
+    ends = {
         0: "!", 255: "Ń", 256: "!</w>", 512: "in", 49405: "jekyll</w>", 49406: "<|startoftext|>", 49407: "<|endoftext|>",
     }  # fmt: skip
     assert {i: [*vocabulary][i] for i in ends} == ends
