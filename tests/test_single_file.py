@@ -91,7 +91,8 @@ def test_vocabulary_is_clips(tmp_path):
     vocabulary = clip_vocabulary.vocabulary()
     assert [*vocabulary.values()] == [*range(49408)]
     ends = {
-        0: "!", 255: "Ń", 256: "!</w>", 512: "in", 49405: "jekyll</w>", 49406: "<|startoftext|>", 49407: "<|endoftext|>",
+        0: "!", 255: "Ń", 256: "!</w>", 512: "in", 49405: "jekyll</w>", 49406: "<|startoftext|>",
+        49407: "<|endoftext|>",
     }  # fmt: skip
     assert {i: [*vocabulary][i] for i in ends} == ends
     families.write(families.SD1, tmp_path / "1")
