@@ -380,6 +380,21 @@ def command(model, prior_model, decoder_model, pictures, tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def refused(command, capsys):
+    """refused(script, **changes): the one line that a command line ends with, as its flags are checked."""
+
+    def run(script: str, **changes) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            load_script(script).parse_args(command(script, **changes))
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def finished(command):
     """finished(script, **changes): output folder of a short run in this process.

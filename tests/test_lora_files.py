@@ -129,6 +129,14 @@ def sources(run, theirs, model, tmp_path_factory) -> dict[str, Path]:
     """The same LoRA, but for the first, in each way that files are written."""
     ours = run(save_kohya=True, save_precision="fp32", max_train_steps=3)
     kept = tmp_path_factory.mktemp("kept")
+    old = kept / "old.safetensors"  # unet....attn1.processor.to_q_lora.down.weight
+    save_file(
+        {
+            re.sub(r"\.to_(q|k|v|out)(\.0)?\.lora\.", r".processor.to_\1_lora.", name): tensor
+            for name, tensor in load_file(ours / ADAPTERS).items()
+        },
+        old,
+    )
     unet = loaded(model, theirs).unet
     layers = get_peft_model_state_dict(unet, adapter_name="default_0")
     config = unet.peft_config["default_0"].to_dict()
@@ -137,11 +145,18 @@ def sources(run, theirs, model, tmp_path_factory) -> dict[str, Path]:
     return {
         "ours": ours / ADAPTERS, "ours for other tools": ours / KOHYA,
         "a checkpoint's": run(checkpointing_steps=2) / "checkpoint-2" / ADAPTERS,
-        "kohya's": theirs, "diffusers', alpha in the header": kept / ADAPTERS,
+        "kohya's": theirs, "diffusers', of before peft": old, "diffusers', alpha in the header": kept / ADAPTERS,
     }  # fmt: skip
 
 
-SOURCES = ("ours", "ours for other tools", "a checkpoint's", "kohya's", "diffusers', alpha in the header")
+SOURCES = (
+    "ours",
+    "ours for other tools",
+    "a checkpoint's",
+    "kohya's",
+    "diffusers', of before peft",
+    "diffusers', alpha in the header",
+)
 
 
 @pytest.mark.parametrize("source", SOURCES)

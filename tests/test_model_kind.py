@@ -32,21 +32,6 @@ def variant_of(request, tmp_path):
     return make
 
 
-@pytest.fixture
-def refused(command, capsys):
-    """refused(script, **changes): the one line that a command line ends with, as its flags are checked."""
-
-    def run(script: str, **changes) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            load_script(script).parse_args(command(script, **changes))
-        assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return run
-
-
 INDEX, UNET = "model_index.json", "unet/config.json"
 TWO_ENCODERS = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
 OTHERS = {  # base, changes, what is said of it

@@ -208,20 +208,6 @@ def rewrite(file, target, change, texts=None):
     return target
 
 
-@pytest.fixture
-def refused(command):
-    """refused(**changes): the one line with which the full run's flags are refused."""
-
-    def run(capsys, script="sd", **changes) -> str:
-        with pytest.raises(SystemExit) as stop:
-            load_script(script).parse_args(command(script, **changes))
-        assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return run
-
-
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 WHOLE = "a whole Stable Diffusion 1.x or 2.x is needed"
 CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -242,6 +228,7 @@ FILES = {  # shapes of a file's tensors, what is said of it
     "UNet alone": ({n: s for n, s in ONE.items() if n.startswith(UNET)}, "has a UNet and no text encoder that is read"),
     "diffusers' UNet": ({"conv_in.weight": (8, 4, 3, 3)}, "is the UNet of a folder of diffusers: give the folder that"),
     "text encoder": ({"text_model.embeddings.position_ids": (1, 77)}, "is the text encoder of a folder of diffusers"),
+    "ControlNet": ({"control_model.time_embed.0.weight": (8, 8)}, f"is a ControlNet: {WHOLE}"),
     "embedding": ({"emb_params": (4, 768)}, f"is an embedding (textual inversion): {WHOLE}"),
     "no VAE": ({n: s for n, s in ONE.items() if not n.startswith(VAE)}, "has no VAE: add one with --pretrained_vae_"),
     "another width": (ONE | {CONTEXT: (8, 512)}, "has a UNet that reads text states of 512 numbers, not of 768 or"),
@@ -251,11 +238,11 @@ FILES = {  # shapes of a file's tensors, what is said of it
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_file_that_cannot_be_trained(kind, tmp_path, refused, capsys):
+def test_file_that_cannot_be_trained(kind, tmp_path, refused):
     shapes, said = FILES[kind]
     file = tmp_path / "model.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
-    line = refused(capsys, pretrained_model_name_or_path=file)
+    line = refused("sd", pretrained_model_name_or_path=file)
     assert f"--pretrained_model_name_or_path {file} {said}" in line or (kind == "2.x" and said in line)
 
 
@@ -268,27 +255,40 @@ def test_file_that_cannot_be_trained(kind, tmp_path, refused, capsys):
         (b"\x10", {}, "cannot be read: it is damaged or incomplete"),
     ],
 )
-def test_file_that_is_damaged(content, changes, said, tmp_path, refused, capsys):
+def test_file_that_is_damaged(content, changes, said, tmp_path, refused):
     (tmp_path / "model.safetensors").write_bytes(content)
-    assert said in refused(capsys, pretrained_model_name_or_path=tmp_path / "model.safetensors", **changes)
+    assert said in refused("sd", pretrained_model_name_or_path=tmp_path / "model.safetensors", **changes)
 
 
-def test_flags_that_do_nothing_with_a_file(one_file, tmp_path, refused, capsys):
+def test_flags_that_do_nothing_with_a_file(one_file, tmp_path, refused):
     for flag in ("revision", "non_ema_revision", "variant"):
-        line = refused(capsys, pretrained_model_name_or_path=one_file, **{flag: "fp16"})
+        line = refused("sd", pretrained_model_name_or_path=one_file, **{flag: "fp16"})
         assert f"--{flag} does nothing with a single file, {one_file}: leave it out" in line
     other = tmp_path / "model.gguf"
     other.write_bytes(b"GGUF")
-    line = refused(capsys, pretrained_model_name_or_path=other)
+    line = refused("sd", pretrained_model_name_or_path=other)
     assert f"{other} is a file, and of files only .safetensors and .ckpt are read" in line
-    line = refused(capsys, script="decoder", pretrained_decoder_model_name_or_path=one_file)
+    line = refused("decoder", pretrained_decoder_model_name_or_path=one_file)
     assert f"{one_file} is a file: for Kandinsky a folder or a hub name is needed" in line
-    line = refused(capsys, save_precision="fp16")
+    line = refused("sd", save_precision="fp16")
     assert "--save_precision does nothing without --save_single_file" in line
 
 
-def test_lora_script_says_what_it_writes(refused, capsys):
-    line = refused(capsys, script="sd_lora", save_single_file=True)
+def test_source_in_the_place_of_the_result(one_file, command, refused, tmp_path):
+    """Another file may lie there."""
+    line = refused("sd", pretrained_model_name_or_path=one_file, output_dir=one_file.parent)
+    assert f"--output_dir {one_file.parent} holds {one_file} of --pretrained_model_name_or_path, which would" in line
+    adapters = tmp_path / "kohya_lora_weights.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 4)}, adapters)
+    line = refused("sd_lora", network_weights=adapters, output_dir=tmp_path)
+    assert f"--output_dir {tmp_path} holds {adapters} of --network_weights, which would be overwritten" in line
+    shutil.copy(one_file, tmp_path / "base.safetensors")
+    tokens = command("sd", pretrained_model_name_or_path=tmp_path / "base.safetensors", output_dir=tmp_path)
+    assert load_script("sd").parse_args(tokens).output_dir == str(tmp_path)
+
+
+def test_lora_script_says_what_it_writes(refused):
+    line = refused("sd_lora", save_single_file=True)
     assert line.endswith(
         "--save_single_file: adapters are no whole model: this script writes pytorch_lora_weights.safetensors, and "
         "with --save_kohya kohya_lora_weights.safetensors for A1111 and ComfyUI"
@@ -400,7 +400,8 @@ def test_checkpoint_of_before_safetensors(one_file, tmp_path, command, run, monk
     assert (Path(tokens[tokens.index("--output_dir") + 1]) / trained).read_bytes() == same.read_bytes()
 
 
-def test_checkpoint_that_could_run_code(one_file, tmp_path, command):
+@pytest.mark.parametrize("flag", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"])
+def test_checkpoint_that_could_run_code(flag, one_file, tmp_path, command):
     class Callback:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
@@ -408,8 +409,8 @@ def test_checkpoint_that_could_run_code(one_file, tmp_path, command):
     file = tmp_path / "model.ckpt"
     torch.save({"state_dict": load_file(one_file), "callbacks": Callback()}, file)
     with pytest.raises(SystemExit) as stop:
-        load_script("sd").main(command("sd", pretrained_model_name_or_path=file))
-    assert f"--pretrained_model_name_or_path {file}: holds Python objects besides tensors, which" in str(stop.value)
+        load_script("sd").main(command("sd", **{flag: file}))
+    assert f"--{flag} {file}: holds Python objects besides tensors, which" in str(stop.value)
     assert not (tmp_path / "ran").exists()
 
 
@@ -429,7 +430,8 @@ def other_vaes(model, other_vae, tmp_path) -> dict:
     shutil.copytree(model, whole)
     shutil.copytree(other_vae, whole / "vae", dirs_exist_ok=True)
     single_file.main([str(whole), "--save_precision=fp32"])
-    return {"folder": other_vae, "pipeline": whole, "single file": whole / NAME}
+    shutil.copy(whole / NAME, tmp_path / "VAE.SAFETENSORS")
+    return {"folder": other_vae, "pipeline": whole, "single file": tmp_path / "VAE.SAFETENSORS"}
 
 
 @pytest.mark.parametrize("script", ["sd", "sd_lora"])
@@ -498,7 +500,8 @@ def test_file_of_a_checkpoint(base, run, one_file, model, command, capsys):
     checkpoint = folder / "checkpoint-4"
     place = {"folder": model, "single file": one_file}[base]
     single_file.main([str(checkpoint), "--base", str(place)])
-    assert f"{checkpoint / NAME} (0.00 GiB, fp32)" in capsys.readouterr().out
+    said = f"{checkpoint / NAME} (0.00 GiB, fp32), the UNet from {checkpoint / 'unet_ema'}"
+    assert said in capsys.readouterr().out
     assert_equal(load_file(checkpoint / NAME), load_file(folder / NAME))  # the average after the last update
     load_script("sd").main(command("sd", use_ema=True, max_train_steps=5, resume_from_checkpoint=checkpoint))
     (checkpoint / NAME).unlink()

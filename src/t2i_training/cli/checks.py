@@ -24,6 +24,7 @@ _NEEDS = {  # flag -> the flag without which it has no effect
     "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
     "dream_detail_preservation": "dream_training", "encodings_dir": "cache_encodings", "cache_crops": "cache_encodings",
 }  # fmt: skip
+_WRITTEN = ("single_file.safetensors", "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors")
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 
 
@@ -233,10 +234,12 @@ def _check_paths(parser, args):
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         parser.error(f"--output_dir {output_dir} is a file")
-    for name, value in vars(args).items():
-        is_model = name.startswith("pretrained_") and value and Path(value).is_dir()
-        if is_model and output_dir.resolve() == Path(value).resolve():
+    sources = [name for name in vars(args) if name.startswith("pretrained_") or name == "network_weights"]
+    for name, source in ((name, Path(getattr(args, name))) for name in sources if getattr(args, name)):
+        if source.is_dir() and output_dir.resolve() == source.resolve():
             parser.error(f"--output_dir {output_dir} is the model of --{name}, which would be overwritten")
+        if source.name in _WRITTEN and output_dir.resolve() == source.resolve().parent:
+            parser.error(f"--output_dir {output_dir} holds {source} of --{name}, which would be overwritten")
 
 
 def _check_resume(parser, args):

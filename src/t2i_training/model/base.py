@@ -1,5 +1,6 @@
 """Loads the Stable Diffusion to fine-tune: a folder, a hub repository or a single file, perhaps with another VAE."""
 
+import contextlib
 import os
 import pickle
 import tempfile
@@ -44,25 +45,31 @@ def load_pipeline(args, exported: bool = False, **parts) -> StableDiffusionPipel
 
 def _from_single_file(file: Path, args, parts: dict) -> StableDiffusionPipeline:
     """By diffusers, with configurations from here: by itself it would fetch them from the hub."""
-    if file.suffix.lower() == ".safetensors":
-        tensors, texts = original_files.read(file)
-    else:
-        tensors, texts = {name: tuple(tensor.shape) for name, tensor in _checkpoint(file).items()}, {}
+    tensors, texts = _contents(file)
     found = original_files.identify(file, tensors, texts, "vae" not in parts, args.prediction_type)
     needed = [part for part in original_names.PREFIXES if part not in parts]
     if lacking := original_names.lacking(tensors, found.configurations, needed):
         more = f" and {len(lacking) - 1} more tensors" if lacking[1:] else ""
         raise Unfit(f"lacks {lacking[0]}{more}: download it again")
     logger.info(f"{file.name}: {found.description}")
+    with _with_configurations(file, found.configurations) as (link, config):
+        return StableDiffusionPipeline.from_single_file(link, config=config, local_files_only=True, **parts)
+
+
+@contextlib.contextmanager
+def _with_configurations(file: Path, configurations: dict):
+    """Yields, for `from_single_file`, the file's path and that of a folder with the configurations."""
     with tempfile.TemporaryDirectory() as folder:
-        families.write(found.configurations, Path(folder))
+        families.write(configurations, Path(folder))
         link = Path(folder, f"model{file.suffix.lower()}")  # diffusers goes by the suffix, in small letters
         link.symlink_to(file.resolve())
-        return StableDiffusionPipeline.from_single_file(str(link), config=folder, local_files_only=True, **parts)
+        yield str(link), folder
 
 
-def _checkpoint(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .ckpt, without their numbers. Unfit where it holds anything that could run code."""
+def _contents(file: Path) -> tuple[dict[str, tuple], dict[str, str]]:
+    """The tensors' shapes by name, and the texts in the header. Unfit for a .ckpt with anything that could run code."""
+    if file.suffix.lower() == ".safetensors":
+        return original_files.read(file)
     try:
         content = torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError:
@@ -72,7 +79,7 @@ def _checkpoint(file: Path) -> dict[str, torch.Tensor]:
         ) from None
     while isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return {name: tuple(value.shape) for name, value in content.items() if isinstance(value, torch.Tensor)}, {}
 
 
 def load_non_ema_unet(args) -> UNet2DConditionModel:
@@ -89,18 +96,13 @@ def load_vae(args) -> AutoencoderKL:
     name = args.pretrained_vae_model_name_or_path
     with readable_errors("--pretrained_vae_model_name_or_path", name):
         if os.path.isfile(name):
-            with tempfile.TemporaryDirectory() as folder:
-                families.write(_vae_configurations(Path(name)), Path(folder))
-                vae = AutoencoderKL.from_single_file(name, config=folder, subfolder="vae", local_files_only=True)
+            # Of files by others: the configuration of every Stable Diffusion 1.x and 2.x.
+            configurations = original_files.stated_configurations(_contents(Path(name))[1]) or families.SD1
+            with _with_configurations(Path(name), configurations) as (link, config):
+                vae = AutoencoderKL.from_single_file(link, config=config, subfolder="vae", local_files_only=True)
         else:
             vae = AutoencoderKL.from_pretrained(name, subfolder=_vae_subfolder(name, args), cache_dir=args.cache_dir)
         return networks.to_whole(vae, "it", torch.float32)
-
-
-def _vae_configurations(file: Path) -> dict:
-    """Those in its header, if these scripts wrote it; else those of every Stable Diffusion 1.x and 2.x."""
-    texts = original_files.read(file)[1] if file.suffix.lower() == ".safetensors" else {}
-    return original_files.stated_configurations(texts) or families.SD1
 
 
 def _vae_subfolder(name: str, args) -> str | None:

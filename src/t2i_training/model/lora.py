@@ -53,24 +53,28 @@ def add_adapters(model, args, seed: int, accelerator, targets: tuple[str, ...] =
     their ranks and the first weights are those.
     """
     model.requires_grad_(False).to(accelerator.device, inference_dtype(accelerator))
-    ranks = {name: len(adapter.down) for name, adapter in (start or {}).items()}
-    others = {name: rank for name, rank in ranks.items() if rank != args.rank}
-    targets = list(ranks or targets)
-    config = LoraConfig(
-        r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=targets, rank_pattern=others,
-        alpha_pattern=dict(others),
-    )  # fmt: skip
+    ranks = {name: len(adapter.down) for name, adapter in (start or {}).items()} or dict.fromkeys(targets, args.rank)
+    config = _config(ranks, args.rank)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(config)
     # In peft it is a set, whose order differs between processes.
-    model.peft_config["default"].target_modules = sorted(targets)
+    model.peft_config["default"].target_modules = sorted(ranks)
     cast_training_params(model, torch.float32)
     if start:
         sides = (("lora_A", "down"), ("lora_B", "up"))
         weights = {f"{name}.{a}.weight": getattr(adapter, b) for name, adapter in start.items() for a, b in sides}
         set_peft_model_state_dict(model, weights, adapter_name="default")
     return model
+
+
+def _config(ranks: dict[str, int], rank: int) -> LoraConfig:
+    """peft's configuration of adapters in the modules of these names, most of them of `rank`; alpha = rank in each."""
+    others = {name: each for name, each in ranks.items() if each != rank}
+    return LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(ranks),
+        rank_pattern=others, alpha_pattern=dict(others),
+    )  # fmt: skip
 
 
 def save_networks(model, folder: Path) -> None:
@@ -127,11 +131,7 @@ def _text_layers(adapters: dict[str, Adapter]) -> tuple[dict, dict]:
         stem = f"text_model.{name}.lora_linear_layer"
         layers |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
         ranks[name] = len(down)  # by the end of a name peft finds the module in either version
-    rank = max(ranks.values())
-    others = {name: each for name, each in ranks.items() if each != rank}
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(ranks), rank_pattern=others, alpha_pattern=dict(others)
-    ).to_dict()
+    config = _config(ranks, max(ranks.values())).to_dict()
     return layers, config | {"target_modules": sorted(ranks)}
 
 

@@ -11,6 +11,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ..errors import Unfit
+from ..sources import original_files
 from . import tensor_file
 
 KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
@@ -48,7 +49,7 @@ def read(file: Path, networks: dict[str, torch.nn.Module]) -> dict[str, dict[str
     for name, tensor in tensors.items():
         part, module, side = _parse(name, modules)
         found[part][module][side] = tensor.float()
-    scales = _stated_scales(tensor_file.metadata(file))
+    scales = _stated_scales(original_files.read(file)[1])
     return {
         part: {
             module: _adapter(module, sides, scales.get(part), networks[part].get_submodule(module))

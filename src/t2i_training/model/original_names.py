@@ -9,10 +9,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ..sources.original_files import PREFIXES
 from . import tensor_file
 from .tensor_file import Lazy
-
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 
 # Names within a block, diffusers' -> the original's.
 _RESNET = {
@@ -38,10 +37,11 @@ _OPEN_CLIP_LAYER = {
 }  # fmt: skip
 
 
-def unet_name(name: str, layers: int) -> str:
+def _unet_name(name: str, layers: int, attentive: set[str]) -> str:
     """The original name of a UNet's tensor. `layers` is the config's layers_per_block.
 
-    The original counts all blocks from input to output, each ResNet, with its attention, and each resampling as one.
+    The original counts all blocks from input to output: each ResNet, with its attention, and each downsampling as one.
+    An upsampling belongs to the level's last block; `attentive` holds the levels on the way up that have attention.
     """
     part, leaf = name.rsplit(".", 1)
     if part in _ENDS:
@@ -56,6 +56,8 @@ def unet_name(name: str, layers: int) -> str:
     if where == "mid_block":
         return f"middle_block.{1 if column else 2 * int(j)}.{rest}"
     row = int(i) * (layers + 1) + int(j)
+    if kind == "upsamplers":
+        return f"output_blocks.{row + layers}.{2 if i in attentive else 1}.{rest}"
     if kind == "downsamplers":  # follows the level's ResNets
         return f"input_blocks.{row + layers + 1}.0.op.{rest.removeprefix('conv.')}"
     if where == "down_blocks":  # input_blocks.0 is conv_in
@@ -64,14 +66,8 @@ def unet_name(name: str, layers: int) -> str:
 
 
 def _unet(tensors: dict[str, Lazy], config: dict) -> Iterator[tuple[str, Lazy]]:
-    layers = config["layers_per_block"]
-    for name, tensor in tensors.items():
-        if "upsamplers" in name:  # follows ResNet and attention within the level's last block
-            level, rest = re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.(.+)", name).groups()
-            column = 1 + any(other.startswith(f"up_blocks.{level}.attentions.") for other in tensors)
-            yield f"output_blocks.{int(level) * (layers + 1) + layers}.{column}.{rest}", tensor
-        else:
-            yield unet_name(name, layers), tensor
+    attentive = {name.split(".")[1] for name in tensors if re.match(r"up_blocks\.\d+\.attentions\.", name)}
+    return ((_unet_name(name, config["layers_per_block"], attentive), tensor) for name, tensor in tensors.items())
 
 
 def _vae(tensors: dict[str, Lazy], config: dict) -> Iterator[tuple[str, Lazy]]:
@@ -112,15 +108,15 @@ def _text_encoder(tensors: dict[str, Lazy], config: dict) -> Iterator[tuple[str,
         elif found := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
             layer, part, leaf = found.groups()
             if part in _OPEN_CLIP_LAYER:
-                names = [f"{_OPEN_CLIP_LAYER[part]}.{leaf}"]
+                new = f"{_OPEN_CLIP_LAYER[part]}.{leaf}"
             elif part == "self_attn.q_proj":
-                names = [f"attn.in_proj_{leaf}"]
+                new = f"attn.in_proj_{leaf}"
                 tensor = _joined([tensors[name.replace("q_proj", f"{each}_proj")] for each in "qkv"])
             else:  # k_proj and v_proj are joined with q_proj
                 continue
             # Published files have a 24th layer, which nothing reads: programs that load strictly look for its names.
             rows = [int(layer), layers] if layers == 23 and int(layer) == layers - 1 else [int(layer)]
-            yield from ((f"model.transformer.resblocks.{row}.{names[0]}", tensor) for row in rows)
+            yield from ((f"model.transformer.resblocks.{row}.{new}", tensor) for row in rows)
     if layers == 23:  # the same holds for these two
         yield "model.text_projection", tensor_file.of(torch.eye(config["hidden_size"]))
         yield "model.logit_scale", tensor_file.of(torch.tensor(100.0).log())

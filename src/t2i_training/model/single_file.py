@@ -84,9 +84,12 @@ def _vocabulary(tokenizer: Path) -> dict[str, str]:
     return {f"tokenizer/{name}": text for name, text in files.items()}
 
 
-def convert(args) -> Path:
-    """Write the single file of an exported folder, or of a checkpoint with the rest of its base. Returns its path."""
-    folder = Path(args.folder)
+def convert(args) -> tuple[Path, Path]:
+    """Write the single file of an exported folder, or of a checkpoint with the rest of its base.
+
+    Returns its path, and the folder of the UNet in it: of a checkpoint the average's, if there is one.
+    """
+    folder = trained = Path(args.folder)
     if (folder / "model_index.json").is_file():
         if args.pretrained_model_name_or_path is not None:
             raise Unfit("is a whole pipeline: leave --base out")
@@ -98,14 +101,13 @@ def convert(args) -> Path:
         configurations, parts = _rest_of(args)
         configurations["unet/config.json"] = json.loads((trained / "config.json").read_text(encoding="utf-8"))
         tensors = original_layout({"unet": _tensors(trained), **parts}, configurations)
-        logger.info(f"the UNet is that of {trained}")
     else:
         raise Unfit("holds neither a pipeline nor a checkpoint with a UNet; LoRA adapters are a file of their own")
     side = configurations["vae/config.json"].get("sample_size", 512)
     with atomic_write(folder / NAME) as partial:
         texts = _modelspec(configurations, args, side)
         write_tensors(partial, tensors, configurations, args.save_precision, texts)
-    return folder / NAME
+    return folder / NAME, trained
 
 
 def _tensors(part: Path) -> dict[str, Lazy]:
@@ -155,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_tool_file_args(parser)
     args = parser.parse_args(argv)
     with readable_errors("folder", args.folder):
-        file = convert(args)
-    print(f"{file} ({file.stat().st_size / 2**30:.2f} GiB, {args.save_precision})")
+        file, trained = convert(args)
+    print(f"{file} ({file.stat().st_size / 2**30:.2f} GiB, {args.save_precision}), the UNet from {trained}")
 
 
 if __name__ == "__main__":

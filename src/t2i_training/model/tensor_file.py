@@ -57,11 +57,6 @@ def tensors(file: Path) -> dict[str, Lazy]:
     return {name: lazy(entry) for name, entry in header.items() if name != "__metadata__"}
 
 
-def metadata(file: Path) -> dict[str, str]:
-    """The texts in a safetensors file's header."""
-    return read_header(file)[0].get("__metadata__", {})
-
-
 def modelspec(args, resolution: int, is_v2: bool, is_v: bool, suffix: str = "") -> dict[str, str]:
     """What model managers show of a file (github.com/Stability-AI/ModelSpec, 1.0.1).
 
@@ -89,6 +84,7 @@ def write(file: Path, tensors: dict[str, Lazy], precision: str, metadata: Callab
     it. Its length must not depend on the digest. What fp16 cannot hold (beyond 65504) is written as fp32, with a
     warning: an infinite weight makes every image black.
     """
+    # For fp16 each tensor is read twice: its type decides where all that follow lie.
     dtypes = {name: _dtype(name, tensor, PRECISIONS[precision]) for name, tensor in tensors.items()}
     # Wide types first, as safetensors itself orders them: every tensor is then aligned.
     names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))

@@ -12,8 +12,9 @@ from ..errors import Unfit
 from . import families, weight_files
 
 SUFFIXES = (".safetensors", ".ckpt")
-UNET, TEXT_ENCODERS = "model.diffusion_model.", ("cond_stage_model.transformer.text_model.", "cond_stage_model.model.")
-VAE = "first_stage_model."
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+UNET, VAE = PREFIXES["unet"], PREFIXES["vae"]
+TEXT_ENCODERS = ("cond_stage_model.transformer.text_model.", "cond_stage_model.model.")  # CLIP's, OpenCLIP's
 CONFIGURATIONS = "t2i_training.configurations"  # in the header of files of these scripts: *.json by name, as JSON
 _EMA = "model_ema."
 _OTHERS = (  # pattern of a tensor's name, what the file is
