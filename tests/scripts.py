@@ -7,9 +7,14 @@ REPOSITORY = Path(__file__).parent.parent
 _SD, _KANDINSKY = REPOSITORY / "text_to_image", REPOSITORY / "kandinsky2_2" / "text_to_image"
 ADAPTERS = "pytorch_lora_weights.safetensors"
 _SD_DRAWS = {"random_flip": True, "caption_dropout": 0.5, "noise_offset": 0.1, "input_perturbation": 0.1}
-_OURS = {"config", "log_file", "logging_steps", "skip_bad_samples", "cache_encodings", "encodings_dir"}
+_DATA = {"caption_extension", "repeats_from_folders", "num_repeats"}
+_OURS = {"config", "log_file", "logging_steps", "skip_bad_samples", "cache_encodings", "encodings_dir", *_DATA}
+_CAPTIONS = {"caption_dropout", "caption_prefix", "caption_suffix", "keep_tokens", "shuffle_caption",
+             "caption_tag_dropout_rate"}  # fmt: skip
 _FILES = {"save_precision", "metadata_title", "metadata_license", "metadata_trigger_phrase"}
-_SD_OURS = _OURS | _FILES | {"caption_dropout", "cache_crops", "pretrained_vae_model_name_or_path"}
+_SD_OURS = _OURS | _FILES | _CAPTIONS | {
+    "cache_crops", "pretrained_vae_model_name_or_path", "max_token_length", "clip_skip",
+}  # fmt: skip
 _DREAM = {"input_perturbation", "dream_training", "dream_detail_preservation"}
 
 
@@ -57,14 +62,14 @@ TORCH = {
     "prior": Script(
         _KANDINSKY / "train_text_to_image_prior.py", "prior", "prior/diffusion_pytorch_model.safetensors",
         {"caption_dropout": 0.5}, "kandinsky_prior.sh",
-        ours=_OURS | {"torch_compile", "caption_dropout", "gradient_checkpointing"},
+        ours=_OURS | _CAPTIONS | {"torch_compile", "gradient_checkpointing"},
         compared_with="sd", without={"embed_nothing"},
         graphs=(1, 1), resumed={"use_ema": True, "snr_gamma": 5.0}, tensors=20,
     ),
     "prior_lora": Script(
         _KANDINSKY / "train_text_to_image_prior_lora.py", "prior", ADAPTERS,
         {"caption_dropout": 0.5}, "kandinsky_prior_lora.sh",
-        ours=_OURS | {"torch_compile", "caption_dropout", "gradient_checkpointing"},
+        ours=_OURS | _CAPTIONS | {"torch_compile", "gradient_checkpointing"},
         compared_with="prior", without={"embed_nothing", "export"},
         graphs=(1, 2), resumed={"gradient_checkpointing": True}, tensors=15,
     ),

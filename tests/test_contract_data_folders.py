@@ -82,6 +82,10 @@ READ = {  # a folder -> the captions that are read
         lambda f: metadata_table(f, text=pyarrow.array(["a", "b"], pyarrow.large_string())),
         ["a", "b"],
     ),
+    "captions in .txt files, and an archive": (
+        lambda f: (two(f, old_tar="x"), (f / "0.txt").write_text("a"), (f / "1.txt").write_text("b")),
+        ["a", "b"],
+    ),
     "captions in lists": (lambda f: metadata_table(f, text=[["a", "c"], ["b"]]), [["a", "c"], ["b"]]),
     "brackets": (lambda f: of_one_name(f, "[1] a*b?.png"), ["a"]),
     "colons": (lambda f: of_one_name(f, "a::b.png"), ["a"]),
@@ -169,10 +173,6 @@ REFUSED = {  # a folder -> what is said
     "images in several rars": (
         lambda f: (listed(f), (f / "a.part1.rar").write_bytes(b"R"), (f / "a.part2.rar").write_bytes(b"R")),
         "; unpack a.part1.rar, a.part2.rar: such archives are not read",
-    ),
-    "captions in .txt files, and an archive": (
-        lambda f: (two(f, old_tar="x"), (f / "0.txt").write_text("a"), (f / "1.txt").write_text("b")),
-        "has captions in .txt files beside its images",
     ),
     "a tar with metadata": (
         lambda f: tar(f / "d.tar", **{"0.png": PNG, "metadata.jsonl": lines(A).encode()}),

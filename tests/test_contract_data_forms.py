@@ -3,9 +3,7 @@
 import io
 import json
 import logging
-import shlex
 import shutil
-import subprocess
 import unicodedata
 import zipfile
 from types import SimpleNamespace
@@ -22,7 +20,7 @@ from PIL import Image
 
 from t2i_training.data import captions, images, inspection, loading
 from t2i_training.data.dataset import BadSample, image_file, open_dataset
-from t2i_training.sources import data_files
+from t2i_training.sources import data_faults, data_files
 
 ONE_PROCESS = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True)
 PNG = _stored(Image.new("RGB", (8, 8), "red"))
@@ -37,15 +35,15 @@ def samples(tmp_path, caplog):
     (tmp_path / "out").mkdir()
     caplog.set_level(logging.INFO, "t2i_training")
 
-    def read(place, caption_column="text", skip=False, image_column="image"):
+    def read(place, caption_column="text", skip=False, image_column="image", **changes):
         outcomes = []
         for flag in ("train_data_dir", "dataset_name"):
             args = data_args(
                 **{flag: str(place)}, image_column=image_column, caption_column=caption_column,
-                output_dir=str(tmp_path / "out"), skip_bad_samples=skip, cache_dir=str(tmp_path / "cache"),
+                output_dir=str(tmp_path / "out"), skip_bad_samples=skip, cache_dir=str(tmp_path / "cache"), **changes,
             )  # fmt: skip
             try:
-                if fault := data_files.refusal(str(place), caption_column is not None):
+                if fault := data_faults.refusal(str(place), args):
                     raise SystemExit(f"error: --{flag} {place} {fault}")
                 dataset, _ = inspection.inspect(args, ONE_PROCESS, open_dataset(args, seed=0), caption_column)
                 outcomes.append(dataset.to_list())
@@ -117,7 +115,7 @@ def test_images_without_captions_are_for_the_decoder_alone(samples, tmp_path, ca
     folder = fill(tmp_path / "set", "train/steam_train.png", "train/b.png", "test/c.png")
     assert len(samples(folder, caption_column=None)) == 2
     assert "2 samples from images without metadata; left out as other splits: test (1 images)" in caplog.text
-    assert "holds no metadata.jsonl, with a line for each image" in samples(folder)
+    assert "holds no captions: write each into a file beside its image, e.g. 0001.txt for 0001.jpg" in samples(folder)
 
 
 # --- zip
@@ -201,29 +199,6 @@ def test_a_path_within_a_zip_as_datasets_gives_it(tmp_path):
     assert image_file({"bytes": None, "path": f"zip://a/b.png::{path}"}) == PNG
     with pytest.raises(images.UnreadableImage, match="no item named 'c"):
         image_file({"bytes": None, "path": f"zip://c.png::{path}"})
-
-
-# --- captions in .txt
-
-
-def test_captions_in_txt_files(command, samples, tmp_path, capsys):
-    """Not read yet: one line, at once, from both flags, whose command makes what is read. The decoder needs none."""
-    folder = fill(tmp_path / "a set", "0.png", "sub/1.PNG")
-    for name, text in (("0.txt", '\ufeffa red "fox"\n'), ("sub/1.txt", "café")):
-        (folder / name).write_text(text, encoding="utf-8")
-    for flag in ("train_data_dir", "dataset_name"):
-        tokens = command("sd", **{"train_data_dir": None, flag: folder}, output_dir=tmp_path / "out")
-        with pytest.raises(SystemExit) as stop:
-            load_script("sd").parse_args(tokens)
-        assert stop.value.code == 2
-        error = capsys.readouterr().err
-        assert f"error: --{flag} {folder} has captions in .txt files beside its images, which are not read yet" in error
-        assert error.count("\n") == 1
-    assert len(samples(folder, caption_column=None)) == 2
-    line = error.partition("of them: ")[2].strip()
-    assert shlex.split(line)[:2] == ["cd", str(folder)]
-    subprocess.run(line.replace("python -c", "python3 -c"), shell=True, check=True)
-    assert texts(samples(folder)) == ['a red "fox"', "café"]
 
 
 # --- tables

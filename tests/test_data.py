@@ -24,7 +24,9 @@ def options(**changes):
         "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "cache_dir": None,
         "resolution": 32, "image_column": "image", "max_train_samples": None, "train_batch_size": 2,
         "dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": None,
-        "cache_encodings": False, "caption_column": "text", "caption_dropout": 0.0,
+        "cache_encodings": False, "caption_column": "text", "caption_dropout": 0.0, "caption_prefix": None,
+        "caption_suffix": None, "shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "keep_tokens": 0,
+        "caption_extension": None, "empty_captions": False, "repeats_from_folders": False, "num_repeats": 1,
     }  # fmt: skip
     return SimpleNamespace(**defaults | changes)
 
@@ -138,34 +140,38 @@ def test_max_train_samples_may_be_all_but_no_more(pictures):
 # --- captions
 
 
+def pick(caption, draw, dropout=0.0) -> str:
+    return captions.pick_caption(caption, draw, options(caption_dropout=dropout))
+
+
 def visits(count: int):
     """The draw of each of `count` visits."""
     return [partial(draws.generator, 0, 0, index) for index in range(count)]
 
 
 def test_each_of_several_captions_is_picked_equally_often():
-    picked = Counter(captions.pick_caption(["a", "b", "c"], draw, 0.0) for draw in visits(3000))
+    picked = Counter(pick(["a", "b", "c"], draw, 0.0) for draw in visits(3000))
     assert set(picked) == {"a", "b", "c"}
     assert all(abs(count - 1000) < 104 for count in picked.values())  # 4 standard deviations
 
 
 def test_captions_are_dropped_at_the_rate_asked_for():
-    dropped = sum(captions.pick_caption("a", draw, 0.1) == "" for draw in visits(10_000))
+    dropped = sum(pick("a", draw, 0.1) == "" for draw in visits(10_000))
     assert abs(dropped - 1000) < 120  # 4 standard deviations
-    assert all(captions.pick_caption("a", draw, 0.0) == "a" for draw in visits(100))
+    assert all(pick("a", draw, 0.0) == "a" for draw in visits(100))
 
 
 def test_dropout_does_not_shift_the_choice():
     texts = ["a", "b", "c"]
     for draw in visits(200):
-        assert captions.pick_caption(texts, draw, 0.5) in ("", captions.pick_caption(texts, draw, 0.0))
+        assert pick(texts, draw, 0.5) in ("", pick(texts, draw, 0.0))
 
 
 @pytest.mark.parametrize("texts", [["a", "b", "a", ""], [["a", "b"], ["a"], ["", "b"]]])
 def test_all_captions_are_those_that_may_be_picked(texts):
     table = table_of(text=texts)
     assert captions.all_captions(table, options()) == ["", "a", "b"], "in an order that does not depend on the process"
-    picked = {captions.pick_caption(caption, draw, 0.3) for caption in texts for draw in visits(50)}
+    picked = {pick(caption, draw, 0.3) for caption in texts for draw in visits(50)}
     assert picked == set(captions.all_captions(table, options(caption_dropout=0.3))) == {"", "a", "b"}
 
 

@@ -48,9 +48,11 @@ RECORDED = """
     use_8bit_adam use_ema validation_epochs validation_prompts variant
 """  # the command line of the published script
 ADDED = [
-    "cache_crops", "cache_encodings", "caption_dropout", "config", "encodings_dir", "log_file", "logging_steps",
-    "metadata_license", "metadata_title", "metadata_trigger_phrase", "pretrained_vae_model_name_or_path",
-    "save_precision", "save_single_file", "skip_bad_samples", "torch_compile",
+    "cache_crops", "cache_encodings", "caption_dropout", "caption_extension", "caption_prefix", "caption_suffix",
+    "caption_tag_dropout_rate", "clip_skip", "config", "encodings_dir", "keep_tokens", "log_file",
+    "logging_steps", "max_token_length", "metadata_license", "metadata_title", "metadata_trigger_phrase", "num_repeats",
+    "pretrained_vae_model_name_or_path", "repeats_from_folders", "save_precision", "save_single_file",
+    "shuffle_caption", "skip_bad_samples", "torch_compile",
 ]  # fmt: skip
 FLAGS = {
     "adam_beta1": "test_adam_flags",
@@ -63,9 +65,14 @@ FLAGS = {
     "cache_encodings": "test_contract_encodings.test_cached_training_is_the_same_training",
     "caption_column": "test_columns_of_other_names_and_lists_of_captions",
     "caption_dropout": "test_caption_dropout",
+    "caption_extension": "test_contract_caption_files.test_the_extension_can_be_named",
+    "caption_prefix": "test_contract_captions.test_prefix_and_suffix",
+    "caption_suffix": "test_contract_captions.test_prefix_and_suffix",
+    "caption_tag_dropout_rate": "test_contract_captions.test_tags_are_left_out_at_the_rate_asked_for",
     "center_crop": "test_crops",
     "checkpointing_steps": "test_checkpoints_and_their_limit",
     "checkpoints_total_limit": "test_checkpoints_and_their_limit",
+    "clip_skip": "test_contract_captions.test_clip_skip",
     "config": "test_config_repeats_a_run",
     "dataloader_num_workers": "test_workers_load_and_change_nothing",
     "dataset_config_name": "test_data_set_with_two_configurations",
@@ -82,6 +89,7 @@ FLAGS = {
     "image_column": "test_columns_of_other_names_and_lists_of_captions",
     "image_interpolation_mode": "test_interpolation_modes",
     "input_perturbation": "test_objective_flags",
+    "keep_tokens": "test_contract_captions.test_tags_are_shuffled_but_the_first",
     "learning_rate": "test_learning_rate",
     "local_rank": "test_local_rank",
     "log_file": "test_progress.test_log_file",
@@ -90,6 +98,7 @@ FLAGS = {
     "lr_scheduler": "test_schedules",
     "lr_warmup_steps": "test_schedules",
     "max_grad_norm": "test_max_grad_norm",
+    "max_token_length": "test_contract_captions.test_long_captions_are_read_in_chunks",
     "max_train_samples": "test_max_train_samples",
     "max_train_steps": "test_epochs_and_steps",
     "metadata_license": "test_single_file.test_header_says_what_managers_show",
@@ -98,6 +107,7 @@ FLAGS = {
     "mixed_precision": "test_bf16_rounds_the_computation_and_nothing_that_is_kept",
     "noise_offset": "test_objective_flags",
     "non_ema_revision": "test_revisions",
+    "num_repeats": "test_contract_captions.test_repeats_draw_for_themselves_and_are_encoded_once",
     "num_train_epochs": "test_epochs_and_steps",
     "offload_ema": "test_averages_placement_and_fused_sweep",
     "output_dir": "test_exported_tree",
@@ -106,6 +116,7 @@ FLAGS = {
     "pretrained_vae_model_name_or_path": "test_single_file.test_other_vae",
     "push_to_hub": "test_hub.test_weights_card_pictures_and_curves_arrive_and_nothing_else",
     "random_flip": "test_flips",
+    "repeats_from_folders": "test_contract_caption_files.test_kohya_with_captions",
     "report_to": "test_trackers.test_all_tells_wandb",
     "resolution": "test_resolution",
     "resume_from_checkpoint": "test_resume_by_name_latest_and_path",
@@ -114,6 +125,7 @@ FLAGS = {
     "save_single_file": "test_single_file.test_file_holds_the_exported_model",
     "scale_lr": "test_scale_lr",
     "seed": "test_seed",
+    "shuffle_caption": "test_contract_captions.test_tags_are_shuffled_but_the_first",
     "skip_bad_samples": "test_contract_data_faults.test_skipping_trains_on_the_rest_and_lists_the_dropped",
     "snr_gamma": "test_objective_flags",
     "torch_compile": "test_compile.test_compiled_once_and_in_place",
@@ -250,7 +262,7 @@ def draw(pipeline, prompt: str, seed: int, side: int = 32) -> np.ndarray:
 def test_every_flag_has_its_test(parse):
     recorded = RECORDED.split()
     assert len(recorded) == len(set(recorded)) == 57
-    assert set(vars(parse())) == {*recorded, *ADDED, "typed"}
+    assert set(vars(parse())) == {*recorded, *ADDED, "typed", "empty_captions"}
     assert set(FLAGS) == {*recorded, *ADDED}
     for place in FLAGS.values():
         module, _, name = place.rpartition(".")

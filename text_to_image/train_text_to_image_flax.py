@@ -25,6 +25,7 @@ def parse_args(argv=None):
     flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
     flags.add_caption_args(parser)
+    flags.add_text_encoder_args(parser)
     flags.add_image_args(parser)
     flags.add_training_args(parser)
     flags.add_optimizer_args(parser, eight_bit=False, scale_lr=True)
@@ -92,9 +93,9 @@ def read_image(source, crop_draw, mirror, resolution, interpolation):
     return {"pixels": images.square(image, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
 
 
-def read_caption(caption, tokenizer):
+def read_caption(caption, tokenizer, chunks):
     """Preprocess a caption for the text encoder."""
-    return {"input_ids": captions.tokenize(tokenizer, caption)}  # (tokens,)
+    return {"input_ids": captions.tokenize_in_chunks(tokenizer, caption, chunks)}  # (chunks, tokens)
 
 
 def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_timesteps):
@@ -103,7 +104,7 @@ def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_tim
     mirror = args.random_flip and draw("flip").random() < 0.5
     sample = {
         **load_image(image_source(row, args), crop_draw, mirror),
-        **load_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **load_caption(captions.pick_caption(row[args.caption_column], draw, args)),
         "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
@@ -124,12 +125,16 @@ def encode_images(batch, vae):
 
 def encode_captions(batch, text_encoder):
     """The text encoder's states, one per token."""
-    return {"text_states": text_encoder(batch["input_ids"])}  # (B, tokens, D)
+    return {"text_states": flax_pipeline.encode_text(text_encoder, batch["input_ids"])}  # (B, tokens, D)
 
 
-def encode(batch, vae, text_encoder):
-    """Run the frozen networks on a batch. With --cache_encodings the cache calls its parts instead."""
-    return encode_images(batch, vae) | encode_captions(batch, text_encoder)
+def encode(batch, vae=None, text_encoder=None):
+    """Run the frozen networks on what of a batch the cache has not encoded."""
+    if "pixels" in batch:
+        batch |= encode_images(batch, vae)
+    if "input_ids" in batch:
+        batch |= encode_captions(batch, text_encoder)
+    return batch
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
@@ -157,12 +162,14 @@ def compute_loss(unet, batch, noise_scheduler, args):
 
 def make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accelerator, progress, mesh):
     """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
+    chunks = args.max_token_length // 75
+    tokenizer = captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator, chunks)
     readers = [
         partial(read_image, resolution=args.resolution, interpolation=args.image_interpolation_mode),
-        partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
+        partial(read_caption, tokenizer=tokenizer, chunks=chunks),
     ]
     if args.cache_encodings:
-        vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline))
+        vae, text_encoder = flax_devices.on_host(flax_pipeline.frozen(pipeline, args.clip_skip))
         encoders = [partial(encode_images, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         encoders = [partial(flax_devices.encode_on_host, encode=each) for each in encoders]
         readers = cache.precompute(
@@ -183,15 +190,15 @@ def make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accel
 def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
     """(train_step, frozen): the update as a pure function, and the frozen weights that it reads."""
     optimizer, frozen, merge = train_state.make_optimizer(args), {}, {}
-    if not args.cache_encodings:
-        for name, network in zip(("vae", "text_encoder"), flax_pipeline.frozen(pipeline), strict=True):
+    needed = {"vae": not args.cache_encodings, "text_encoder": not args.cache_encodings or captions.vary(args)}
+    for name, network in zip(needed, flax_pipeline.frozen(pipeline, args.clip_skip), strict=True):
+        if needed[name]:
             weights, merge[name] = flax_networks.split(network)
             frozen[name] = flax_devices.place(weights, mesh)
 
     def train_step(state, batch, frozen, rate, ema_share):
         def loss_of(parameters, batch):
-            if not args.cache_encodings:
-                batch = batch | encode(batch, **{name: merge[name](weights) for name, weights in frozen.items()})
+            batch = encode(batch, **{name: merge[name](weights) for name, weights in frozen.items()})
             return compute_loss(trained.merge(parameters), batch, noise_scheduler, args)
 
         loss, gradient, grad_norm = train_state.gradient_of(loss_of, state, batch, args.max_grad_norm)
@@ -207,7 +214,8 @@ def generate_image(index, pipeline, unet, vae, text_encoder, args, seed):
     scheduler.set_timesteps(validation.STEPS)
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     prompts = ("", args.validation_prompts[index])
-    input_ids = torch.stack([captions.tokenize(pipeline.tokenizer, prompt) for prompt in prompts])
+    read = partial(read_caption, tokenizer=pipeline.tokenizer, chunks=args.max_token_length // 75)
+    input_ids = torch.stack([read(prompt)["input_ids"] for prompt in prompts])
     text_states = flax_pipeline.encode_text(text_encoder, input_ids.numpy())
     noise = torch.randn((1, *pipeline.latent_shape(args.resolution)), generator=generator)
     latents = noise * scheduler.init_noise_sigma
@@ -272,7 +280,7 @@ def main(argv=None):
     stream = progress.timed(loading.batches(loader, accelerator, stop))
 
     def validate():
-        vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline), jax.local_devices()[0])
+        vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline, args.clip_skip), jax.local_devices()[0])
         parts = {"unet": trained.export(flax_devices.local), "vae": vae, "text_encoder": text_encoder}
         generate = partial(generate_image, pipeline=pipeline, **parts, args=args, seed=seed)
         validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)

@@ -26,6 +26,7 @@ def parse_args(argv=None):
     flags.add_data_source_args(parser)  # read by open_dataset
     flags.add_data_args(parser)
     flags.add_caption_args(parser)
+    flags.add_text_encoder_args(parser)
     flags.add_image_args(parser)
     flags.add_training_args(parser)
     flags.add_network_args(parser)
@@ -84,9 +85,9 @@ def read_image(source, crop_draw, mirror, resolution, interpolation):
     return {"pixels": images.square(image, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
 
 
-def read_caption(caption, tokenizer):
+def read_caption(caption, tokenizer, chunks):
     """Preprocess a caption for the text encoder."""
-    return {"input_ids": captions.tokenize(tokenizer, caption)}  # (tokens,)
+    return {"input_ids": captions.tokenize_in_chunks(tokenizer, caption, chunks)}  # (chunks, tokens)
 
 
 def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_timesteps):
@@ -95,7 +96,7 @@ def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_tim
     mirror = args.random_flip and draw("flip").random() < 0.5
     sample = {
         **load_image(image_source(row, args), crop_draw, mirror),
-        **load_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **load_caption(captions.pick_caption(row[args.caption_column], draw, args)),
         "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
@@ -109,7 +110,7 @@ def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_tim
 
 def freeze(args, pipeline, accelerator):
     """The frozen networks for `encode`: VAE and text encoder."""
-    modules = (pipeline.vae, pipeline.text_encoder)
+    modules = (pipeline.vae, networks.skip_layers(pipeline.text_encoder, args.clip_skip))
     return [networks.prepare_frozen(module, accelerator, exported=False) for module in modules]
 
 
@@ -122,13 +123,17 @@ def encode_images(batch, vae):
 
 def encode_captions(batch, text_encoder):
     """The text encoder's states, one per token."""
-    return {"text_states": text_encoder(batch["input_ids"])[0]}  # (B, tokens, D)
+    return {"text_states": networks.encode_text(text_encoder, batch["input_ids"])}  # (B, tokens, D)
 
 
 @torch.no_grad()
 def encode(batch, vae, text_encoder):
-    """Run the frozen networks on a batch. With --cache_encodings the cache calls its parts instead."""
-    return encode_images(batch, vae) | encode_captions(batch, text_encoder)
+    """Run the frozen networks on what of a batch the cache has not encoded."""
+    if "pixels" in batch:
+        batch |= encode_images(batch, vae)
+    if "input_ids" in batch:
+        batch |= encode_captions(batch, text_encoder)
+    return batch
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
@@ -154,9 +159,11 @@ def compute_loss(unet, batch, noise_scheduler, args):
 
 def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
     """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
+    chunks = args.max_token_length // 75
+    tokenizer = captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator, chunks)
     readers = [
         partial(read_image, resolution=args.resolution, interpolation=args.image_interpolation_mode),
-        partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
+        partial(read_caption, tokenizer=tokenizer, chunks=chunks),
     ]
     if args.cache_encodings:
         vae, text_encoder = frozen
@@ -186,9 +193,13 @@ def build_validation_pipeline(args, pipeline, unet, vae, text_encoder):
 def generate_image(index, pipeline, args, seed, accelerator):
     """Generate the validation image of prompt `index`, with the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
+    read = partial(read_caption, tokenizer=pipeline.tokenizer, chunks=args.max_token_length // 75)
+    input_ids = torch.stack([read(prompt)["input_ids"] for prompt in (args.validation_prompts[index], "")])
     with torch.no_grad(), accelerator.autocast():
+        text_states = networks.encode_text(pipeline.text_encoder, input_ids.to(pipeline.text_encoder.device))
+        prompted, without = text_states.split(1)
         return pipeline(
-            args.validation_prompts[index], height=args.resolution, width=args.resolution,
+            prompt_embeds=prompted, negative_prompt_embeds=without, height=args.resolution, width=args.resolution,
             num_inference_steps=validation.STEPS, generator=generator,
         ).images[0]  # fmt: skip
 
@@ -266,9 +277,7 @@ def main(argv=None):
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(unet):
-                    batch = next(stream)
-                    if not args.cache_encodings:
-                        batch |= encode(batch, *frozen)
+                    batch = encode(next(stream), *frozen)
                     loss = compute_loss(unet, batch, noise_scheduler, args)
                     accelerator.backward(loss)
                     progress.add_micro_batch(loss, batch)

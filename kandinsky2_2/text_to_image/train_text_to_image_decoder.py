@@ -127,8 +127,10 @@ def encode_images(batch, movq, image_encoder):
 
 @torch.no_grad()
 def encode(batch, movq, image_encoder):
-    """Run the frozen networks on a batch. With --cache_encodings the cache calls its parts instead."""
-    return encode_images(batch, movq, image_encoder)
+    """Run the frozen networks on what of a batch the cache has not encoded."""
+    if "pixels" in batch:
+        batch |= encode_images(batch, movq, image_encoder)
+    return batch
 
 
 @torch.no_grad()
@@ -267,9 +269,7 @@ def main(argv=None):
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(unet):
-                    batch = next(stream)
-                    if not args.cache_encodings:
-                        batch |= encode(batch, *frozen)
+                    batch = encode(next(stream), *frozen)
                     loss = compute_loss(unet, batch, noise_scheduler, args)
                     accelerator.backward(loss)
                     progress.add_micro_batch(loss, batch)

@@ -93,7 +93,7 @@ def make_sample(row, draw, args, load_image, load_caption, embedding_size, num_t
     """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
     return {
         **load_image(image_source(row, args), crop_draw=None, mirror=False),
-        **load_caption(captions.pick_caption(row[args.caption_column], draw, args.caption_dropout)),
+        **load_caption(captions.pick_caption(row[args.caption_column], draw, args)),
         "noise": draws.normal(draw("noise"), (embedding_size,)),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
@@ -124,8 +124,12 @@ def encode_captions(batch, text_encoder):
 
 @torch.no_grad()
 def encode(batch, image_encoder, text_encoder, clip_mean, clip_std):
-    """Run the frozen networks on a batch. With --cache_encodings the cache calls its parts instead."""
-    return encode_images(batch, image_encoder, clip_mean, clip_std) | encode_captions(batch, text_encoder)
+    """Run the frozen networks on what of a batch the cache has not encoded."""
+    if "clip_pixels" in batch:
+        batch |= encode_images(batch, image_encoder, clip_mean, clip_std)
+    if "input_ids" in batch:
+        batch |= encode_captions(batch, text_encoder)
+    return batch
 
 
 def compute_loss(prior, batch, noise_scheduler, args):
@@ -260,9 +264,7 @@ def main(argv=None):
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(prior):
-                    batch = next(stream)
-                    if not args.cache_encodings:
-                        batch |= encode(batch, *frozen)
+                    batch = encode(next(stream), *frozen)
                     loss = compute_loss(prior, batch, noise_scheduler, args)
                     accelerator.backward(loss)
                     progress.add_micro_batch(loss, batch)

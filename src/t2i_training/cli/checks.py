@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 from ..errors import Unfit
-from ..sources import data_files, model_kind, names, weight_files
+from ..sources import data_faults, data_files, model_kind, names, weight_files
 from . import config_file, packages
 from .flags import LR_SCHEDULERS, TRACKERS
 
@@ -33,7 +33,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, trained: mode
 
     The values of `--config FILE` come before those of the command line, so the command line wins; `--switch=false`
     turns off a switch that the file turns on. Nothing changes the arguments afterwards. Besides the flags they hold
-    `typed`, the names of the flags that were given, and in every script `validation_prompts`.
+    `typed`, the names of the flags that were given, `empty_captions`, whether an empty caption file is trained, and in
+    every script `validation_prompts`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     tokens = config_file.switch_off(parser, config_file.tokens(parser, argv) + argv)
@@ -52,6 +53,11 @@ def _normalize(args: argparse.Namespace) -> None:
     names.expand_home(args)
     args.report_to = ",".join(dict.fromkeys(name.strip() for name in args.report_to.split(",")))
     args.hub_token = args.hub_token and args.hub_token.strip()
+    if getattr(args, "caption_extension", None):
+        args.caption_extension = f".{args.caption_extension.lstrip('.')}"
+    args.empty_captions = any(
+        getattr(args, name, None) for name in ("caption_dropout", "caption_prefix", "caption_suffix")
+    )
     if hasattr(args, "validation_prompt"):  # several images of one prompt are treated as several prompts
         args.validation_prompts = (
             [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
@@ -99,6 +105,9 @@ def _check_combinations(parser, args):
     for package, name in packages.FLAGS.items():
         if getattr(args, name, False) and importlib.util.find_spec(package) is None:
             parser.error(f"--{name} needs the package {package}: pip install {package}, or leave the flag out")
+    if getattr(args, "keep_tokens", 0) and not (args.shuffle_caption or args.caption_tag_dropout_rate):
+        tags = "--shuffle_caption or --caption_tag_dropout_rate"
+        parser.error(f"--keep_tokens does nothing without {tags}: add one of them, or leave --keep_tokens out")
     _check_tool_files(parser, args)
     _check_schedule(parser, args)
 
@@ -204,7 +213,7 @@ def _check_folder(parser, args):
         fault = " is a file" if Path(args.train_data_dir).exists() else ": there is no such folder"
         parser.error(f"--train_data_dir {args.train_data_dir}{fault}")
     place = data_files.local_folder(args)
-    if place is not None and (fault := data_files.refusal(place, captions=args.caption_column is not None)):
+    if place is not None and (fault := data_faults.refusal(place, args)):
         flag = "train_data_dir" if args.dataset_name is None else "dataset_name"
         parser.error(f"--{flag} {place} {fault}")
 

@@ -4,51 +4,13 @@ Names, types and defaults are those of the published training scripts; docs/diff
 of a flag is given with it; combinations of flags are checked in `checks.py`.
 """
 
-import argparse
-import math
-from collections.abc import Callable
+from .numbers import multiple_of_8, not_negative, positive, seed, share
 
 INTERPOLATION_MODES = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TRACKERS = [
     "tensorboard", "wandb", "comet_ml", "all", "none", "aim", "clearml", "dvclive", "mlflow", "swanlab", "trackio",
 ]  # fmt: skip
-
-
-def _number(kind: type, fault: Callable[[int | float], str]) -> Callable[[str], int | float]:
-    """An argparse type: numbers of a `kind`. `fault(n)` says what a number must be, or returns "" if it is valid."""
-
-    def parse(text: str):
-        value = kind(text)
-        if wanted := fault(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}")
-        return value
-
-    parse.kind, parse.__name__ = kind, kind.__name__  # argparse then says: invalid int value
-    return parse
-
-
-def positive(kind: type) -> Callable:
-    return _number(kind, lambda n: "" if n > 0 else f"positive, not {n}")
-
-
-def not_negative(kind: type) -> Callable:
-    return _number(kind, lambda n: "" if 0 <= n < math.inf else f"finite and not negative, not {n}")
-
-
-def _seed_fault(n: int) -> str:
-    return "below 2**63" if n >= 2**63 else "" if n >= 0 else f"finite and not negative, not {n}"
-
-
-def _side_fault(n: int) -> str:
-    """A side in pixels; VAEs and UNets halve it three times."""
-    if n <= 0:
-        return f"positive, not {n}"
-    return f"a multiple of 8, not {n}; the nearest is {max(8, round(n / 8) * 8)}" if n % 8 else ""
-
-
-share = _number(float, lambda n: "" if 0 <= n < 1 else f"at least 0 and below 1, not {n}")
-seed, multiple_of_8 = _number(int, _seed_fault), _number(int, _side_fault)
 
 
 def add_stable_diffusion_args(parser):
@@ -76,11 +38,17 @@ def add_data_source_args(parser):
     group.add_argument("--dataset_config_name", help="Configuration of that data set, if it has several.")
     group.add_argument(
         "--train_data_dir",
-        help="Folder of images with a metadata.jsonl (file_name, text); with --dataset_name, its data_dir.",
+        help="Folder of images, with captions in .txt files beside them or in a metadata.jsonl (file_name, text); with "
+        "--dataset_name, its data_dir.",
     )
     group.add_argument(
         "--max_train_samples", type=positive(int), help="Train on this many samples only, chosen by the seed."
     )
+    text = "Suffix of caption files beside the images. Default: .txt, or .caption where more images have one."
+    group.add_argument("--caption_extension", help=text)
+    text = "Repeat the images of a folder such as `10_zwx dog` ten times; its name is the caption of those without one."
+    group.add_argument("--repeats_from_folders", action="store_true", help=text)
+    group.add_argument("--num_repeats", type=positive(int), default=1, help="Repeat all images so many times an epoch.")
 
 
 def add_data_args(parser):
@@ -103,6 +71,22 @@ def add_caption_args(parser):
     group.add_argument("--caption_column", default="text", help=text)
     text = "Share of samples trained with the empty caption; about 0.1 keeps classifier-free guidance working."
     group.add_argument("--caption_dropout", type=share, default=0.0, help=text)
+    group.add_argument("--caption_prefix", help="Words before every caption but the empty one of --caption_dropout.")
+    group.add_argument("--caption_suffix", help="Words after it.")
+    text = "Draw the order of a caption's tags, which commas separate, anew at each visit."
+    group.add_argument("--shuffle_caption", action="store_true", help=text)
+    text = "Share of a caption's tags that is left out, drawn anew at each visit."
+    group.add_argument("--caption_tag_dropout_rate", type=share, default=0.0, help=text)
+    text = "Number of tags at a caption's start that are neither shuffled nor left out."
+    group.add_argument("--keep_tokens", type=not_negative(int), default=0, help=text)
+
+
+def add_text_encoder_args(parser):
+    group = parser.add_argument_group("text encoder")
+    text = "Tokens of a caption that are read: two or three times 75 in as many pieces, as kohya and A1111 do."
+    group.add_argument("--max_token_length", type=int, choices=[75, 150, 225], default=75, help=text)
+    text = "Take the states of this layer, counted from the last, as kohya and A1111 count: 2 is the last but one."
+    group.add_argument("--clip_skip", type=positive(int), default=1, help=text)
 
 
 def add_decoder_condition_args(parser):

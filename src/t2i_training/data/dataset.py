@@ -8,10 +8,11 @@ import warnings
 from .. import library_errors, sanitize
 from ..errors import RunError
 from ..log import logger
-from ..sources import data_files, names
-from . import image_folder, images
+from ..sources import data_faults, data_files, names
+from . import image_folder, images, repeats
 from .image_folder import FAULTS, LINE
 
+_OWN = (LINE, FAULTS, repeats.COLUMN)  # columns that no data set has of its own
 ROW_INDEX = 0  # key under which a row carries its own index; an int cannot clash with a column name
 
 
@@ -38,7 +39,8 @@ def open_dataset(args, seed: int):
     if len(dataset) == 0:
         raise RunError(f"{where} holds no samples")
     logger.info(f"{where}: {len(dataset)} samples {said}")
-    return _select(_check_images(dataset, args, place), args.max_train_samples, seed)
+    dataset = _check_images(dataset, args, place)
+    return _select(repeats.mark(dataset, args, place), args.max_train_samples, seed)
 
 
 def _read_folder(place: str, args) -> tuple:
@@ -46,13 +48,13 @@ def _read_folder(place: str, args) -> tuple:
     import datasets
 
     where = f"--{'train_data_dir' if args.dataset_name is None else 'dataset_name'} {place}"
-    if fault := data_files.refusal(place, captions=False):
+    if fault := data_faults.refusal(place, args):
         raise RunError(f"{where} {fault}")
     if any(os.path.exists(os.path.join(place, name)) for name in data_files.STORED):
         stored = datasets.load_from_disk(place)
         splits = stored if isinstance(stored, dict) else {"train": stored}
         return _training_split(where, splits, "save_to_disk")
-    found = None if data_files.declares_configs(place) else image_folder.read(place, args.caption_column)
+    found = None if data_files.declares_configs(place) else image_folder.read(place, args)
     return found or _read_splits(where, place, args)
 
 
@@ -167,7 +169,7 @@ def _named_images(dataset, column: str, place: str):
 
 def check_caption_column(dataset, column: str) -> None:
     """Exit with one line unless `column` is one of strings, or of lists of strings."""
-    own = [name for name in dataset.column_names if name not in (LINE, FAULTS)]
+    own = [name for name in dataset.column_names if name not in _OWN]
     likely = image_folder.likely_captions([name for name in own if _is_text(dataset.features[name])])
     _check_column(dataset, "caption_column", column, likely)
     kind = _kind(dataset, column).replace("large_string", "string")
@@ -181,7 +183,7 @@ def _is_text(kind) -> bool:
 
 def _check_column(dataset, flag: str, column: str, likely: str | None) -> None:
     if column not in dataset.column_names:
-        names = ", ".join(name for name in dataset.column_names if name not in (LINE, FAULTS))
+        names = ", ".join(name for name in dataset.column_names if name not in _OWN)
         advice = f"; did you mean --{flag}={sanitize.printable(likely)[:100]}?" if likely else ""
         names = sanitize.printable(names)[:1000]
         raise RunError(f"--{flag} {column!r} is not a column; there are: {names}{advice}")

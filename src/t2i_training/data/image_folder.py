@@ -8,12 +8,13 @@ import json
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from .. import sanitize
 from ..log import logger
 from ..sources import data_files, stand_ins
-from . import metadata_files, near_names
+from . import caption_files, metadata_files, near_names
 
 METADATA = "metadata.jsonl"
 LINE, FAULTS = "_line", "_faults"  # columns added here: file and line of a row; its faults by column, as JSON
@@ -23,26 +24,27 @@ class _ImageEntry(dict):
     """An image entry built from a checked file_name. A look-alike dictionary in a metadata file is not trusted."""
 
 
-def read(folder: str, captions: str | None = None) -> "tuple[datasets.Dataset, str] | None":  # noqa: F821
-    """(samples, what was read) of the folder's metadata files or, without any, of its images; None for other formats.
+def read(folder: str, args) -> "tuple[datasets.Dataset, str] | None":  # noqa: F821
+    """(samples, what was read) of the folder's metadata files or, without any, of its images and the caption files
+    beside them; None for other formats.
 
     A line that cannot be used still becomes a row, without image or caption, with the reason in column FAULTS. A
     `file_name` is relative to its metadata file and must stay below that file's folder; nothing else is ever read.
-    Raises BadData if a metadata file cannot be read at all; `captions` names the wanted column.
+    Raises BadData if a metadata file cannot be read at all.
     """
     listing = data_files.list_files(folder)
     if data_files.is_table(listing):
         return None
-    if not listing.metadata() and not listing.having(data_files.IMAGES):
+    if not listing.metadata() and not listing.images():
         data_files.add_zips(listing)
     names, left_out = data_files.training_files(listing.metadata())
     if not names and not left_out:
-        return _bare_images(listing)
+        return _images(listing, args)
     _refuse_two_of_a_kind(names)
     rows = [row for name in names for row in _read_file(listing, name)]
     if rows and not any(values for values, _, _ in rows):
         raise data_files.BadData(f"{rows[0][1]}: {next(iter(rows[0][2].values()))}")
-    _refuse_other_keys(listing, rows, captions)
+    _refuse_other_keys(listing, rows, args.caption_column)
     _note_rows_without_names(rows)
     _warn_of_unlisted(listing, _find_files(listing, rows, left_out))
     said = f"of {_some(names)}"
@@ -51,23 +53,40 @@ def read(folder: str, captions: str | None = None) -> "tuple[datasets.Dataset, s
         said += f", with what {_some([data_files.relative(path, listing.root) for path in zips])} holds"
     if left_out:
         said += f"; left out as other splits: {_some(left_out)}"
-    return _dataset(rows), said
+    return _dataset(rows), said + _left_unread(listing, *names, *left_out, *listing.images())
 
 
 def _some(names: list[str]) -> str:
     return sanitize.printable(", ".join(names[:5]) + (f", ... ({len(names)} files)" if len(names) > 5 else ""))
 
 
-def _bare_images(listing) -> "tuple[datasets.Dataset, str] | None":  # noqa: F821
-    names, left_out = data_files.training_files(listing.having(data_files.IMAGES))
+def _images(listing, args) -> "tuple[datasets.Dataset, str] | None":  # noqa: F821
+    """Images without metadata: with the captions beside them, or alone where --caption_column has no value."""
+    names, left_out = data_files.training_files(listing.images())
     if not names:
         return None
-    said = "from images without metadata"
+    said, captions, files = "from images without metadata", {}, []
+    if args.caption_column is not None:
+        captions, said, files = caption_files.read(listing, names, args)
     if left_out:
         splits = sorted({data_files.split_of(name) for name in left_out})
         said += f"; left out as other splits: {', '.join(splits)} ({len(left_out)} images)"
-    rows = [({"image": _ImageEntry(bytes=None, path=listing.files[name])}, None, {}) for name in names]
-    return _dataset(rows), said
+    if masks := listing.masks():
+        said += f"; left out: {len(masks)} masks ({', '.join(data_files.MASKS)})"
+    rows = []
+    for name in names:
+        values, place, fault = captions.get(name, ({}, None, None))
+        image = _ImageEntry(bytes=None, path=listing.files[name])
+        rows.append(({"image": image, **values}, place, {args.caption_column: fault} if fault else {}))
+    return _dataset(rows), said + _left_unread(listing, *names, *left_out, *masks, *files)
+
+
+def _left_unread(listing, *read: str) -> str:
+    """The kinds of files that are no part of the data, as a clause; "" if there are none."""
+    known = {*read, *(name for name in listing.files if listing.files[name] in listing.zips)}
+    kinds = Counter(posixpath.splitext(name)[1] or "others" for name in listing.files if name not in known)
+    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+    return f"; not read: {sanitize.printable(shown)}" if kinds else ""
 
 
 def _dataset(rows):

@@ -25,7 +25,7 @@ from ..bar import Bar
 from ..errors import RunError
 from ..log import logger
 from ..sources import data_files
-from . import images, workers
+from . import images, repeats, workers
 from .dataset import check_caption_column, check_dataset, describe, not_the_images_fault
 from .image_folder import FAULTS, LINE
 
@@ -46,7 +46,8 @@ class ImageInfo:
 
 
 def inspect(args, accelerator, dataset, caption_column: str | None = None, smallest_side: int = 0):
-    """(data set, list of `ImageInfo`), both of the usable rows alone, in order, and the same on every process.
+    """(data set, list of `ImageInfo`), both of the usable rows alone, in order, and the same on every process. Rows
+    that flags repeat are looked at once, and then stand there as often.
 
     Exits unless all rows are usable, or some are and --skip_bad_samples is given. All processes call it and check
     a share each. Captions are checked if a column is named. Rows count from 0, in `dataset` as given.
@@ -73,7 +74,8 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None, small
     if accelerator.is_main_process:
         _warn_of_small_ones(image_infos, smallest_side)
         _warn_of_repeats(args, dataset, image_infos, caption_column)
-    return dataset.remove_columns([FAULTS] if FAULTS in dataset.column_names else []), image_infos
+    dataset = dataset.remove_columns([FAULTS] if FAULTS in dataset.column_names else [])
+    return repeats.apply(dataset, image_infos)
 
 
 def _inspect_share(args, accelerator, dataset, caption_column, known) -> list[tuple[str | None, ImageInfo, str | None]]:

@@ -38,7 +38,8 @@ def precompute(
     of such items to encodings: of `crops` random crops of each image, or with 0 of the centre crop, and with `flips` of
     both mirrorings. `image_infos` comes from `inspection.inspect`. All processes encode what is not on disk yet, with
     `devices` each, in `precision` (by default the accelerator's); then the networks move to the CPU. The returned
-    functions take a row's index as `source`.
+    functions take a row's index as `source`. Captions that `captions.vary` are not cached: their reader is returned as
+    it is, and their network stays.
     """
     in_fp16 = (precision or accelerator.mixed_precision) == "fp16"
     # A square image has only one square crop.
@@ -52,12 +53,15 @@ def precompute(
     }
     read_view = partial(_read_view, read=readers[0], dataset=dataset, views=views, column=args.image_column)
     store = _fill(args, accelerator, "images", wanted, read_view, (readers[0], encoders[0]), devices, in_fp16)
-    cached_readers = [partial(_cached_image, store=store, views=views)]
-    if len(readers) > 1:
+    cached_readers, done = [partial(_cached_image, store=store, views=views)], encoders
+    if len(readers) > 1 and captions.vary(args):
+        logger.info("captions are encoded at each visit, since they are others each time")
+        cached_readers, done = [*cached_readers, readers[1]], encoders[:1]
+    elif len(readers) > 1:
         texts = {_key(text): text for text in captions.all_captions(dataset, args)}
         store = _fill(args, accelerator, "captions", texts, readers[1], (readers[1], encoders[1]), devices, in_fp16)
         cached_readers.append(partial(_cached_caption, store=store))
-    for encoder in encoders:
+    for encoder in done:
         for network in encoder.keywords.values():
             if isinstance(network, torch.nn.Module):
                 network.to("cpu")

@@ -153,6 +153,36 @@ def prepare_frozen(module: torch.nn.Module, accelerator, exported: bool = True) 
     return channels_last(module, accelerator.device)
 
 
+def check_clip_skip(clip_skip: int, layers: int) -> None:
+    if clip_skip > layers:
+        raise RunError(f"--clip_skip {clip_skip}: the text encoder has {layers} layers, so {layers} is the most")
+
+
+def skip_layers(text_encoder, clip_skip: int):
+    """The text encoder up to layer `clip_skip`, counted from the last; 1 is all of it. Weights are shared.
+
+    The states of that layer go through the final norm, as in A1111, kohya's scripts and diffusers, whose own clip_skip
+    is one less.
+    """
+    check_clip_skip(clip_skip, text_encoder.config.num_hidden_layers)
+    if clip_skip == 1:
+        return text_encoder
+    shared = {id(tensor): tensor for tensor in (*text_encoder.parameters(), *text_encoder.buffers())}
+    shorter = copy.deepcopy(text_encoder, shared)
+    del getattr(shorter, "text_model", shorter).encoder.layers[1 - clip_skip :]  # transformers before 5.6 nests them
+    shorter.config.num_hidden_layers -= clip_skip - 1
+    return shorter
+
+
+def encode_text(text_encoder, input_ids: torch.Tensor) -> torch.Tensor:
+    """The states of captions (B, chunks, tokens), as those of one caption: (B, chunks * (tokens - 2) + 2, D).
+
+    As kohya's scripts do, the start of the first chunk and the end of the last are kept, of the others neither.
+    """
+    states = text_encoder(input_ids.flatten(0, 1))[0].unflatten(0, input_ids.shape[:2])
+    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
+
+
 @contextlib.contextmanager
 def on_device(pipeline, accelerator):
     """Move those networks of a pipeline that are on the CPU to the device, and back; leave no memory in use there."""

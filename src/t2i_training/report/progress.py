@@ -50,6 +50,8 @@ class Progress:
         self.devices, self.device = devices * accelerator.num_processes, device or accelerator.device
         self.effective_batch, self.total = plan_updates(args, len(dataset), self.devices)
         self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
+        images = len({info.digest for info in image_infos})
+        self._of_images = f" of {images} images" if images != len(dataset) else ""
         self._data = changes.describe(args, accelerator, dataset, image_infos)
         if changed := changes.since(position, len(dataset), self._data):
             logger.warning(f"the data set has changed since the checkpoint: {changed}")
@@ -119,7 +121,7 @@ class Progress:
         with library_errors.readable_errors("--report_to", self.args.report_to):
             self.accelerator.init_trackers(project, config=config, init_kwargs={"wandb": wandb})
         logger.info(
-            f"{len(self.dataset)} samples, {self.effective_batch} an update, {self.total} updates "
+            f"{len(self.dataset)} samples{self._of_images}, {self.effective_batch} an update, {self.total} updates "
             f"({self.total * self.effective_batch / len(self.dataset):.1f} epochs); "
             f"{self.devices} x {self.device}, mixed precision {self.precision}"
         )

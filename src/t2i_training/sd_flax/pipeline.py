@@ -117,10 +117,12 @@ def _has_weights(part: Path, stem: str, variant: str | None) -> bool:
         return False
 
 
-def frozen(pipeline: Pipeline) -> tuple:
-    """VAE and text encoder, with matrices in the dtype of their arithmetic. Vectors, e.g. of norms, stay float32."""
+def frozen(pipeline: Pipeline, clip_skip: int) -> tuple:
+    """VAE and text encoder as they are run: matrices in the dtype of their arithmetic, the text encoder up to the layer
+    of --clip_skip. Vectors, e.g. of norms, stay float32.
+    """
     dtype = pipeline.dtype
-    both = (pipeline.vae, pipeline.text_encoder)
+    both = (pipeline.vae, networks.skip_layers(pipeline.text_encoder, clip_skip))
     return jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, both)
 
 
@@ -142,8 +144,11 @@ def save(pipeline: Pipeline, unet, folder: Path, variant: str | None) -> None:
 
 @jax.jit
 def encode_text(text_encoder, input_ids):
-    """Text states for token ids."""
-    return text_encoder(input_ids)
+    """The states of captions (B, chunks, tokens), joined as in model/networks.encode_text."""
+    count, chunks, tokens = input_ids.shape
+    states = text_encoder(input_ids.reshape(-1, tokens)).reshape(count, chunks, tokens, -1)
+    within = states[:, :, 1:-1].reshape(count, chunks * (tokens - 2), -1)
+    return jnp.concatenate([states[:, 0, :1], within, states[:, -1, -1:]], axis=1)
 
 
 @jax.jit

@@ -4,12 +4,10 @@ A zip counts as if it were unpacked in place; a member has a path such as zip://
 and `datasets`.
 """
 
-import difflib
 import functools
 import os
 import posixpath
 import re
-import shlex
 import stat
 import unicodedata
 import zipfile
@@ -28,12 +26,13 @@ _TABLES = (  # read by `datasets`, as tables or archives
     ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar",
 )  # fmt: skip
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".001")  # are not read
-_CAPTIONS = (".txt", ".caption")
+CAPTIONS = (".txt", ".caption")  # files beside images; the first is more usual
+_REPEATS = re.compile(r"0*([1-9]\d{0,3})_.*")  # a folder whose images kohya's scripts repeat; no date
+MASKS = ("-masklabel", "-condlabel")  # of OneTrainer, at the end of names
 _SPLITS = {  # name of a folder -> its split, as in `datasets`
     "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
-_LINE = '{"file_name": "0001.jpg", "text": "a red fox"}'
 
 
 def local_folder(args) -> str | None:
@@ -58,6 +57,12 @@ class Listing:
 
     def having(self, suffixes: tuple[str, ...]) -> list[str]:
         return [name for name in self.files if name.lower().endswith(suffixes)]
+
+    def images(self) -> list[str]:
+        return [name for name in self.having(IMAGES) if not _stem(name).endswith(MASKS)]
+
+    def masks(self) -> list[str]:
+        return [name for name in self.having(IMAGES) if _stem(name).endswith(MASKS)]
 
     def metadata(self) -> list[str]:
         return [name for name in self.files if posixpath.basename(name) in METADATA]
@@ -85,6 +90,14 @@ def relative(path: str, root: str) -> str:
     """An absolute path below `root` as a key of `Listing.files`, in NFC: macOS stores é as e and an accent."""
     name = path[len(root.rstrip(os.sep)) + 1 :]
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def below(path: str, root: str) -> str:
+    """The part of an image's path that is below `root`; of a zip's member, as if it were unpacked there."""
+    if path.startswith("zip://"):
+        member, _, archive = path.removeprefix("zip://").rpartition("::")
+        path = os.path.join(os.path.dirname(archive), member)
+    return relative(path, root) if path.startswith(root.rstrip(os.sep) + os.sep) else path
 
 
 def add_zips(listing: Listing) -> None:
@@ -149,38 +162,35 @@ def training_files(names: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def is_table(listing: Listing) -> bool:
-    """Whether `datasets` should read the folder: without metadata, and with as many tables or archives as images."""
-    return not listing.metadata() and 0 < len(listing.having(_TABLES)) >= len(listing.having(IMAGES))
-
-
-def refusal(root: str, captions: bool) -> str | None:
-    """What is wrong with a data folder, judging by file names, and what to do; None if it may be valid.
-
-    `captions` says whether the script needs captions.
+    """Whether `datasets` should read the folder: without metadata or captions beside images, and with as many tables
+    or archives as images. What is named as an image is no table but a note on it, such as a.json or a.png.json.
     """
-    if any(os.path.isfile(os.path.join(root, name)) for name in STORED) or declares_configs(root):
-        return None
-    listing = list_files(root)
-    if not listing.metadata() and not listing.having(IMAGES) and listing.zips:
-        try:
-            add_zips(listing)
-        except BadData as error:
-            return f"cannot be read: {error}"
-    for name in METADATA:
-        if os.path.isdir(os.path.join(root, name)):
-            return f"cannot be read: {name} is a folder"
-    found, images = listing.metadata(), listing.having(IMAGES)
-    if found:
-        training, others = training_files(found)
-        return None if training else _only_other_splits(root, others)
-    if is_table(listing) or (images and not captions):
-        return None
-    if not listing.files:
-        return "is empty"
-    if not images and (not captions or archives(listing) or not _near_miss(listing)):
-        return f"holds no images{archives(listing)}"
-    beside = _captions_beside(listing, images)
-    return beside or f"holds no metadata.jsonl, with a line for each image such as {_LINE}{_near_miss(listing)}"
+    images = listing.images()
+    names = {*images, *map(_stem, images)}
+    tables = [name for name in listing.having(_TABLES) if _stem(name) not in names]
+    return 0 < len(tables) >= len(images) and not listing.metadata() and not caption_files(listing)[1]
+
+
+def caption_files(listing: Listing, wanted: str | None = None) -> tuple[str, dict[str, str]]:
+    """(suffix, {image: the caption file beside it}); of the usual suffixes the one that more images have."""
+    found = {suffix: _beside(listing, suffix) for suffix in ([wanted] if wanted else CAPTIONS)}
+    suffix = max(found, key=lambda suffix: len(found[suffix]))
+    return suffix, found[suffix]
+
+
+def _beside(listing: Listing, suffix: str) -> dict[str, str]:
+    by_stem = {name[: -len(suffix)]: name for name in listing.having((suffix.lower(),))}
+    return {image: by_stem[_stem(image)] for image in listing.images() if _stem(image) in by_stem}
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def repeated_folder(name: str) -> tuple[int, str] | None:
+    """(repeats, folder) of a file in a folder such as `10_zwx dog`; the innermost counts."""
+    folders = name.replace(os.sep, "/").split("/")[-2::-1]
+    return next(((int(found[1]), folder) for folder in folders if (found := _REPEATS.fullmatch(folder))), None)
 
 
 def archives(listing: Listing) -> str:
@@ -188,12 +198,6 @@ def archives(listing: Listing) -> str:
     inner = [name for name in listing.having((".zip",)) if listing.files[name].startswith("zip://")]
     found = sorted([*listing.having(_ARCHIVES), *inner])
     return f"; unpack {', '.join(found[:5])}: such archives are not read" if found else ""
-
-
-def _only_other_splits(root: str, names: list[str]) -> str:
-    splits = ", ".join(sorted({split_of(name) for name in names}))
-    folder = os.path.join(root, posixpath.dirname(names[0]))
-    return f"has no split named train, only: {splits}; to train on one of them, name its folder, e.g. {folder}"
 
 
 def declares_configs(root: str) -> bool:
@@ -205,67 +209,6 @@ def declares_configs(root: str) -> bool:
         return False
     card = re.match(r"---\s*\n(.*?)\n---", head, re.DOTALL)
     return card is not None and re.search(r"^configs:", card[1], re.MULTILINE) is not None
-
-
-def _captions_beside(listing: Listing, images: list[str]) -> str | None:
-    stems = {posixpath.splitext(name)[0] for name in images}
-    bases = {posixpath.basename(stem) for stem in stems}
-    for suffix in _CAPTIONS:
-        texts = listing.having((suffix,))
-        found = sum(posixpath.splitext(name)[0] in stems for name in texts)
-        if not images or found * 2 < len(images):
-            elsewhere = [name for name in texts if posixpath.splitext(posixpath.basename(name))[0] in bases]
-            if images and len(elsewhere) * 2 >= len(images):
-                return (
-                    f"has captions in {suffix} files such as {elsewhere[0]}, which are not read yet: write them into a "
-                    f"metadata.jsonl, with a line for each image such as {_LINE}"
-                )
-            continue
-        kinds = sorted({posixpath.splitext(name)[1] for name in images})
-        program = (
-            "import json, pathlib; "
-            'open("metadata.jsonl", "w").writelines(json.dumps({"file_name": path.as_posix(), "text": '
-            f'path.with_suffix("{suffix}").read_text("utf-8-sig").strip()}}) + "\\n" for path in '
-            f'sorted(pathlib.Path().rglob("*")) if path.suffix in {kinds} and path.with_suffix("{suffix}").exists())'
-        ).replace("'", '"')
-        unpack = "unpack the zip first, then " if listing.files[texts[0]].startswith("zip://") else ""
-        return (
-            f"has captions in {suffix} files beside its images, which are not read yet; this makes a metadata.jsonl "
-            f"of them: {unpack}cd {shlex.quote(listing.root)} && python -c '{program}'"
-        )
-    return None
-
-
-def _near_miss(listing: Listing) -> str:
-    """A file that was probably meant as metadata, and what to do with it; "" if there is none."""
-    names = sorted(listing.files, key=lambda name: (name.count("/"), name))
-    for name in names:
-        base = posixpath.basename(name).lower()
-        alike = re.match(r"_?meta[-_ ]?data", base) or difflib.get_close_matches(base, METADATA, 1, 0.8)
-        if alike and not base.endswith((*IMAGES, ".md", ".py")):
-            return f"; {name} {_what_to_do(name, base, listing)}"
-    suffixes = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".parquet", ".xlsx", ".xls", ".ods")
-    other = next((name for name in names if name.lower().endswith(suffixes)), None)
-    return f"; if {other} lists the images, it {_what_to_do(other, other.lower(), listing)}" if other else ""
-
-
-def _what_to_do(name: str, base: str, listing: Listing) -> str:
-    if base.endswith((".xlsx", ".xls", ".ods")):
-        return "must be saved as metadata.csv (CSV UTF-8)"
-    if base.endswith((".gz", ".zip", ".bz2", ".xz")):
-        return "must be unpacked"
-    if "csv" in base or "tsv" in base:
-        return "must be named metadata.csv"
-    if "parquet" in base:
-        return "must be named metadata.parquet"
-    try:
-        with open(listing.files[name], "rb") as file:
-            start = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except OSError:
-        start = b""
-    if start.startswith(b"[") or (start.startswith(b"{") and b"}" not in start.partition(b"\n")[0]):
-        return "must become metadata.jsonl, with each entry as one line, {...}, without a list around them"
-    return "must be named metadata.jsonl"
 
 
 # --- reading

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from .clip import CLIPTextModel
+from .clip import CLIPTextModel, skip_layers
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
 from .weights import from_torch, load, save, shapes_on_disk, split
 
 __all__ = [
     "AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel", "from_torch", "load_text_encoder", "load_unet",
-    "load_vae", "save", "shapes_on_disk", "split",
+    "load_vae", "save", "shapes_on_disk", "skip_layers", "split",
 ]  # fmt: skip
 
 

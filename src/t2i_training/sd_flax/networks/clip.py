@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ...model.networks import check_clip_skip
 from .config import complete
 from .layers import attend, embed, layer_norm, linear
 from .weights import Network
@@ -34,6 +35,16 @@ class CLIPTextModel(Network):
 
     def __call__(self, input_ids):
         return self.text_model(input_ids)
+
+
+def skip_layers(text_encoder: CLIPTextModel, clip_skip: int) -> CLIPTextModel:
+    """As `model/networks.skip_layers`: the text encoder up to layer `clip_skip`, counted from the last."""
+    config, kept = text_encoder.config, text_encoder.config["num_hidden_layers"] + 1 - clip_skip
+    check_clip_skip(clip_skip, config["num_hidden_layers"])
+    blank = nnx.eval_shape(lambda: CLIPTextModel(config | {"num_hidden_layers": kept}, dtype=text_encoder.dtype))
+    graph, state = nnx.split(blank)
+    weights = dict(nnx.to_flat_state(nnx.state(text_encoder)))
+    return nnx.merge(graph, nnx.from_flat_state({path: weights[path] for path, _ in nnx.to_flat_state(state)}))
 
 
 class TextTransformer(nnx.Module):
