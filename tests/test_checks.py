@@ -170,6 +170,7 @@ def test_public_config_comes_back_through_config(config, parse):
 NUMBERS_FROM_ZERO = {  # every other number has to be positive, but for resolution and local_rank
     "learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "input_perturbation", "seed",
     "adam_weight_decay", "adam_beta1", "adam_beta2", "caption_dropout", "dream_detail_preservation",
+    "caption_tag_dropout_rate", "keep_tokens",
 }  # fmt: skip
 
 
@@ -184,12 +185,12 @@ def numbers(monkeypatch) -> dict:
 
 
 def test_every_number_has_a_lower_bound(numbers, parse, refused):
-    del numbers["local_rank"]
-    assert len(numbers) == 30
+    del numbers["local_rank"], numbers["max_token_length"]  # it has three values
+    assert len(numbers) == 29
     for name in numbers:
         assert f"error: --{name} must " in refused(parse, f"--{name}=-1")
         if name in NUMBERS_FROM_ZERO:
-            parse("--dream_training", f"--{name}=0")
+            parse("--dream_training", "--shuffle_caption", f"--{name}=0")
         else:
             assert f"error: --{name} must be positive, not 0" in refused(parse, f"--{name}=0")
 
@@ -199,7 +200,7 @@ def test_no_number_may_be_nan(numbers, parse, refused):
         assert f"error: --{name} must " in refused(parse, f"--{name}=nan")
 
 
-@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2", "caption_dropout"])
+@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2", "caption_dropout", "caption_tag_dropout_rate"])
 def test_shares_are_below_one(name, parse, refused):
     assert f"--{name} must be at least 0 and below 1, not 1.0" in refused(parse, f"--{name}=1")
     parse(f"--{name}=0.9999")

@@ -84,7 +84,7 @@ def test_a_flag_shifts_no_other_draw():
 def test_what_does_nothing_is_refused(refused):
     line = refused("sd", keep_tokens=1)
     assert "--keep_tokens does nothing without --shuffle_caption or --caption_tag_dropout_rate" in line
-    assert "--max_token_length" in refused("sd", max_token_length=100)
+    assert "--max_token_length must be 75, 150 or 225, not 100" in refused("sd", max_token_length=100)
     assert "unrecognized arguments: --clip_skip" in refused("prior", clip_skip=2)
     assert "unrecognized arguments: --caption_prefix" in refused("decoder", caption_prefix="a")
 

@@ -485,9 +485,15 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
     dataset = open_dataset(args, seed=0)
     assert captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS) is base_tokenizer
     (said,) = [line for line in caplog.messages if "captions are longer" in line]
-    expected = "3 of 7 captions are longer than the 16 tokens that the text encoder reads; the rest is cut off, "
-    example = f"e.g. of row 2 ({folder}/2.png, metadata.jsonl line 3) what follows '...{'y' * 14}'"
-    assert said == expected + example
+    assert said == (
+        "3 of 7 captions are longer than the 14 tokens that are read, and the rest is cut off; the longest, of row 3 "
+        f"({folder}/3.png, metadata.jsonl line 4), has 270, and what follows '...many words many w' is lost: "
+        "shorten them"
+    )
+    caplog.clear()
+    captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS, 2)
+    assert "2 of 7 captions are longer than the 28 tokens that are read" in caplog.text
+    assert caplog.text.strip().endswith("is lost: shorten them, or give --max_token_length")
     caplog.clear()
     captions.report_cuts(base_tokenizer, dataset.select([0, 1, 5, 6]), args, ONE_PROCESS)
     assert caplog.messages == []

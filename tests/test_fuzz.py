@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
+from bad_samples import data_args
 from conftest import load_script
 from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, example, given, settings
@@ -236,10 +237,7 @@ def root(place) -> Path:
 def inspected(root, metadata: bytes, out: Path) -> tuple:
     """(data set, images) of the folder's rows that can be used."""
     (root / image_folder.METADATA).write_bytes(metadata)
-    args = SimpleNamespace(
-        dataset_name=None, train_data_dir=str(root), cache_dir=None, max_train_samples=None, image_column="image",
-        caption_column="text", output_dir=str(out), skip_bad_samples=True,
-    )  # fmt: skip
+    args = data_args(train_data_dir=str(root), output_dir=str(out), skip_bad_samples=True)
     out.mkdir(exist_ok=True)
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1)
     return inspection.inspect(args, accelerator, open_dataset(args, seed=0), "text")

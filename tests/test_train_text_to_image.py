@@ -482,7 +482,7 @@ def test_columns_of_other_names_and_lists_of_captions(run, sampler, base, pictur
     table.to_parquet(tmp_path / "set" / "train.parquet")
     own = {"train_data_dir": None, "dataset_name": tmp_path / "set", "image_column": "photo", "caption_column": "words"}
     sample = sampler(**own, center_crop=True)
-    drawn = {base.tokenizer.decode(sample(epoch, 1)["input_ids"], skip_special_tokens=True) for epoch in range(20)}
+    drawn = {base.tokenizer.decode(sample(epoch, 1)["input_ids"][0], skip_special_tokens=True) for epoch in range(20)}
     assert {text.replace(" ", "") for text in drawn} == {"one1", "two1"}
     wanted = picture(pictures / "1.png")[:, 4:36].transpose(2, 0, 1)
     assert np.array_equal(sample(0, 1)["pixels"].numpy(), wanted)
@@ -538,9 +538,9 @@ def test_picture_and_caption_are_read_each_by_itself(script, base, pictures):
     assert left != 4
     read = script.read_image(source, draws.generator(7, 0, 1, "crop"), False, 32, "lanczos")
     assert np.array_equal(read["pixels"].numpy(), whole[:, :, left : left + 32])
-    assert set(script.read_caption("a cat", base.tokenizer)) == {"input_ids"}
+    assert set(script.read_caption("a cat", base.tokenizer, 1)) == {"input_ids"}
     wanted = base.tokenizer("a cat", max_length=16, padding="max_length", return_tensors="pt").input_ids[0]
-    assert torch.equal(script.read_caption("a cat", base.tokenizer)["input_ids"], wanted)
+    assert torch.equal(script.read_caption("a cat", base.tokenizer, 1)["input_ids"][0], wanted)
 
 
 def test_encodings_of_pictures_and_captions(script, sampler, base):
@@ -549,7 +549,7 @@ def test_encodings_of_pictures_and_captions(script, sampler, base):
     batch = torch.utils.data.default_collate([sample(0, index) for index in range(4)])
     with torch.no_grad():
         posterior = base.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
-        states = base.text_encoder(batch["input_ids"]).last_hidden_state
+        states = base.text_encoder(batch["input_ids"][:, 0]).last_hidden_state
         pictures = script.encode_images({"pixels": batch["pixels"]}, base.vae)
         text = script.encode_captions({"input_ids": batch["input_ids"]}, base.text_encoder)
     assert base.vae.config.scaling_factor == 0.18215
@@ -630,7 +630,7 @@ def test_mirror_and_crop_do_not_shift_other_draws(sampler):
 
 
 def test_caption_dropout(sampler, base):
-    empty = captions.tokenize(base.tokenizer, "")
+    empty = captions.tokenize(base.tokenizer, "")[None]
     dropped = [torch.equal(sampler(caption_dropout=0.5)(epoch, 0)["input_ids"], empty) for epoch in range(40)]
     assert 8 < sum(dropped) < 32
     assert not any(torch.equal(sampler()(epoch, 0)["input_ids"], empty) for epoch in range(40))

@@ -130,11 +130,8 @@ def encode_captions(batch, text_encoder):
 
 def encode(batch, vae=None, text_encoder=None):
     """Run the frozen networks on what of a batch the cache has not encoded."""
-    if "pixels" in batch:
-        batch |= encode_images(batch, vae)
-    if "input_ids" in batch:
-        batch |= encode_captions(batch, text_encoder)
-    return batch
+    of_images = encode_images(batch, vae) if "pixels" in batch else {}
+    return of_images | (encode_captions(batch, text_encoder) if "input_ids" in batch else {})
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
@@ -198,7 +195,7 @@ def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
 
     def train_step(state, batch, frozen, rate, ema_share):
         def loss_of(parameters, batch):
-            batch = encode(batch, **{name: merge[name](weights) for name, weights in frozen.items()})
+            batch = batch | encode(batch, **{name: merge[name](weights) for name, weights in frozen.items()})
             return compute_loss(trained.merge(parameters), batch, noise_scheduler, args)
 
         loss, gradient, grad_norm = train_state.gradient_of(loss_of, state, batch, args.max_grad_norm)

@@ -129,11 +129,8 @@ def encode_captions(batch, text_encoder):
 @torch.no_grad()
 def encode(batch, vae, text_encoder):
     """Run the frozen networks on what of a batch the cache has not encoded."""
-    if "pixels" in batch:
-        batch |= encode_images(batch, vae)
-    if "input_ids" in batch:
-        batch |= encode_captions(batch, text_encoder)
-    return batch
+    of_images = encode_images(batch, vae) if "pixels" in batch else {}
+    return of_images | (encode_captions(batch, text_encoder) if "input_ids" in batch else {})
 
 
 def compute_loss(unet, batch, noise_scheduler, args):
@@ -277,7 +274,8 @@ def main(argv=None):
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(unet):
-                    batch = encode(next(stream), *frozen)
+                    batch = next(stream)
+                    batch |= encode(batch, *frozen)
                     loss = compute_loss(unet, batch, noise_scheduler, args)
                     accelerator.backward(loss)
                     progress.add_micro_batch(loss, batch)

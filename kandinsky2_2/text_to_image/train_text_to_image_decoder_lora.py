@@ -124,9 +124,7 @@ def encode_images(batch, movq, image_encoder):
 @torch.no_grad()
 def encode(batch, movq, image_encoder):
     """Run the frozen networks on what of a batch the cache has not encoded."""
-    if "pixels" in batch:
-        batch |= encode_images(batch, movq, image_encoder)
-    return batch
+    return encode_images(batch, movq, image_encoder) if "pixels" in batch else {}
 
 
 @torch.no_grad()
@@ -258,7 +256,8 @@ def main(argv=None):
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(unet):
-                    batch = encode(next(stream), *frozen)
+                    batch = next(stream)
+                    batch |= encode(batch, *frozen)
                     loss = compute_loss(unet, batch, noise_scheduler, args)
                     accelerator.backward(loss)
                     progress.add_micro_batch(loss, batch)

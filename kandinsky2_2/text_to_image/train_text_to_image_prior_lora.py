@@ -124,11 +124,8 @@ def encode_captions(batch, text_encoder):
 @torch.no_grad()
 def encode(batch, image_encoder, text_encoder, clip_mean, clip_std):
     """Run the frozen networks on what of a batch the cache has not encoded."""
-    if "clip_pixels" in batch:
-        batch |= encode_images(batch, image_encoder, clip_mean, clip_std)
-    if "input_ids" in batch:
-        batch |= encode_captions(batch, text_encoder)
-    return batch
+    of_images = encode_images(batch, image_encoder, clip_mean, clip_std) if "clip_pixels" in batch else {}
+    return of_images | (encode_captions(batch, text_encoder) if "input_ids" in batch else {})
 
 
 def compute_loss(prior, batch, noise_scheduler, args):
@@ -256,7 +253,8 @@ def main(argv=None):
                 group["lr"] = rate(progress.step)
             for _ in range(args.gradient_accumulation_steps):
                 with accelerator.accumulate(prior):
-                    batch = encode(next(stream), *frozen)
+                    batch = next(stream)
+                    batch |= encode(batch, *frozen)
                     loss = compute_loss(prior, batch, noise_scheduler, args)
                     accelerator.backward(loss)
                     progress.add_micro_batch(loss, batch)

@@ -4,7 +4,7 @@ Names, types and defaults are those of the published training scripts; docs/diff
 of a flag is given with it; combinations of flags are checked in `checks.py`.
 """
 
-from .numbers import multiple_of_8, not_negative, positive, seed, share
+from .numbers import multiple_of_8, not_negative, positive, seed, share, token_length
 
 INTERPOLATION_MODES = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -83,8 +83,8 @@ def add_caption_args(parser):
 
 def add_text_encoder_args(parser):
     group = parser.add_argument_group("text encoder")
-    text = "Tokens of a caption that are read: two or three times 75 in as many pieces, as kohya and A1111 do."
-    group.add_argument("--max_token_length", type=int, choices=[75, 150, 225], default=75, help=text)
+    text = "Tokens of a caption that are read: 75, or 150 or 225 in pieces of 75, as kohya and A1111 read."
+    group.add_argument("--max_token_length", type=token_length, default=75, help=text)
     text = "Take the states of this layer, counted from the last, as kohya and A1111 count: 2 is the last but one."
     group.add_argument("--clip_skip", type=positive(int), default=1, help=text)
 

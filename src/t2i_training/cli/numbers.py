@@ -37,5 +37,11 @@ def _side_fault(n: int) -> str:
     return f"a multiple of 8, not {n}; the nearest is {max(8, round(n / 8) * 8)}" if n % 8 else ""
 
 
+def _length_fault(n: int) -> str:
+    """A caption's length in tokens; CLIP reads 75 at a time."""
+    return "" if n in (75, 150, 225) else f"75, 150 or 225, not {n}"
+
+
 share = _number(float, lambda n: "" if 0 <= n < 1 else f"at least 0 and below 1, not {n}")
 seed, multiple_of_8 = _number(int, _seed_fault), _number(int, _side_fault)
+token_length = _number(int, _length_fault)
