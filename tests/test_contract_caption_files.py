@@ -159,11 +159,11 @@ def test_kohya_without_captions(samples, tmp_path, caplog):  # noqa: F811
 def test_kohya_fine_tuning(samples, tmp_path):  # noqa: F811
     """Its meta_cap.json is refused with the command that makes what is read."""
     folder = fill(tmp_path / "set", "a.png", "b.png")
-    entries = {str(folder / "a.png"): {"caption": "a fox"}, "b.png": {"tags": "dog, brown"}}
+    entries = {str(folder / "a.png"): {"caption": "a fox"}, "b.png": {"caption": "a dog", "tags": "brown, big"}}
     (folder / "meta_cap.json").write_text(json.dumps(entries, indent=2))
     line = samples(folder)
     run(line.partition("makes a metadata.jsonl of it: ")[2])
-    assert texts(samples(folder)) == ["a fox", "dog, brown"]
+    assert texts(samples(folder)) == ["a fox", "a dog, brown, big"]
 
 
 def run(command: str):

@@ -9,6 +9,7 @@ import tiny
 import torch
 from conftest import load_script
 from runs import LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows
+from safetensors import safe_open
 from safetensors.torch import load_file
 from scripts import SCRIPTS
 from test_data import options, visits
@@ -191,6 +192,22 @@ def test_flax_reads_what_torch_reads(deep_model, clip_skip):
     if clip_skip == 2:
         with pytest.raises(SystemExit, match="--clip_skip 4: the text encoder has 3 layers"):
             flax_networks.skip_layers(flax_networks.load_text_encoder(deep_model / "text_encoder"), 4)
+
+
+# --- what the result says of it
+
+
+def test_cards_and_headers_say_it(changed, tmp_path):
+    out = tmp_path / "out"
+    load_script("sd_lora").main(changed("sd_lora", output_dir=out, max_train_steps=1, save_kohya=True))
+    card = (out / "README.md").read_text()
+    assert 'pipe("a caption like those it was trained on", clip_skip=1).images[0]' in card
+    assert "trained on captions of up to 150 tokens. diffusers' pipelines read 75 of a prompt" in card
+    for row in ("caption prefix | photo of", "shuffle caption | True", "keep tokens | 1", "clip skip | 2"):
+        assert f"| {row} |" in card.replace("`", "")
+    with safe_open(out / "kohya_lora_weights.safetensors", "pt") as file:
+        header = file.metadata()
+    assert (header["ss_clip_skip"], header["ss_max_token_length"]) == ("2", "150")
 
 
 # --- whole runs

@@ -26,7 +26,7 @@ ACT = {  # acts from the checkpoint on
     "input_perturbation": 0.5, "prediction_type": "v_prediction", "caption_dropout": 0.9, "random_flip": True,
     "center_crop": True, "resolution": 64, "train_batch_size": 3,
     "gradient_accumulation_steps": 2, "max_train_samples": 5, "max_train_steps": 6, "mixed_precision": "bf16",
-    "cache_encodings": True,
+    "cache_encodings": True, "caption_prefix": "zwx", "num_repeats": 2, "max_token_length": 150,
 }  # fmt: skip
 ALIKE = (  # acts where a flag that is not named here does: optimizer, schedule, loss, reading of images
     "lr_warmup_steps", "adam_beta2", "adam_weight_decay", "adam_epsilon", "noise_offset", "input_perturbation",
@@ -40,6 +40,7 @@ SLOW = pytest.mark.slow("a second each: another flag acts in the same place")
 SAID = {  # besides the flag itself
     "train_batch_size": "the effective batch is now 3, not 2",
     "gradient_accumulation_steps": "the effective batch is now 4, not 2",
+    "num_repeats": "the data set has changed since the checkpoint: it had 6 samples and has 12, which are seen in",
     "max_train_samples": "the data set has changed since the checkpoint: it had 6 samples and has 5, which are seen in",
 }
 

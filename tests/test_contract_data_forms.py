@@ -484,15 +484,15 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
     args = data_args(train_data_dir=str(folder))
     dataset = open_dataset(args, seed=0)
     assert captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS) is base_tokenizer
-    (said,) = [line for line in caplog.messages if "captions are longer" in line]
+    (said,) = [line for line in caplog.messages if "are longer than" in line]
     assert said == (
-        "3 of 7 captions are longer than the 14 tokens that are read, and the rest is cut off; the longest, of row 3 "
-        f"({folder}/3.png, metadata.jsonl line 4), has 270, and what follows '...many words many w' is lost: "
-        "shorten them"
+        "2 of 6 different captions are longer than the 14 tokens that are read, and the rest is cut off; the longest, "
+        f"of row 3 ({folder}/3.png, metadata.jsonl line 4), has 270, and what follows '...many words many w' is "
+        "lost: shorten them"
     )
     caplog.clear()
     captions.report_cuts(base_tokenizer, dataset, args, ONE_PROCESS, 2)
-    assert "2 of 7 captions are longer than the 28 tokens that are read" in caplog.text
+    assert "1 of 6 different captions are longer than the 28 tokens that are read" in caplog.text
     assert caplog.text.strip().endswith("is lost: shorten them, or give --max_token_length")
     caplog.clear()
     captions.report_cuts(base_tokenizer, dataset.select([0, 1, 5, 6]), args, ONE_PROCESS)
@@ -509,7 +509,7 @@ def test_a_run_says_that_captions_are_cut(command, tmp_path, caplog):
         tmp_path / "set", "0.png", metadata_jsonl=lines({"file_name": "0.png", "text": "a long caption " * 9})
     )
     load_script("prior").main(command("prior", train_data_dir=folder, output_dir=tmp_path / "out", max_train_steps=1))
-    assert caplog.text.count("1 of 1 captions are longer than the ") == 1
+    assert caplog.text.count("1 of 1 different captions are longer than the ") == 1
 
 
 # --- what is no image
@@ -525,7 +525,7 @@ KINDS = {  # content -> what is said
     b"%PDF-1.7\n": "not an image but a PDF document: convert it",
     b"\0\0\0\x18ftypmp42\0\0\0\0isom": "not an image but a video: take single images out of it",
     b"RIFF\0\0\0\0AVI LIST": "not an image but a video (AVI)",
-    b"\xff\x0a\x00\x00": "a JPEG XL image, which Pillow cannot read: convert it to PNG or JPEG",
+    b"\xff\x0a\x00\x00": "a JPEG XL image, which Pillow reads with a package: pip install pillow-jxl",
     b"PK\x03\x04\x14": "not an image but a zip archive: unpack it",
     bytes(500): "it begins with zero bytes only",
     b"": "the file is empty",

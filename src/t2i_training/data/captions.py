@@ -1,7 +1,6 @@
 """Captions: makes the one of a visit, tokenizes it, and warns of captions that are too long."""
 
 import re
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -73,15 +72,13 @@ def report_cuts(tokenizer, dataset, args, accelerator, chunks: int | None = None
     limit = tokenizer.model_max_length
     if not accelerator.is_main_process or limit > 1_000_000:
         return tokenizer
-    counts, rows = Counter(), {}
+    rows = {}
     for row, caption in enumerate(dataset[args.caption_column]):
         for text in [caption] if isinstance(caption, str) else caption:
-            text = _between(text, args)
-            counts[text] += 1
-            rows.setdefault(text, row)
+            rows.setdefault(_between(text, args), row)
     room = (chunks or 1) * (limit - tokenizer.num_special_tokens_to_add())
-    sizes = {text: len(text.encode(errors="replace")) for text in counts}
-    long = sorted((text for text in counts if sizes[text] > room), key=sizes.get, reverse=True)
+    sizes = {text: len(text.encode(errors="replace")) for text in rows}
+    long = sorted((text for text in rows if sizes[text] > room), key=sizes.get, reverse=True)
     lengths = {text: len(_WORD.findall(text)) for text in long[_COUNTED:]}  # at least
     for first in range(0, min(len(long), _COUNTED), 1000):
         batch = long[first : first + 1000]
@@ -91,7 +88,7 @@ def report_cuts(tokenizer, dataset, args, accelerator, chunks: int | None = None
         (ids,) = _token_ids(tokenizer, [longest])
         tail = sanitize.printable(tokenizer.decode(ids[:room]))[-40:]
         least = "at least " if len(long) > _COUNTED else ""
-        number = f"{least}{sum(counts[text] for text in cut)} of {counts.total()} captions"
+        number = f"{least}{len(cut)} of {len(rows)} different captions"
         more = ", or give --max_token_length" if chunks in (1, 2) else ""
         logger.warning(
             f"{number} are longer than the {room} tokens that are read, and the rest is cut off; the longest, of "

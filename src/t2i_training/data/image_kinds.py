@@ -14,10 +14,11 @@ _ISO = {
     "avif": f"an AVIF image, which this Pillow cannot read: pip install --upgrade pillow, or {_CONVERT}",
     "raw": f"a camera's raw file: {_CONVERT}",
 }
+_JXL = f"a JPEG XL image, which Pillow reads with a package: pip install pillow-jxl-plugin, or {_CONVERT}"
 _STARTS = (  # the first match counts
     (b"%PDF", f"not an image but a PDF document: {_CONVERT}"),
-    (b"\xff\x0a", f"a JPEG XL image, which Pillow cannot read: {_CONVERT}"),
-    (b"\x00\x00\x00\x0cJXL ", f"a JPEG XL image, which Pillow cannot read: {_CONVERT}"),
+    (b"\xff\x0a", _JXL),
+    (b"\x00\x00\x00\x0cJXL ", _JXL),
     (b"PK\x03\x04", "not an image but a zip archive: unpack it"),
     (b"\x1f\x8b", "not an image but a gzip archive: unpack it"),
     (b"7z\xbc\xaf", "not an image but a 7z archive: unpack it"),

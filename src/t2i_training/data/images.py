@@ -21,6 +21,8 @@ with contextlib.suppress(ImportError):  # phones' HEIC, for those who have insta
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+with contextlib.suppress(ImportError):  # JPEG XL
+    import pillow_jxl  # noqa: F401
 
 RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,

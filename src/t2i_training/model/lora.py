@@ -146,6 +146,10 @@ def save_kohya(pipeline, unet, text_adapters: dict[str, Adapter], args, folder: 
     is_v2 = pipeline.text_encoder.config.hidden_act == "gelu"
     is_v = pipeline.scheduler.config.prediction_type == "v_prediction"
     texts = tensor_file.modelspec(args, args.resolution, is_v2, is_v, "/lora")
+    if args.clip_skip > 1:
+        texts["ss_clip_skip"] = str(args.clip_skip)
+    if args.max_token_length > 75:
+        texts["ss_max_token_length"] = str(args.max_token_length)
     name = KOHYA_NAME if step is None else KOHYA_NAME.replace(".", f"-step{step:08d}.")
     parts = {"unet": adapters, "text_encoder": text_adapters}
     lora_files.write_kohya(folder / name, parts, args.save_precision, texts)

@@ -14,8 +14,10 @@ from .validation import own_grid
 
 OBJECTIVE = (  # flags that the card lists if they are set
     "prediction_type", "rank", "use_ema", "snr_gamma", "noise_offset", "input_perturbation", "dream_training",
-    "caption_dropout", "image_embeds_dropout",
+    "caption_dropout", "image_embeds_dropout", "caption_prefix", "caption_suffix", "shuffle_caption", "keep_tokens",
+    "caption_tag_dropout_rate",
 )  # fmt: skip
+BEYOND = {"num_repeats": 1, "max_token_length": 75, "clip_skip": 1}  # flags that it lists if they are greater
 TAGS = ("text-to-image", "diffusers", "diffusers-training")  # in every card
 
 
@@ -127,6 +129,7 @@ def write_card(
     body = (
         f"# {title}\n\nFine-tuned from {literal(_public_name(base_model))} with the data and settings named below.\n\n"
         f"{_images_section(args, steps)}## Use\n\n```python\n{_fill_in(args, usage)}\n```\n\n"
+        f"{_long_prompts(args)}"
         f"## Training\n\n| | |\n|---|---|\n{table}\n\n"
         "Fine-tuning on few images overfits and makes a model forget what it knew: compare the rows of the grid, "
         "and prefer an earlier checkpoint where the later one only repeats its training images.\n"
@@ -168,7 +171,21 @@ def _settings(args, base_model: str, steps: int, seed: int, precision: str) -> l
     sources = {"VAE": "pretrained_vae_model_name_or_path", "started from": "network_weights"}
     rows += [(name, _public_name(value)) for name, flag in sources.items() if (value := vars(args).get(flag))]
     rows += [(flag.replace("_", " "), value) for flag in OBJECTIVE if (value := vars(args).get(flag))]
+    rows += [(flag.replace("_", " "), getattr(args, flag)) for flag in BEYOND if _is_beyond(args, flag)]
     return rows
+
+
+def _is_beyond(args, flag: str) -> bool:
+    return vars(args).get(flag, BEYOND[flag]) > BEYOND[flag]
+
+
+def _long_prompts(args) -> str:
+    if not _is_beyond(args, "max_token_length"):
+        return ""
+    return (
+        f"It was trained on captions of up to {args.max_token_length} tokens. "
+        "diffusers' pipelines read 75 of a prompt; AUTOMATIC1111 and ComfyUI read all.\n\n"
+    )
 
 
 def _data_name(args) -> str | None:
@@ -187,6 +204,8 @@ def _fill_in(args, usage: str) -> str:
     flags = [re.findall(r"<(\w+)>", line) for line in lines]
     lines = [line for line, names in zip(lines, flags) if all(getattr(args, name) is not None for name in names)]
     lines = [_from_single_file(args, line) for line in lines]
+    if _is_beyond(args, "clip_skip"):  # which diffusers counts from 0
+        lines = [re.sub(r'^pipe\(".*?"', rf"\g<0>, clip_skip={args.clip_skip - 1}", line) for line in lines]
     return re.sub(r"<(\w+)>", lambda flag: _loadable_name(args, flag[1]), "\n".join(lines))
 
 

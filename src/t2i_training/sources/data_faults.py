@@ -137,7 +137,7 @@ def _near_miss(listing: Listing) -> str:
     if re.match(rb'\{\s*"[^"]+":\s*\{', _start(listing.files[other])):  # as kohya's meta_cap.json
         program = (
             'import json; open("metadata.jsonl", "w").writelines(json.dumps({"file_name": name, "text": '
-            'entry.get("caption") or entry.get("tags")}) + "\\n" for name, entry in '
+            '", ".join(filter(None, [entry.get("caption"), entry.get("tags")]))}) + "\\n" for name, entry in '
             f"json.load(open({json.dumps(other)})).items())"
         )
         return f"; if {other} lists the images, this makes a metadata.jsonl of it: {_command(listing, program)}"
