@@ -29,6 +29,7 @@ flax = pytest.importorskip("flax")
 pytest.importorskip("optax")
 
 import jax.numpy as jnp
+from test_contract_captions import changed, deep_model, tagged  # noqa: F401
 from test_flax_models import old_flax_tree
 
 from t2i_training.report import validation
@@ -274,6 +275,31 @@ def test_resumed_after_a_signal(train, whole, tmp_path):
         assert not (pieces / "model_index.json").exists()
     train(pieces, resume_from_checkpoint="latest", dataloader_num_workers=2)
     assert outcome(pieces) == outcome(whole)
+
+
+@pytest.mark.slow("three compilations: what is done to captions is torch's code, and states are compared elsewhere")
+def test_resumed_and_cached_with_all_that_is_done_to_captions(changed, tmp_path):  # noqa: F811
+    """As without the cache; and as in torch."""
+    main = load_script("sd_flax").main
+    for name, cached in (("plain", None), ("cached", True)):
+        main(changed("sd_flax", use_ema=True, output_dir=tmp_path / name, cache_encodings=cached))
+    with interrupted(1, signal.SIGTERM):
+        main(changed("sd_flax", use_ema=True, output_dir=tmp_path / "pieces", cache_encodings=True))
+    main(
+        changed(
+            "sd_flax",
+            use_ema=True,
+            output_dir=tmp_path / "pieces",
+            cache_encodings=True,
+            resume_from_checkpoint="latest",
+        )
+    )
+    assert outcome(tmp_path / "pieces", 3) == outcome(tmp_path / "cached", 3)
+    load_script("sd").main(changed("sd", output_dir=tmp_path / "torch"))
+    for name in ("cached", "torch"):
+        assert [row["loss"] for row in rows(tmp_path / name)] == pytest.approx(
+            [row["loss"] for row in rows(tmp_path / "plain")], rel=1e-3
+        ), name
 
 
 def test_resumed_after_being_killed(train, whole, server, environment, tokens, tmp_path):
