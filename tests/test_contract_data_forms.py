@@ -497,6 +497,10 @@ def test_captions_that_are_cut_are_counted_once(samples, tmp_path, base_tokenize
     caplog.clear()
     captions.report_cuts(base_tokenizer, dataset.select([0, 1, 5, 6]), args, ONE_PROCESS)
     assert caplog.messages == []
+    args.validation_prompts = ["a cat", "a prompt of many letters", "a prompt of many letters"]
+    captions.report_cuts(base_tokenizer, dataset.select([0, 1, 5, 6]), args, ONE_PROCESS)
+    said = "1 validation prompts are longer than these 14 tokens and cut off, e.g. 'a prompt of many letters'"
+    assert caplog.messages == [said]
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def tokenize_in_chunks(tokenizer, caption: str, chunks: int) -> torch.Tensor:
 
 def report_cuts(tokenizer, dataset, args, accelerator, chunks: int | None = None):
     """Warn, on the main process, how many captions are cut, being longer than `chunks` pieces of the tokenizer's
-    maximum length. Returns `tokenizer`.
+    maximum length, and how many validation prompts. Returns `tokenizer`.
 
     A caption with fewer bytes than tokens that are read is short enough, one with more words too long; others are
     tokenized, the longest first, up to _COUNTED.
@@ -95,11 +95,17 @@ def report_cuts(tokenizer, dataset, args, accelerator, chunks: int | None = None
             f"{describe(dataset, args.image_column, rows[longest])}, has {lengths[longest]}, and what follows "
             f"'...{tail}' is lost: shorten them{more}"
         )
+    prompts = list(dict.fromkeys(args.validation_prompts or ()))
+    if long := [text for text, ids in zip(prompts, _token_ids(tokenizer, prompts)) if len(ids) > room]:
+        shown = sanitize.printable(long[0])[:80]
+        logger.warning(
+            f"{len(long)} validation prompts are longer than these {room} tokens and cut off, e.g. '{shown}'"
+        )
     return tokenizer
 
 
 def _token_ids(tokenizer, captions: list[str]) -> list[list[int]]:
-    return tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
+    return tokenizer(captions, add_special_tokens=False, verbose=False).input_ids if captions else []
 
 
 def text_mask(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:

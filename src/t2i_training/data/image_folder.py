@@ -77,7 +77,7 @@ def _images(listing, args) -> "tuple[datasets.Dataset, str] | None":  # noqa: F8
     for name in names:
         values, place, fault = captions.get(name, ({}, None, None))
         image = _ImageEntry(bytes=None, path=listing.files[name])
-        rows.append(({"image": image, **values}, place, {args.caption_column: fault} if fault else {}))
+        rows.append(({**values, "image": image}, place, {args.caption_column: fault} if fault else {}))
     return _dataset(rows), said + _left_unread(listing, *names, *left_out, *masks, *files)
 
 
