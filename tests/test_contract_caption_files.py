@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from test_contract_data_forms import PNG, fill, pack, samples, texts  # noqa: F401
 
@@ -112,6 +114,16 @@ def test_the_extension_can_be_named(samples, tmp_path):  # noqa: F811
     )
 
 
+def test_an_extension_that_does_nothing_is_refused(samples, refused, tmp_path):  # noqa: F811
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [{"bytes": PNG, "path": None}], "text": ["a"]}), tmp_path / "train.parquet"
+    )
+    assert "is read as a data set, not as images and caption files" in samples(tmp_path, caption_extension=".txt")
+    hub = {"train_data_dir": None, "dataset_name": "someone/images"}
+    assert "--caption_extension does nothing here: it is for a folder" in refused("sd", caption_extension="txt", **hub)
+    assert "--caption_extension does nothing here: it is for a folder" in refused("decoder", caption_extension="txt")
+
+
 def test_what_is_said_of_a_folder(samples, tmp_path, caplog):  # noqa: F811
     folder = beside(tmp_path / "set", a="a\nb", b="b")
     fill(folder, a_npz=b"PK", b_npz=b"PK", Thumbs_db=b"x")
@@ -197,6 +209,7 @@ def test_everydream(samples, tmp_path):  # noqa: F811
     folder = fill(beside(tmp_path / "multiplied", a="a"), multiply_txt="2.5")
     assert "holds EveryDream's multiply.txt, which is not read: " in samples(folder)
     assert "--repeats_from_folders" in samples(folder)
+    assert "multiply.txt, which is not read" in samples(folder, caption_column=None), "of the decoder, too"
     folder = fill(tmp_path / "yaml", "a.png", a_yaml="main_prompt: a fox")
     assert "has captions in .yaml files such as a.yaml, which are not read: " in samples(folder)
     folder = fill(beside(tmp_path / "tags", a="a"), local_yaml="tags:\n  - tag: x")

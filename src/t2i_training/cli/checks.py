@@ -225,6 +225,9 @@ def _check_data_source(parser, args):
             "no data: give --dataset_name, or --train_data_dir with a folder of captioned images "
             "(a script that opens a data set of its own leaves out flags.add_data_source_args)"
         )
+    if args.caption_extension and (args.caption_column is None or data_files.local_folder(args) is None):
+        where = "a folder of images and captions, by --train_data_dir"
+        parser.error(f"--caption_extension does nothing here: it is for {where}: leave it out")
     _check_folder(parser, args)
     kinds = {"metadata.jsonl": "folder of captioned images", "state.json": "data set of save_to_disk"}
     for kind in [kinds[name] for name in kinds if args.dataset_name and Path(args.dataset_name, name).is_file()]:

@@ -26,8 +26,9 @@ def refusal(root: str, args) -> str | None:
 
     Captions are asked for where --caption_column has a value.
     """
+    of_a_table = "is read as a data set, not as images and caption files: leave --caption_extension out"
     if any(os.path.isfile(os.path.join(root, name)) for name in STORED) or data_files.declares_configs(root):
-        return None
+        return of_a_table if args.caption_extension else None
     listing = data_files.list_files(root)
     if not listing.metadata() and not listing.images() and listing.zips:
         try:
@@ -42,14 +43,18 @@ def refusal(root: str, args) -> str | None:
             return f"holds {found[0]}, which is read: leave --caption_extension out, or move that file away"
         training, others = data_files.training_files(found)
         return None if training else _only_other_splits(root, others)
+    if data_files.is_table(listing):
+        return of_a_table if args.caption_extension else None
     images, captions = listing.images(), args.caption_column is not None
-    if data_files.is_table(listing) or (images and not captions):
+    if fault := _everydream(listing, images):
+        return fault
+    if images and not captions:
         return None
     if not listing.files:
         return "is empty"
     if not images and (not captions or data_files.archives(listing) or not _near_miss(listing)):
         return f"holds no images{data_files.archives(listing)}"
-    return _everydream(listing) or _lack_of_captions(listing, images, args)
+    return _lack_of_captions(listing, images, args)
 
 
 def _only_other_splits(root: str, names: list[str]) -> str:
@@ -58,12 +63,12 @@ def _only_other_splits(root: str, names: list[str]) -> str:
     return f"has no split named train, only: {splits}; to train on one of them, name its folder, e.g. {folder}"
 
 
-def _everydream(listing: Listing) -> str | None:
-    """A file that tells EveryDream what to do with a folder's images, and what does the same here."""
-    images = {posixpath.splitext(name)[0] for name in listing.images()}
-    for name in listing.files:
+def _everydream(listing: Listing, images: list[str]) -> str | None:
+    """A file that tells EveryDream what to do with the images of a folder, and what does the same here."""
+    stems = {posixpath.splitext(name)[0] for name in images}
+    for name in listing.files if images else ():
         stem, base = posixpath.splitext(name)[0], posixpath.basename(name).lower()
-        if base in _EVERYDREAM and stem not in images:
+        if base in _EVERYDREAM and stem not in stems:
             return f"holds EveryDream's {name}, which is not read: {_EVERYDREAM[base]}, and remove the file"
     return None
 
