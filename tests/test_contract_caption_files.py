@@ -153,7 +153,7 @@ def kohya(folder, captions=True):
 def test_kohya_with_captions(samples, tmp_path, caplog):  # noqa: F811
     folder = kohya(tmp_path / "set")
     assert texts(samples(folder)) == ["caption of a", "caption of b", "caption of c"]
-    assert "folders such as 10_zwx dog name repeats: --repeats_from_folders heeds them" in caplog.text
+    assert "folders such as 10_zwx dog name repeats: with --repeats_from_folders their images" in caplog.text
     caplog.clear()
     rows = samples(folder, repeats_from_folders=True)
     assert texts(rows) == ["caption of a"] * 10 + ["caption of b"] * 10 + ["caption of c"] * 2
@@ -169,10 +169,10 @@ def test_kohya_without_captions(samples, tmp_path, caplog):  # noqa: F811
 
 
 def test_kohya_fine_tuning(samples, tmp_path):  # noqa: F811
-    """Its meta_cap.json is refused with the command that makes what is read."""
+    """Its metadata is refused with the command that makes what is read."""
     folder = fill(tmp_path / "set", "a.png", "b.png")
     entries = {str(folder / "a.png"): {"caption": "a fox"}, "b.png": {"caption": "a dog", "tags": "brown, big"}}
-    (folder / "meta_cap.json").write_text(json.dumps(entries, indent=2))
+    (folder / "it's meta_cap.json").write_text(json.dumps(entries, indent=2))
     line = samples(folder)
     run(line.partition("makes a metadata.jsonl of it: ")[2])
     assert texts(samples(folder)) == ["a fox", "a dog, brown, big"]

@@ -24,7 +24,7 @@ def mark(dataset, args, place: str | None):
     if args.repeats_from_folders:
         counts *= _of_folders(folders)
     elif name := next((folder[1] for folder in folders if folder), None):
-        logger.info(f"folders such as {name} name repeats: --repeats_from_folders heeds them")
+        logger.info(f"folders such as {name} name repeats: with --repeats_from_folders their images are repeated")
     if (counts == 1).all():
         return dataset
     logger.info(f"{counts.sum()} samples with repeats")

@@ -115,7 +115,7 @@ def _names_as_captions(listing: Listing, images: list[str]) -> str:
     """A command, where most file names hold several words, as EveryDream and AUTOMATIC1111 have them."""
     if sum(" " in _NAME.sub("", posixpath.basename(name)) for name in images) * 2 < len(images) or listing.zips:
         return ""
-    kinds = sorted({posixpath.splitext(name)[1] for name in images})
+    kinds = json.dumps(sorted({posixpath.splitext(name)[1] for name in images}))
     program = (
         'import pathlib, re; [path.with_suffix(".txt").write_text(re.sub("^[0-9-]*-", "", path.stem)'
         f'.partition("_")[0], "utf-8") for path in pathlib.Path().rglob("*") if path.suffix in {kinds}]'
@@ -124,7 +124,7 @@ def _names_as_captions(listing: Listing, images: list[str]) -> str:
 
 
 def _command(listing: Listing, program: str) -> str:
-    return f"cd {shlex.quote(listing.root)} && python -c '{program.replace(chr(39), chr(34))}'"
+    return f"cd {shlex.quote(listing.root)} && python -c {shlex.quote(program)}"
 
 
 def _near_miss(listing: Listing) -> str:
