@@ -32,7 +32,7 @@ def data_args(**changes) -> SimpleNamespace:
         "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "cache_dir": None,
         "image_column": "image", "caption_column": "text", "max_train_samples": None, "skip_bad_samples": False,
         "caption_prefix": None, "caption_suffix": None, "validation_prompts": [],
-        "caption_extension": None, "empty_captions": False, "repeats_from_folders": False, "num_repeats": 1,
+        "caption_extension": None, "caption_dropout": 0.0, "repeats_from_folders": False, "num_repeats": 1,
     }  # fmt: skip
     return SimpleNamespace(**defaults | changes)
 

@@ -143,7 +143,7 @@ def test_public_config_holds_everything_but_secrets(config, parse):
     public = config_file.public_config(args)
     assert args.hub_token == "hf_secret"
     assert "hf_secret" not in str(public)
-    assert set(vars(args)) - set(public) == {"hub_token", "config", "typed", "empty_captions"}
+    assert set(vars(args)) - set(public) == {"hub_token", "config", "typed"}
     assert (public["hub_model_id"], public["validation_prompts"]) == ("me/model", ["a"])
 
 

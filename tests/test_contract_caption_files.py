@@ -1,6 +1,7 @@
 """Contract: captions in files beside the images, and folders as other trainers have them."""
 
 import json
+import subprocess
 
 import pyarrow
 import pyarrow.parquet
@@ -64,7 +65,10 @@ def test_what_is_read(case, samples, tmp_path):  # noqa: F811
 
 
 FAULTS = {  # a caption file -> what is said of it
-    "Windows-1252": ("café".encode("cp1252"), "a.txt is not UTF-8 (byte 0xe9 at 3), most likely Windows-1252"),
+    "Windows-1252": (
+        "café".encode("cp1252"),
+        "a.txt line 1 is not UTF-8 (byte 0xe9), most likely Windows-1252: save it as UTF-8",
+    ),
     "UTF-16": ("a fox".encode("utf-16"), "a.txt is UTF-16: save it as UTF-8"),
     "UTF-16 without its mark": ("a fox".encode("utf-16-le"), "a.txt is UTF-16: save it as UTF-8"),
     "zeros": (b"a fox\0 b", "a.txt holds a null character"),
@@ -99,7 +103,8 @@ def test_an_image_without_a_caption_file_is_no_silent_loss(samples, tmp_path, ca
 
 def test_empty_captions_are_trained_where_flags_say_so(samples, tmp_path, caplog):  # noqa: F811
     folder = beside(tmp_path / "set", a="", b="b")
-    assert texts(samples(folder, empty_captions=True)) == ["", "b"]
+    assert texts(samples(folder, caption_dropout=0.1)) == ["", "b"]
+    assert texts(samples(folder, caption_prefix="zwx")) == ["", "b"]
     assert "1 caption file is empty: a.txt" in caplog.text
 
 
@@ -168,6 +173,25 @@ def test_kohya_without_captions(samples, tmp_path, caplog):  # noqa: F811
     assert "3 without a caption file have the name of their folder as caption" in caplog.text
 
 
+def test_repeats_multiply_and_count_what_is_used(samples, tmp_path, caplog):  # noqa: F811
+    """On top of each other; of usable rows alone; --max_train_samples chooses before."""
+    folder = kohya(tmp_path / "set")
+    (folder / "10_zwx dog" / "b.caption").write_bytes(b"")
+    rows = samples(folder, repeats_from_folders=True, num_repeats=3, skip=True)
+    assert texts(rows) == ["caption of a"] * 30 + ["caption of c"] * 6
+    few = texts(samples(folder, num_repeats=3, max_train_samples=2, skip=True, caption_dropout=0.1))
+    assert len(few) == 6
+    assert len(set(few)) == 2
+    assert "--repeats_from_folders finds no folder named as `10_zwx dog`" in samples(
+        beside(tmp_path / "plain", a="a"), repeats_from_folders=True
+    )
+
+
+def test_repeats_in_a_zip(samples, tmp_path):  # noqa: F811
+    pack(tmp_path / "set" / "d.zip", **{"2_dog/a.png": PNG, "2_dog/a.txt": b"a", "b.png": PNG, "b.txt": b"b"})
+    assert texts(samples(tmp_path / "set", repeats_from_folders=True)) == ["a", "a", "b"]
+
+
 def test_kohya_fine_tuning(samples, tmp_path):  # noqa: F811
     """Its metadata is refused with the command that makes what is read."""
     folder = fill(tmp_path / "set", "a.png", "b.png")
@@ -179,8 +203,6 @@ def test_kohya_fine_tuning(samples, tmp_path):  # noqa: F811
 
 
 def run(command: str):
-    import subprocess
-
     subprocess.run(command.replace("python -c", "python3 -c"), shell=True, check=True)
 
 

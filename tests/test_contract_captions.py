@@ -4,10 +4,12 @@ import json
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import load_script
+from conftest import SAMPLING_STEPS, load_script
+from PIL import Image
 from runs import LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -194,6 +196,26 @@ def test_flax_reads_what_torch_reads(deep_model, clip_skip):
             flax_networks.skip_layers(flax_networks.load_text_encoder(deep_model / "text_encoder"), 4)
 
 
+def test_validation_images_are_those_of_the_card(command, deep_model, tmp_path):
+    """With the line that it has for --clip_skip, and not without."""
+    out = tmp_path / "out"
+    changes = {"pretrained_model_name_or_path": deep_model, "max_train_steps": 1, "validation_prompts": ["a red fox"]}
+    load_script("sd").main(command("sd", output_dir=out, clip_skip=2, **changes))
+    with Image.open(out / "validation" / "step-000001" / "00.png") as file:
+        drawn = np.asarray(file).astype(int)
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("\npipe(")[0]
+    code = code.replace("path/to/this/folder", str(out))
+    assert code.splitlines()[-1].endswith("# --clip_skip=2")
+    differences = []
+    for lines in (code, code.rpartition("\n")[0]):
+        exec(lines, names := {})
+        options = {"height": 32, "width": 32, "num_inference_steps": SAMPLING_STEPS}
+        image = names["pipe"]("a red fox", generator=torch.Generator().manual_seed(3), **options).images[0]
+        differences.append(abs(np.asarray(image) - drawn).max())
+    assert differences[0] <= 1, "rounded alike, but for what a batch of two changes"
+    assert differences[1] > 1
+
+
 # --- what the result says of it
 
 
@@ -201,7 +223,7 @@ def test_cards_and_headers_say_it(changed, tmp_path):
     out = tmp_path / "out"
     load_script("sd_lora").main(changed("sd_lora", output_dir=out, max_train_steps=1, save_kohya=True))
     card = (out / "README.md").read_text()
-    assert 'pipe("a caption like those it was trained on", clip_skip=1).images[0]' in card
+    assert ".encoder.layers[-1:]  # --clip_skip=2\npipe(" in card
     assert "trained on captions of up to 150 tokens. diffusers' pipelines read 75 of a prompt" in card
     for row in ("caption prefix | photo of", "shuffle caption | True", "keep tokens | 1", "clip skip | 2"):
         assert f"| {row} |" in card.replace("`", "")

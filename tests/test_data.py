@@ -26,7 +26,7 @@ def options(**changes):
         "dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": None,
         "cache_encodings": False, "caption_column": "text", "caption_dropout": 0.0, "caption_prefix": None,
         "caption_suffix": None, "shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "keep_tokens": 0,
-        "caption_extension": None, "empty_captions": False, "repeats_from_folders": False, "num_repeats": 1,
+        "caption_extension": None, "repeats_from_folders": False, "num_repeats": 1,
     }  # fmt: skip
     return SimpleNamespace(**defaults | changes)
 

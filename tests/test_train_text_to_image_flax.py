@@ -280,20 +280,15 @@ def test_resumed_after_a_signal(train, whole, tmp_path):
 @pytest.mark.slow("three compilations: what is done to captions is torch's code, and states are compared elsewhere")
 def test_resumed_and_cached_with_all_that_is_done_to_captions(changed, tmp_path):  # noqa: F811
     """As without the cache; and as in torch."""
-    main = load_script("sd_flax").main
-    for name, cached in (("plain", None), ("cached", True)):
-        main(changed("sd_flax", use_ema=True, output_dir=tmp_path / name, cache_encodings=cached))
+
+    def main(name, **changes):
+        load_script("sd_flax").main(changed("sd_flax", use_ema=True, output_dir=tmp_path / name, **changes))
+
+    main("plain")
+    main("cached", cache_encodings=True)
     with interrupted(1, signal.SIGTERM):
-        main(changed("sd_flax", use_ema=True, output_dir=tmp_path / "pieces", cache_encodings=True))
-    main(
-        changed(
-            "sd_flax",
-            use_ema=True,
-            output_dir=tmp_path / "pieces",
-            cache_encodings=True,
-            resume_from_checkpoint="latest",
-        )
-    )
+        main("pieces", cache_encodings=True)
+    main("pieces", cache_encodings=True, resume_from_checkpoint="latest")
     assert outcome(tmp_path / "pieces", 3) == outcome(tmp_path / "cached", 3)
     load_script("sd").main(changed("sd", output_dir=tmp_path / "torch"))
     for name in ("cached", "torch"):

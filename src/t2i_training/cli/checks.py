@@ -33,8 +33,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, trained: mode
 
     The values of `--config FILE` come before those of the command line, so the command line wins; `--switch=false`
     turns off a switch that the file turns on. Nothing changes the arguments afterwards. Besides the flags they hold
-    `typed`, the names of the flags that were given, `empty_captions`, whether an empty caption file is trained, and in
-    every script `validation_prompts`.
+    `typed`, the names of the flags that were given, and in every script `validation_prompts`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     tokens = config_file.switch_off(parser, config_file.tokens(parser, argv) + argv)
@@ -55,9 +54,6 @@ def _normalize(args: argparse.Namespace) -> None:
     args.hub_token = args.hub_token and args.hub_token.strip()
     if getattr(args, "caption_extension", None):
         args.caption_extension = f".{args.caption_extension.lstrip('.')}"
-    args.empty_captions = any(
-        getattr(args, name, None) for name in ("caption_dropout", "caption_prefix", "caption_suffix")
-    )
     if hasattr(args, "validation_prompt"):  # several images of one prompt are treated as several prompts
         args.validation_prompts = (
             [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []

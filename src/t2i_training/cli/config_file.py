@@ -78,9 +78,7 @@ def _tokens(parser, action, value) -> list[str]:
 
 def public_config(args: argparse.Namespace) -> dict:
     """The arguments as a plain dictionary without secrets, which may be written to files and shown."""
-    left_out = {*SECRETS, "config", "typed", "empty_captions"}
-    if hasattr(args, "validation_prompt"):
-        left_out.add("validation_prompts")
+    left_out = {*SECRETS, "config", "typed", "validation_prompts" if hasattr(args, "validation_prompt") else ""}
     return {name: _plain(value) for name, value in sorted(vars(args).items()) if name not in left_out}
 
 

@@ -2,17 +2,14 @@
 
 import posixpath
 import re
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from .. import sanitize
 from ..log import logger
-from ..sources import data_files, stand_ins
-from . import images, near_names
+from ..sources import data_files
+from . import images, near_names, text_files
 
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SHOWN = 5  # names in a message
 _AT_ONCE = 16  # files that are read at once: on a network each takes milliseconds
 
@@ -31,14 +28,16 @@ def read(listing, names: list[str], args) -> tuple[Captions, str, list[str]]:
     spare = [name for name in everything if name not in used]
     captions = _missing([image for image in names if not (beside.get(image) or folders.get(image))], suffix, spare)
     with_file = [image for image in names if image in beside]
-    read_file = partial(_read_file, listing, empty=args.empty_captions)
+    # The decoder's script has none of these flags.
+    empty = any(vars(args).get(flag) for flag in ("caption_dropout", "caption_prefix", "caption_suffix"))
+    read_file = partial(_read_file, listing, empty=empty)
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         contents = dict(zip(with_file, threads.map(read_file, map(beside.get, with_file)), strict=True))
-    empty, several, named = [], 0, 0
+    blank, several, named = [], 0, 0
     for image in names:
         if image in contents:
             lines, fault = contents[image]
-            empty += [beside[image]] if lines == [""] else []
+            blank += [beside[image]] if lines == [""] else []
             several += len(lines) > 1
             text = None if fault else lines if len(lines) > 1 else lines[0]
             captions[image] = {args.caption_column: text}, beside[image], fault
@@ -46,7 +45,7 @@ def read(listing, names: list[str], args) -> tuple[Captions, str, list[str]]:
             named += 1
             captions[image] = {args.caption_column: folders[image][1].partition("_")[2]}, None, None
     _warn_of(spare, "has no image of its name, and is left out", "have no image of their names, and are left out")
-    _warn_of(empty, "is empty", "are empty")
+    _warn_of(blank, "is empty", "are empty")
     said = f"of images and {suffix} files beside them" if beside else "of images"
     if named:
         said += f"; {named} without a caption file have the name of their folder as caption"
@@ -68,22 +67,11 @@ def _read_file(listing, name: str, empty: bool) -> tuple[list[str], str | None]:
     """(captions, None) or ([], why the file cannot be used). An `empty` one is one empty caption, if allowed."""
     base = sanitize.printable(posixpath.basename(name))[:200]
     try:
-        content = data_files.read_bytes(listing.files[name])
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        if images.is_system_fault(error):
+        text = text_files.decode(text_files.without_mark(text_files.read(listing.files[name], base), base), base)
+    except data_files.BadData as fault:
+        if images.is_system_fault(fault.__cause__):  # which is not the file's
             raise
-        reason = stand_ins.link_to_nothing(listing.files[name]) or f"not readable: {sanitize.reason(error)}"
-        return [], f"{base} is {reason}"
-    if instead := stand_ins.of_content(content[:1000]):
-        return [], f"{base} is {instead}"
-    if content.startswith(_UTF16) or content[1::2].count(0) > len(content) // 4:
-        return [], f"{base} is UTF-16: save it as UTF-8"
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{content[error.start]:02x} at {error.start}"
-        convert = f"save it as UTF-8, or make a new one with `iconv -f WINDOWS-1252 -t UTF-8 {base} > new.txt`"
-        return [], f"{base} is not UTF-8 ({byte}), most likely Windows-1252: {convert}"
+        return [], str(fault)
     if "\0" in text:
         return [], f"{base} holds a null character: write it again as text"
     lines = [line.strip() for line in re.split("\r\n|\r|\n", text) if line.strip()]

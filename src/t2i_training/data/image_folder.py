@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from .. import sanitize
 from ..log import logger
-from ..sources import data_files, stand_ins
-from . import caption_files, metadata_files, near_names
+from ..sources import data_files
+from . import caption_files, metadata_files, near_names, text_files
 
 METADATA = "metadata.jsonl"
 LINE, FAULTS = "_line", "_faults"  # columns added here: file and line of a row; its faults by column, as JSON
@@ -53,7 +53,7 @@ def read(folder: str, args) -> "tuple[datasets.Dataset, str] | None":  # noqa: F
         said += f", with what {_some([data_files.relative(path, listing.root) for path in zips])} holds"
     if left_out:
         said += f"; left out as other splits: {_some(left_out)}"
-    return _dataset(rows), said + _left_unread(listing, *names, *left_out, *listing.images())
+    return _dataset(rows), said + _left_unread(listing, *names, *left_out, *listing.having(data_files.IMAGES))
 
 
 def _some(names: list[str]) -> str:
@@ -112,12 +112,7 @@ def _refuse_two_of_a_kind(names: list[str]) -> None:
 def _read_file(listing, name: str) -> Iterator[tuple[dict, str, dict]]:
     """(columns, "metadata.jsonl line 3", faults by column) of each row of a metadata file."""
     folder = posixpath.dirname(os.path.join(listing.root, name))
-    try:
-        content = data_files.read_bytes(listing.files[name])
-    except OSError as error:
-        reason = stand_ins.link_to_nothing(listing.files[name]) or f"not readable: {error.strerror or error}"
-        raise data_files.BadData(f"{name} is {reason}") from None
-    for values, place, faults in metadata_files.rows(content, name):
+    for values, place, faults in metadata_files.rows(text_files.read(listing.files[name], name), name):
         columns, wrong = _columns(values, folder, name)
         yield columns, place, wrong | faults
 

@@ -7,14 +7,13 @@ at all raises BadData, with one line that says where and what to do.
 import csv
 import io
 import json
-import posixpath
 from collections.abc import Iterator
 
 from .. import sanitize
-from ..sources import data_files, stand_ins
+from ..sources import data_files
+from . import text_files
 
 Rows = Iterator[tuple[dict, str, dict]]
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = ",;\t|"
 
 
@@ -22,11 +21,7 @@ def rows(content: bytes, name: str) -> Rows:
     """The rows of a metadata.jsonl, .csv or .parquet; a place is e.g. "metadata.jsonl line 3"."""
     if name.endswith(".parquet"):
         return _parquet_rows(content, name)
-    if instead := stand_ins.of_content(content[:1000]):
-        raise data_files.BadData(f"{name} is {instead}")
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    if content.startswith(_UTF16) or b"\0" in content[:4]:
-        raise data_files.BadData(f"{name} is UTF-16: save it as UTF-8")
+    content = text_files.without_mark(content, name)
     return _csv_rows(content, name) if name.endswith(".csv") else _json_rows(content, name)
 
 
@@ -59,15 +54,7 @@ def _parse(line: bytes) -> tuple[dict, dict]:
 
 def _csv_rows(content: bytes, name: str) -> Rows:
     """Values are text (NA is a word); an empty field is no value."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = len(content[: error.start + 1].splitlines())
-        raise data_files.BadData(
-            f"{name} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}), most likely Windows-1252, as "
-            "spreadsheets write it: save it as 'CSV UTF-8', or make a new one with "
-            f"`iconv -f WINDOWS-1252 -t UTF-8 {posixpath.basename(name)} > new.csv`"
-        ) from None
+    text = text_files.decode(content, name, ", as spreadsheets write it: save it as 'CSV UTF-8'")
     first = 0
     if text[:4].lower() == "sep=" and text[5:6] in "\r\n":  # tells Excel the delimiter
         first, text = 1, text.partition("\n")[2]

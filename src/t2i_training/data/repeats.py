@@ -22,7 +22,7 @@ def mark(dataset, args, place: str | None):
     counts = np.full(len(dataset), args.num_repeats)
     folders = _folders(dataset, args.image_column, place) if place else []
     if args.repeats_from_folders:
-        counts *= _of_folders(folders)
+        counts *= _counts(folders)
     elif name := next((folder[1] for folder in folders if folder), None):
         logger.info(f"folders such as {name} name repeats: with --repeats_from_folders their images are repeated")
     if (counts == 1).all():
@@ -39,7 +39,7 @@ def _folders(dataset, column: str, place: str) -> Iterator[tuple[int, str] | Non
             yield data_files.repeated_folder(data_files.below(path or "", root))
 
 
-def _of_folders(folders: Iterable[tuple[int, str] | None]) -> np.ndarray:
+def _counts(folders: Iterable[tuple[int, str] | None]) -> np.ndarray:
     found = list(folders)
     if not any(found):
         raise RunError("--repeats_from_folders finds no folder named as `10_zwx dog` below the data's: leave it out")

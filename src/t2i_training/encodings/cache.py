@@ -55,7 +55,7 @@ def precompute(
     store = _fill(args, accelerator, "images", wanted, read_view, (readers[0], encoders[0]), devices, in_fp16)
     cached_readers, done = [partial(_cached_image, store=store, views=views)], encoders
     if len(readers) > 1 and captions.vary(args):
-        logger.info("captions are encoded at each visit, since they are others each time")
+        logger.info("captions differ from visit to visit, so they are encoded in each step, and not cached")
         cached_readers, done = [*cached_readers, readers[1]], encoders[:1]
     elif len(readers) > 1:
         texts = {_key(text): text for text in captions.all_captions(dataset, args)}

@@ -204,8 +204,11 @@ def _fill_in(args, usage: str) -> str:
     flags = [re.findall(r"<(\w+)>", line) for line in lines]
     lines = [line for line, names in zip(lines, flags) if all(getattr(args, name) is not None for name in names)]
     lines = [_from_single_file(args, line) for line in lines]
-    if _is_beyond(args, "clip_skip"):  # which diffusers counts from 0
-        lines = [re.sub(r'^pipe\(".*?"', rf"\g<0>, clip_skip={args.clip_skip - 1}", line) for line in lines]
+    if _is_beyond(args, "clip_skip"):
+        # diffusers' own clip_skip fails with transformers from 5.6 on, which has no text_model any more.
+        layers = 'getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder.layers'
+        skip = f"del {layers}[{1 - args.clip_skip}:]  # --clip_skip={args.clip_skip}"
+        lines = [each for line in lines for each in ([skip, line] if line.startswith("pipe(") else [line])]
     return re.sub(r"<(\w+)>", lambda flag: _loadable_name(args, flag[1]), "\n".join(lines))
 
 

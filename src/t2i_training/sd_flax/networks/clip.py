@@ -41,6 +41,8 @@ def skip_layers(text_encoder: CLIPTextModel, clip_skip: int) -> CLIPTextModel:
     """As `model/networks.skip_layers`: the text encoder up to layer `clip_skip`, counted from the last."""
     config, kept = text_encoder.config, text_encoder.config["num_hidden_layers"] + 1 - clip_skip
     check_clip_skip(clip_skip, config["num_hidden_layers"])
+    if clip_skip == 1:
+        return text_encoder
     blank = nnx.eval_shape(lambda: CLIPTextModel(config | {"num_hidden_layers": kept}, dtype=text_encoder.dtype))
     graph, state = nnx.split(blank)
     weights = dict(nnx.to_flat_state(nnx.state(text_encoder)))
