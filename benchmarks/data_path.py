@@ -40,8 +40,9 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 def ours(file: str, index: int, resolution: int) -> torch.Tensor:
     """(3, R, R) uint8"""
     draw = partial(draws.generator, 0, 0, index)
-    decoded = images.decode(file, resolution)
-    return images.square(decoded, resolution, "lanczos", draw("crop"), draw("flip").random() < 0.5)
+    shape = (resolution, resolution)
+    decoded = images.decode(file, shape)
+    return images.fill(decoded, shape, "lanczos", draw("crop"), draw("flip").random() < 0.5)
 
 
 def usual_path(resolution: int):

@@ -217,6 +217,11 @@ def decoder_model(tmp_path_factory, prior_model) -> Path:
 
 
 @pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    return tiny.make_photographs(tmp_path_factory.mktemp("data") / "photographs")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """Folder of tiny.PICTURES captioned images."""
     return tiny.make_pictures(tmp_path_factory.mktemp("data") / "pictures")

@@ -12,7 +12,8 @@ _OURS = {"config", "log_file", "logging_steps", "skip_bad_samples", "cache_encod
 _CAPTIONS = {"caption_dropout", "caption_prefix", "caption_suffix", "keep_tokens", "shuffle_caption",
              "caption_tag_dropout_rate"}  # fmt: skip
 _FILES = {"save_precision", "metadata_title", "metadata_license", "metadata_trigger_phrase"}
-_SD_OURS = _OURS | _FILES | _CAPTIONS | {
+_BUCKETS = {"use_aspect_ratio_buckets", "aspect_ratio_buckets"}
+_SD_OURS = _OURS | _FILES | _CAPTIONS | _BUCKETS | {
     "cache_crops", "pretrained_vae_model_name_or_path", "max_token_length", "clip_skip",
 }  # fmt: skip
 _DREAM = {"input_perturbation", "dream_training", "dream_detail_preservation"}
@@ -76,14 +77,14 @@ TORCH = {
     "decoder": Script(
         _KANDINSKY / "train_text_to_image_decoder.py", "decoder", "unet/diffusion_pytorch_model.safetensors",
         {"image_embeds_dropout": 0.5}, "kandinsky_decoder.sh",
-        ours=_OURS | {"torch_compile", "caption_column", "image_embeds_dropout"},
+        ours=_OURS | _BUCKETS | {"torch_compile", "caption_column", "image_embeds_dropout"},
         compared_with="sd", without={"read_caption", "encode_captions"},  # it is conditioned on the image itself
         graphs=(1, 11), resumed={"use_ema": True}, tensors=100,
     ),
     "decoder_lora": Script(
         _KANDINSKY / "train_text_to_image_decoder_lora.py", "decoder", ADAPTERS,
         {"image_embeds_dropout": 0.5}, "kandinsky_decoder_lora.sh",
-        ours=_OURS | {"torch_compile", "caption_column", "image_embeds_dropout"},
+        ours=_OURS | _BUCKETS | {"torch_compile", "caption_column", "image_embeds_dropout"},
         compared_with="decoder", without={"read_caption", "encode_captions", "export"},
         graphs=(1, 12), resumed={"gradient_checkpointing": True}, tensors=40,
     ),

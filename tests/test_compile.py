@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 
 import pytest
+import tiny
 import torch
 from conftest import load_script
 from runs import interrupt, outcome, rows
@@ -58,6 +59,18 @@ def check_graphs(by_update: list[int], expected: int) -> None:
 
 def losses(folder) -> list[float]:
     return [row["loss"] for row in rows(folder)]
+
+
+def test_a_graph_for_each_bucket(command, photographs, tmp_path, graphs_by_update, no_kernels):
+    """Once round all buckets, nothing is compiled again, and nothing runs uncompiled."""
+    options = {"train_data_dir": photographs, "train_batch_size": 4, "max_train_steps": 8}
+    options |= tiny.BUCKETS | {"aspect_ratio_buckets": "32,32;40,24;16,64"}
+    compiled = run(command, "sd", tmp_path / "compiled", torch_compile="regional", **options)
+    assert len(set(graphs_by_update)) == 3, "each bucket compiles in one update"
+    assert graphs_by_update[4:] == [graphs_by_update[-1]] * 4
+    assert graphs_by_update[-1] >= 2 * SCRIPTS["sd"].graphs[1]
+    plain = run(command, "sd", tmp_path / "plain", **options)
+    assert losses(compiled) == losses(plain)
 
 
 @pytest.mark.slow("35 s of g++: the tests below run the same graphs, test_networks.py parts the gradients")

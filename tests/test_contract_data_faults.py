@@ -155,7 +155,7 @@ def test_shares_put_together_are_the_whole(world_size, odd, inspect, monkeypatch
 
 @pytest.mark.parametrize("name", PIXELS)
 def test_odd_picture_comes_out_right(name, odd):
-    picture = images.decode(str(odd[0] / name), 1)
+    picture = images.decode(str(odd[0] / name), (1, 1))
     expected = np.array(PIXELS[name], np.uint8)
     assert picture.mode == "RGB"
     if expected.shape[:2] == (1, 1):  # of one colour

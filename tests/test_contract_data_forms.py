@@ -543,7 +543,7 @@ def test_a_file_that_is_no_image_says_what_it_is(content, tmp_path):
     (tmp_path / "a.jpg").write_bytes(content)
     for source in (content, str(tmp_path / "a.jpg")):
         with pytest.raises(images.UnreadableImage) as fault:
-            images.decode(source, 8)
+            images.decode(source, (8, 8))
         assert KINDS[content] in str(fault.value)
 
 
@@ -576,7 +576,7 @@ def test_a_fault_of_the_machine_ends_the_inspection(error, samples, tmp_path, mo
 
 
 def loader(dataset, make_sample):
-    return loading.TrainingDataset(dataset, make_sample, "image", seed=0)
+    return loading.TrainingDataset(dataset, [(8, 8)] * len(dataset), make_sample, "image", seed=0)
 
 
 @pytest.mark.parametrize("error", [OverflowError("int too big"), KeyError("width"), ValueError("a bug")])

@@ -13,7 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
-from t2i_training.data import captions, draws, loading
+from t2i_training.data import captions, draws, loading, order
 from t2i_training.data.dataset import ROW_INDEX, BadSample, describe, image_file, image_source, open_dataset
 from t2i_training.report.progress import plan_updates
 from t2i_training.stopping import StopRequest
@@ -197,9 +197,11 @@ def test_tokens_are_padded_and_cut(model):
 # --- the stream of samples
 
 
-def stream(count: int, **options) -> list:
+def stream(count: int, size=7, seed=3, start=0, **options) -> list:
     """The first `count` batches."""
-    batches = iter(loading.StreamSampler(**{"size": 7, "seed": 3, "rank": 0, "world_size": 1, "start": 0} | options))
+    visits = order.visits(seed, [(8, 8)] * size, 1, start, {})
+    alone = {"rank": 0, "world_size": 1, "count": None, "waiting": {}}
+    batches = iter(loading.StreamSampler(visits, **alone | options))
     return [next(batches) for _ in range(count)]
 
 
@@ -265,10 +267,15 @@ def visit_record(row, draw):
     return {"row": torch.tensor(number), "drawn": torch.tensor(draw("noise").random(), dtype=torch.float64)}
 
 
+def shapes(dataset) -> list:
+    return [(8, 8)] * len(dataset)
+
+
 def record(dataset, count: int, **changes) -> list:
     stream = loading.batches(
-        loading.make_loader(dataset, visit_record, options(**changes), CPU, seed=3, start=3), CPU, StopRequest()
-    )
+        loading.make_loader(dataset, shapes(dataset), visit_record, options(**changes), CPU, seed=3, start=3), CPU,
+        StopRequest(),
+    )  # fmt: skip
     return [{name: tensor.tolist() for name, tensor in next(stream).items()} for _ in range(count)]
 
 
@@ -301,9 +308,9 @@ def test_bad_picture_is_named_in_one_line(tmp_path, workers):
     dataset = open_dataset(args, seed=0)
 
     def make_sample(row, draw):
-        return {"pixels": images.square(images.decode(image_file(row["image"])), 8, "nearest")}
+        return {"pixels": images.fill(images.decode(image_file(row["image"])), (8, 8), "nearest")}
 
-    loader = loading.make_loader(dataset, make_sample, args, CPU, seed=3, start=0)
+    loader = loading.make_loader(dataset, shapes(dataset), make_sample, args, CPU, seed=3, start=0)
     message = refusal(list, loading.batches(loader, accumulating(100), StopRequest()))
     assert message.startswith(f"error: row 4 ({folder / '4.png'}, metadata.jsonl line 5): not an image but a text")
 
@@ -356,20 +363,22 @@ def test_updates_before_a_bad_sample_are_finished(bad, updates):
 def test_loader_ends_with_the_last_update(pictures):
     dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
     args = options(gradient_accumulation_steps=2)
-    loader = loading.make_loader(dataset, visit_record, args, accumulating(2), seed=3, start=3, updates=4)
+    position = {"seed": 3, "start": 3, "updates": 4}
+    loader = loading.make_loader(dataset, shapes(dataset), visit_record, args, accumulating(2), **position)
     assert len(list(loading.batches(loader, accumulating(2), StopRequest()))) == 8
 
 
 def test_loader_workers_are_counted_for_the_batch_of_all_devices(monkeypatch):
     sizes = []
-    monkeypatch.setattr(loading, "loader_workers", lambda _args, size: sizes.append(size) or 0)
-    loading.make_loader([{"image": None}], visit_record, options(train_batch_size=2), CPU, seed=3, start=0, devices=4)
-    assert sizes == [8]
+    monkeypatch.setattr(loading, "loader_workers", lambda _args, pixels: sizes.append(pixels) or 0)
+    args, rows = options(train_batch_size=2), [{"image": None}] * 2
+    loading.make_loader(rows, [(8, 8), (4, 32)], visit_record, args, CPU, seed=3, start=0, devices=4)
+    assert sizes == [8 * 4 * 32]
 
 
 def test_sample_carries_its_index(pictures):
     samples = loading.TrainingDataset(
-        open_dataset(options(train_data_dir=str(pictures)), seed=0), visit_record, "image", seed=3
+        open_dataset(options(train_data_dir=str(pictures)), seed=0), [(8, 8)] * 6, visit_record, "image", seed=3
     )
     sample = samples[(2, 5)]
     assert (sample["index"].item(), sample["row"].item()) == (5, 5)
@@ -388,11 +397,11 @@ def make_sample(row, draw):
 
 def main():
     args = SimpleNamespace(image_column="image", train_batch_size=1, dataloader_num_workers=2,
-                           cache_encodings=False)
+                           cache_encodings=False, gradient_accumulation_steps=1)
     cpu = SimpleNamespace(
         process_index=0, num_processes=1, device=torch.device("cpu"), gradient_accumulation_steps=1
     )
-    loader = loading.make_loader([{"image": None}], make_sample, args, cpu, seed=3, start=0)
+    loader = loading.make_loader([{"image": None}], [(8, 8)], make_sample, args, cpu, seed=3, start=0)
     stream = loading.batches(loader, cpu, StopRequest())
     next(stream)
     raise RuntimeError("out of memory")

@@ -124,7 +124,7 @@ def test_whatever_is_called_changes_it(mark, file, old, new):
 @pytest.mark.parametrize(
     ("module", "old", "new", "reader"),
     [
-        (images, "(width - resolution) // 2", "0", 0),
+        (images, "(width - W) // 2", "0", 0),
         (images, "LONGEST = 32", "LONGEST = 16", 0),
         (images, '"white"', '"black"', 0),
         (captions, '"truncation": True', '"truncation": False', 1),

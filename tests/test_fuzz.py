@@ -308,15 +308,15 @@ def tiff(order: str, tags: list[tuple], rest: bytes) -> bytes:
     exif=st.binary(max_size=60)
     | st.builds(tiff, st.sampled_from("<>"), st.lists(TAGS_OF_TIFF, max_size=4), st.binary(max_size=30)),
     prefix=st.sampled_from([b"", b"Exif\0\0"]), kind=st.sampled_from(["PNG", "JPEG", "WEBP"]),
-    min_side=st.none() | st.just(1),
+    min_shape=st.none() | st.just((1, 1)),
 )  # fmt: skip
-def test_exif(exif, prefix, kind, min_side):
+def test_exif(exif, prefix, kind, min_shape):
     """The image comes out, turned as it says or not at all."""
     file = io.BytesIO()
     Image.fromarray(UPRIGHT).save(file, kind, exif=prefix + exif, lossless=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as where images are inspected and read
-        picture, size = images.decode_with_size(file.getvalue(), min_side)
+        picture, size = images.decode_with_size(file.getvalue(), min_shape)
     assert (picture.mode, size) == ("RGB", picture.size)
     assert size in ((3, 2), (2, 3))
     if kind == "PNG":

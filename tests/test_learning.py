@@ -134,7 +134,7 @@ def files_of(rows) -> list:
 
 def true_embeds(image_encoder, pictures) -> torch.Tensor:
     """(images, D): the CLIP embeddings of image files."""
-    pixels = torch.stack([images.square(images.decode(str(file), 32), 32, "bicubic") for file in pictures])
+    pixels = torch.stack([images.fill(images.decode(str(file), (32, 32)), (32, 32), "bicubic") for file in pictures])
     with torch.no_grad():
         return image_encoder(images.normalize_for_clip(pixels, torch.float32)).image_embeds
 
@@ -211,7 +211,7 @@ FILES = files_of(DRAWN)
 
 def pixels(pictures) -> torch.Tensor:
     """(8, 3, 16, 16) in -1..1: image files as the decoder is to redraw them."""
-    squares = [images.square(images.decode(str(file), SIDE), SIDE, "bicubic") for file in pictures]
+    squares = [images.fill(images.decode(str(file), (SIDE, SIDE)), (SIDE, SIDE), "bicubic") for file in pictures]
     return images.normalize(torch.stack(squares), torch.float32)
 
 

@@ -31,8 +31,8 @@ def test_automatic_number_of_workers(cores, processes, free, workers, monkeypatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(os.path, "isdir", lambda _: True)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    args = SimpleNamespace(resolution=512, train_batch_size=16, dataloader_num_workers=None)
-    assert loader_workers(args, args.train_batch_size) == workers
+    args = SimpleNamespace(train_batch_size=16, dataloader_num_workers=None)
+    assert loader_workers(args, args.train_batch_size * 512 * 512) == workers
     assert ("--shm-size" in caplog.text) == (free < 10**12)
     assert loader_workers(SimpleNamespace(dataloader_num_workers=5), 1) == 5
 

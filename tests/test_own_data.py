@@ -95,7 +95,7 @@ def test_flags_of_ones_own(command, tmp_path):
 def test_small_pictures_are_counted(command, script, pictures, tmp_path, monkeypatch, caplog):
     """Of 40 x 32 pixels; the prior reads none at --resolution."""
     module = load_script(script)
-    monkeypatch.setattr(module.hub, "create_repository", lambda *_: exit("far enough"))
+    monkeypatch.setattr(module, "make_dataloader", lambda *_: exit("far enough"))
     for resolution, small in ((32, False), (40, not script.startswith("prior"))):
         caplog.clear()
         with pytest.raises(SystemExit):

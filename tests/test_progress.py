@@ -116,6 +116,18 @@ def test_readouts_by_hand(started, tmp_path, clock):
     ]
 
 
+def test_flops_are_those_of_each_shape(started, tmp_path, clock, count_flops_once, monkeypatch):
+    """Linear(3, 5) reads rows: of samples of one and of three rows, 60 and 180 FLOPs, 120 on average."""
+    monkeypatch.setattr(flops, "count", count_flops_once)
+    progress = started(logging_steps=2, max_train_steps=4)
+    for rows_of_a_sample in (1, 3, 3, 3):
+        clock.now += 1.0
+        batch = {"index": torch.tensor([0, 1]), "pixels": torch.ones(2, rows_of_a_sample, 3)}
+        progress.add_micro_batch(torch.tensor(1.0), batch)
+        progress.count_update(torch.tensor(1.0), 1e-4)
+    assert [row["tflops_per_second"] for row in timed_rows(tmp_path)] == [2 * 120e-12, 2 * 180e-12]
+
+
 def test_pauses_are_left_out(started, tmp_path, clock):
     """A checkpoint or validation restarts the clock: what came before it in the interval does not count either."""
     progress = started(logging_steps=2)

@@ -77,11 +77,18 @@ DIFFERENCES = {
     "prior": [
         *KANDINSKY,
         ("main", "model_kind.STABLE_DIFFUSION", "model_kind.PRIOR", "what it trains"),
-        ("main", ", args.resolution)", ")", "it reads no images at --resolution"),
+        ("imports", "import buckets, captions", "import captions", "it reads no images at --resolution"),
+        ("main", "    shapes, size = buckets.choose(args, image_infos, progress.effective_batch)\n", "",
+         "it reads no images at --resolution"),
+        ("main", "image_infos, shapes, pipeline", "image_infos, pipeline", "it reads no images at --resolution"),
+        ("main", "args=args, size=size", "args=args", "it reads no images at --resolution"),
+        ("generate_image", "args, size, seed", "args, seed", "it reads no images at --resolution"),
+        ("generate_image", "height=size[0], width=size[1]", "height=args.resolution, width=args.resolution",
+         "it reads no images at --resolution"),
     ],
     "decoder": [
         *KANDINSKY,
-        ("imports", "import captions, draws", "import draws", "it reads no captions"),
+        ("imports", "import buckets, captions, draws", "import buckets, draws", "it reads no captions"),
         ("main", "model_kind.STABLE_DIFFUSION", "model_kind.DECODER", "what it trains"),
     ],
     "sd_lora": [

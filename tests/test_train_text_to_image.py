@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from scripts import TORCH
 
-from t2i_training.data import captions, draws, inspection
+from t2i_training.data import buckets, captions, draws, inspection
 from t2i_training.data.dataset import open_dataset
 from t2i_training.model import ema
 from t2i_training.report import validation
@@ -48,11 +48,12 @@ RECORDED = """
     use_8bit_adam use_ema validation_epochs validation_prompts variant
 """  # the command line of the published script
 ADDED = [
-    "cache_crops", "cache_encodings", "caption_dropout", "caption_extension", "caption_prefix", "caption_suffix",
-    "caption_tag_dropout_rate", "clip_skip", "config", "encodings_dir", "keep_tokens", "log_file",
-    "logging_steps", "max_token_length", "metadata_license", "metadata_title", "metadata_trigger_phrase", "num_repeats",
-    "pretrained_vae_model_name_or_path", "repeats_from_folders", "save_precision", "save_single_file",
-    "shuffle_caption", "skip_bad_samples", "torch_compile",
+    "aspect_ratio_buckets", "cache_crops", "cache_encodings", "caption_dropout", "caption_extension",
+    "caption_prefix", "caption_suffix", "caption_tag_dropout_rate", "clip_skip", "config", "encodings_dir",
+    "keep_tokens", "log_file", "logging_steps", "max_token_length", "metadata_license", "metadata_title",
+    "metadata_trigger_phrase", "num_repeats", "pretrained_vae_model_name_or_path", "repeats_from_folders",
+    "save_precision", "save_single_file", "shuffle_caption", "skip_bad_samples", "torch_compile",
+    "use_aspect_ratio_buckets",
 ]  # fmt: skip
 FLAGS = {
     "adam_beta1": "test_adam_flags",
@@ -60,6 +61,7 @@ FLAGS = {
     "adam_epsilon": "test_adam_flags",
     "adam_weight_decay": "test_adam_flags",
     "allow_tf32": "test_allow_tf32",
+    "aspect_ratio_buckets": "test_contract_buckets.test_named_shapes",
     "cache_crops": "test_contract_encodings.test_crops",
     "cache_dir": "test_cache_dir_holds_models_and_data",
     "cache_encodings": "test_contract_encodings.test_cached_training_is_the_same_training",
@@ -132,6 +134,7 @@ FLAGS = {
     "tracker_project_name": "test_trackers.test_all_tells_tensorboard",
     "train_batch_size": "test_batch_size_and_accumulation",
     "train_data_dir": "test_folder_of_pictures_and_data_dir",
+    "use_aspect_ratio_buckets": "test_contract_buckets.test_resumed_and_cached",
     "use_8bit_adam": "test_bad_input.test_flag_whose_package_is_missing",
     "use_ema": "test_average_is_exported",
     "validation_epochs": "test_validation_cadence",
@@ -208,7 +211,9 @@ def make_loader(script, args, pipeline, frozen) -> torch.utils.data.DataLoader:
     Path(args.output_dir).mkdir(exist_ok=True)
     opened, looked_at = inspection.inspect(args, accelerator, open_dataset(args, args.seed))
     progress = Progress(args, accelerator, opened, looked_at, {}, args.seed)
-    return script.make_dataloader(args, opened, looked_at, pipeline, frozen, pipeline.scheduler, accelerator, progress)
+    reads_pixels = hasattr(args, "use_aspect_ratio_buckets")  # the prior's images are read at CLIP's size alone
+    shapes = [buckets.choose(args, looked_at, progress.effective_batch)[0]] if reads_pixels else []
+    return script.make_dataloader(args, opened, looked_at, *shapes, pipeline, frozen, pipeline.scheduler, progress)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ flax = pytest.importorskip("flax")
 pytest.importorskip("optax")
 
 import jax.numpy as jnp
+from test_contract_buckets import bucketed  # noqa: F401
 from test_contract_captions import changed, deep_model, tagged  # noqa: F401
 from test_flax_models import old_flax_tree
 
@@ -291,6 +292,31 @@ def test_resumed_and_cached_with_all_that_is_done_to_captions(changed, tmp_path)
     main("pieces", cache_encodings=True, resume_from_checkpoint="latest")
     assert outcome(tmp_path / "pieces", 3) == outcome(tmp_path / "cached", 3)
     load_script("sd").main(changed("sd", output_dir=tmp_path / "torch"))
+    for name in ("cached", "torch"):
+        assert [row["loss"] for row in rows(tmp_path / name)] == pytest.approx(
+            [row["loss"] for row in rows(tmp_path / "plain")], rel=1e-3
+        ), name
+
+
+@pytest.mark.slow("twelve compilations: order and shapes are torch's code, and each program is that of other tests")
+def test_resumed_and_cached_in_buckets(bucketed, small_model, tmp_path, monkeypatch):  # noqa: F811
+    """As without the cache, and as in torch; a program a bucket."""
+    programs, shapes = [], "32,32;40,24;16,64"
+    common = {"use_ema": True, "pretrained_model_name_or_path": small_model, "aspect_ratio_buckets": shapes}
+
+    def main(name, script="sd_flax", **changes):
+        load_script(script).main(bucketed(script, output_dir=tmp_path / name, **common | changes))
+
+    main("torch", "sd")
+    with monkeypatch.context() as patch:
+        after_steps(patch, lambda trained: programs.append(trained.train_step._cache_size()))
+        main("plain")
+    assert (programs[0], programs[-1], len(programs)) == (1, 3, 8)
+    main("cached", cache_encodings=True)
+    with interrupted(3, signal.SIGTERM):
+        main("pieces", cache_encodings=True)
+    main("pieces", cache_encodings=True, resume_from_checkpoint="latest")
+    assert outcome(tmp_path / "pieces", 8) == outcome(tmp_path / "cached", 8)
     for name in ("cached", "torch"):
         assert [row["loss"] for row in rows(tmp_path / name)] == pytest.approx(
             [row["loss"] for row in rows(tmp_path / "plain")], rel=1e-3

@@ -108,3 +108,23 @@ def make_pictures(folder: Path, count: int = PICTURES) -> Path:
         rows.append({"file_name": f"{i}.png", "text": f"image {i}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+# Of about equal area; there are 5, 5, 5, 4 and 4 of `make_photographs` in them.
+BUCKETS = {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "32,32;40,24;24,40;16,64;64,16"}
+
+
+def make_photographs(folder: Path) -> Path:
+    """An ImageFolder of 23 captioned JPEGs of five shapes, smooth as photographs are, a third turned by EXIF data."""
+    folder.mkdir(parents=True)
+    rng, rows = np.random.default_rng(0), []
+    for i in range(23):
+        size, turned = [(64, 64), (50, 81), (81, 50), (120, 31), (31, 120)][i % 5], i % 3 == 0
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        exif = Image.Exif()
+        exif[274] = 6 if turned else 1
+        image = coarse.resize(size[::-1] if turned else size, Image.Resampling.BICUBIC)
+        image.save(folder / f"{i:02d}.jpg", exif=exif, quality=95)
+        rows.append({"file_name": f"{i:02d}.jpg", "text": f"photograph {i}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

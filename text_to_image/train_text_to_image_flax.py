@@ -27,6 +27,7 @@ def parse_args(argv=None):
     flags.add_caption_args(parser)
     flags.add_text_encoder_args(parser)
     flags.add_image_args(parser)
+    flags.add_bucket_args(parser)
     flags.add_training_args(parser)
     flags.add_optimizer_args(parser, eight_bit=False, scale_lr=True)
     flags.add_loss_args(parser, noise=True)
@@ -56,8 +57,8 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from t2i_training import distributed, stopping
-from t2i_training.data import captions, draws, images, inspection, loading
-from t2i_training.data.dataset import image_source, open_dataset
+from t2i_training.data import buckets, captions, draws, images, inspection, loading
+from t2i_training.data.dataset import SHAPE, image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.errors import RunError
 from t2i_training.library_errors import readable_errors
@@ -87,10 +88,10 @@ def load_models(args, precision):
     return pipeline, noise_scheduler
 
 
-def read_image(source, crop_draw, mirror, resolution, interpolation):
-    """Preprocess an image file for the VAE: the square to train on."""
-    image = images.decode(source, resolution)
-    return {"pixels": images.square(image, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
+def read_image(source, shape, crop_draw, mirror, interpolation):
+    """Preprocess an image file for the VAE: the part to train on, in the `shape` (H, W) of its bucket."""
+    image = images.decode(source, shape)
+    return {"pixels": images.fill(image, shape, interpolation, crop_draw, mirror)}  # (3, H, W) uint8
 
 
 def read_caption(caption, tokenizer, chunks):
@@ -98,19 +99,21 @@ def read_caption(caption, tokenizer, chunks):
     return {"input_ids": captions.tokenize_in_chunks(tokenizer, caption, chunks)}  # (chunks, tokens)
 
 
-def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_timesteps):
+def make_sample(row, draw, args, load_image, load_caption, latent_channels, scale_factor, num_timesteps):
     """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
+    height, width = row[SHAPE]
+    latent_shape = (latent_channels, height // scale_factor, width // scale_factor)
     sample = {
-        **load_image(image_source(row, args), crop_draw, mirror),
+        **load_image(image_source(row, args), row[SHAPE], crop_draw, mirror),
         **load_caption(captions.pick_caption(row[args.caption_column], draw, args)),
-        "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
+        "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, H/f, W/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
     if args.noise_offset:
-        sample["noise_offset"] = draws.normal(draw("noise_offset"), (latent_shape[0], 1, 1))
+        sample["noise_offset"] = draws.normal(draw("noise_offset"), (latent_channels, 1, 1))
     if args.input_perturbation:
         sample["input_perturbation"] = draws.normal(draw("input_perturbation"), latent_shape)
     return sample
@@ -120,7 +123,7 @@ def encode_images(batch, vae):
     """Mean and standard deviation of the latents' posteriors."""
     pixels = jnp.moveaxis(batch["pixels"], 1, -1) / 127.5 - 1  # the networks are channels-last, all else channels-first
     mean, std = (jnp.moveaxis(moment * vae.config["scaling_factor"], -1, 1) for moment in vae.encode(pixels))
-    return {"latents_mean": mean, "latents_std": std}  # (B, C, R/f, R/f)
+    return {"latents_mean": mean, "latents_std": std}  # (B, C, H/f, W/f)
 
 
 def encode_captions(batch, text_encoder):
@@ -157,12 +160,12 @@ def compute_loss(unet, batch, noise_scheduler, args):
     return losses.denoising_loss(predict(noisy_latents), target, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accelerator, progress, mesh):
+def make_dataloader(args, dataset, image_infos, shapes, pipeline, noise_scheduler, progress, mesh):
     """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
     chunks = args.max_token_length // 75
-    tokenizer = captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator, chunks)
+    tokenizer = captions.report_cuts(pipeline.tokenizer, dataset, args, progress.accelerator, chunks)
     readers = [
-        partial(read_image, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+        partial(read_image, interpolation=args.image_interpolation_mode),
         partial(read_caption, tokenizer=tokenizer, chunks=chunks),
     ]
     if args.cache_encodings:
@@ -170,18 +173,19 @@ def make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accel
         encoders = [partial(encode_images, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         encoders = [partial(flax_devices.encode_on_host, encode=each) for each in encoders]
         readers = cache.precompute(
-            args, accelerator, dataset, image_infos, readers, encoders,
+            args, progress.accelerator, dataset, image_infos, shapes, readers, encoders,
             devices=mesh.shape["devices"], precision=progress.precision,
             crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
         )  # fmt: skip
     sample = partial(
         make_sample, args=args, load_image=readers[0], load_caption=readers[1],
-        latent_shape=pipeline.latent_shape(args.resolution), num_timesteps=noise_scheduler.config.num_train_timesteps,
+        latent_channels=pipeline.vae.config["latent_channels"], scale_factor=pipeline.vae_scale_factor,
+        num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
-    updates, devices = progress.total - progress.step, mesh.shape["devices"]
     return loading.make_loader(
-        dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates, devices
-    )
+        dataset, shapes, sample, args, progress.accelerator, progress.seed, start=progress.samples_seen,
+        updates=progress.total - progress.step, devices=mesh.shape["devices"],
+    )  # fmt: skip
 
 
 def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
@@ -204,7 +208,7 @@ def make_train_step(args, pipeline, trained, noise_scheduler, mesh):
     return train_step, frozen
 
 
-def generate_image(index, pipeline, unet, vae, text_encoder, args, seed):
+def generate_image(index, pipeline, unet, vae, text_encoder, args, size, seed):
     """Generate the validation image of prompt `index` as StableDiffusionPipeline does, always from the same noise."""
     generator = torch.Generator().manual_seed(seed + index)
     scheduler = copy.deepcopy(pipeline.scheduler)
@@ -214,8 +218,8 @@ def generate_image(index, pipeline, unet, vae, text_encoder, args, seed):
     read = partial(read_caption, tokenizer=pipeline.tokenizer, chunks=args.max_token_length // 75)
     input_ids = torch.stack([read(prompt)["input_ids"] for prompt in prompts])
     text_states = flax_pipeline.encode_text(text_encoder, input_ids.numpy())
-    noise = torch.randn((1, *pipeline.latent_shape(args.resolution)), generator=generator)
-    latents = noise * scheduler.init_noise_sigma
+    latent_shape = (pipeline.vae.config["latent_channels"], *(side // pipeline.vae_scale_factor for side in size))
+    latents = torch.randn((1, *latent_shape), generator=generator) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         noisy_latents = scheduler.scale_model_input(latents, timestep).numpy()
         prediction = flax_pipeline.predict_guided(unet, noisy_latents, timestep.numpy(), text_states, 7.5)
@@ -254,13 +258,14 @@ def main(argv=None):
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.STABLE_DIFFUSION_IN_JAX)
         dataset = open_dataset(args, seed)
-    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
+    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, noise_scheduler = load_models(args, precision)
     progress = Progress(
         args, accelerator, dataset, image_infos, position, seed, *flax_devices.describe(mesh), precision
     )
-    loader = make_dataloader(args, dataset, image_infos, pipeline, noise_scheduler, accelerator, progress, mesh)
+    shapes, size = buckets.choose(args, image_infos, progress.effective_batch)
+    loader = make_dataloader(args, dataset, image_infos, shapes, pipeline, noise_scheduler, progress, mesh)
 
     rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
     trained = train_state.TrainState(args, precision, pipeline.unet, mesh)
@@ -279,7 +284,7 @@ def main(argv=None):
     def validate():
         vae, text_encoder = jax.device_put(flax_pipeline.frozen(pipeline, args.clip_skip), jax.local_devices()[0])
         parts = {"unet": trained.export(flax_devices.local), "vae": vae, "text_encoder": text_encoder}
-        generate = partial(generate_image, pipeline=pipeline, **parts, args=args, seed=seed)
+        generate = partial(generate_image, pipeline=pipeline, **parts, args=args, size=size, seed=seed)
         validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()
 

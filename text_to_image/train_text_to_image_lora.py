@@ -28,6 +28,7 @@ def parse_args(argv=None):
     flags.add_caption_args(parser)
     flags.add_text_encoder_args(parser)
     flags.add_image_args(parser)
+    flags.add_bucket_args(parser)
     flags.add_training_args(parser)
     flags.add_network_args(parser)
     flags.add_optimizer_args(parser, scale_lr=True)
@@ -48,8 +49,8 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from t2i_training import distributed, stopping
-from t2i_training.data import captions, draws, images, inspection, loading
-from t2i_training.data.dataset import image_source, open_dataset
+from t2i_training.data import buckets, captions, draws, images, inspection, loading
+from t2i_training.data.dataset import SHAPE, image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.errors import RunError
 from t2i_training.model import base, lora, losses, networks, optim
@@ -79,10 +80,10 @@ def load_models(args, accelerator):
     return pipeline, networks.prepare_trained(unet.train(), args, accelerator), noise_scheduler
 
 
-def read_image(source, crop_draw, mirror, resolution, interpolation):
-    """Preprocess an image file for the VAE: the square to train on."""
-    image = images.decode(source, resolution)
-    return {"pixels": images.square(image, resolution, interpolation, crop_draw, mirror)}  # (3, R, R) uint8
+def read_image(source, shape, crop_draw, mirror, interpolation):
+    """Preprocess an image file for the VAE: the part to train on, in the `shape` (H, W) of its bucket."""
+    image = images.decode(source, shape)
+    return {"pixels": images.fill(image, shape, interpolation, crop_draw, mirror)}  # (3, H, W) uint8
 
 
 def read_caption(caption, tokenizer, chunks):
@@ -90,19 +91,21 @@ def read_caption(caption, tokenizer, chunks):
     return {"input_ids": captions.tokenize_in_chunks(tokenizer, caption, chunks)}  # (chunks, tokens)
 
 
-def make_sample(row, draw, args, load_image, load_caption, latent_shape, num_timesteps):
+def make_sample(row, draw, args, load_image, load_caption, latent_channels, scale_factor, num_timesteps):
     """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
     crop_draw = None if args.center_crop else draw("crop")
     mirror = args.random_flip and draw("flip").random() < 0.5
+    height, width = row[SHAPE]
+    latent_shape = (latent_channels, height // scale_factor, width // scale_factor)
     sample = {
-        **load_image(image_source(row, args), crop_draw, mirror),
+        **load_image(image_source(row, args), row[SHAPE], crop_draw, mirror),
         **load_caption(captions.pick_caption(row[args.caption_column], draw, args)),
-        "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, R/f, R/f)
+        "posterior_noise": draws.normal(draw("posterior"), latent_shape),  # (C, H/f, W/f)
         "noise": draws.normal(draw("noise"), latent_shape),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
     if args.noise_offset:
-        sample["noise_offset"] = draws.normal(draw("noise_offset"), (latent_shape[0], 1, 1))
+        sample["noise_offset"] = draws.normal(draw("noise_offset"), (latent_channels, 1, 1))
     if args.input_perturbation:
         sample["input_perturbation"] = draws.normal(draw("input_perturbation"), latent_shape)
     return sample
@@ -118,7 +121,7 @@ def encode_images(batch, vae):
     """Mean and standard deviation of the latents' posteriors, in the dtype of the VAE."""
     posterior = vae.encode(images.normalize(batch["pixels"], vae.dtype)).latent_dist
     scale = vae.config.scaling_factor
-    return {"latents_mean": posterior.mean * scale, "latents_std": posterior.std * scale}  # (B, C, R/f, R/f)
+    return {"latents_mean": posterior.mean * scale, "latents_std": posterior.std * scale}  # (B, C, H/f, W/f)
 
 
 def encode_captions(batch, text_encoder):
@@ -154,29 +157,30 @@ def compute_loss(unet, batch, noise_scheduler, args):
     return losses.denoising_loss(prediction, target, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
+def make_dataloader(args, dataset, image_infos, shapes, pipeline, frozen, noise_scheduler, progress):
     """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
     chunks = args.max_token_length // 75
-    tokenizer = captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator, chunks)
+    tokenizer = captions.report_cuts(pipeline.tokenizer, dataset, args, progress.accelerator, chunks)
     readers = [
-        partial(read_image, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+        partial(read_image, interpolation=args.image_interpolation_mode),
         partial(read_caption, tokenizer=tokenizer, chunks=chunks),
     ]
     if args.cache_encodings:
         vae, text_encoder = frozen
         encoders = [partial(encode_images, vae=vae), partial(encode_captions, text_encoder=text_encoder)]
         readers = cache.precompute(
-            args, accelerator, dataset, image_infos, readers, encoders,
+            args, progress.accelerator, dataset, image_infos, shapes, readers, encoders,
             crops=0 if args.center_crop else args.cache_crops, flips=args.random_flip,
         )  # fmt: skip
-    side = args.resolution // pipeline.vae_scale_factor
     sample = partial(
         make_sample, args=args, load_image=readers[0], load_caption=readers[1],
-        latent_shape=(pipeline.vae.config.latent_channels, side, side),
+        latent_channels=pipeline.vae.config.latent_channels, scale_factor=pipeline.vae_scale_factor,
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
-    updates = progress.total - progress.step
-    return loading.make_loader(dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates)
+    return loading.make_loader(
+        dataset, shapes, sample, args, progress.accelerator, progress.seed, start=progress.samples_seen,
+        updates=progress.total - progress.step,
+    )  # fmt: skip
 
 
 def build_validation_pipeline(args, pipeline, unet, vae, text_encoder):
@@ -187,7 +191,7 @@ def build_validation_pipeline(args, pipeline, unet, vae, text_encoder):
     return val_pipeline
 
 
-def generate_image(index, pipeline, args, seed, accelerator):
+def generate_image(index, pipeline, args, size, seed, accelerator):
     """Generate the validation image of prompt `index`, with the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     read = partial(read_caption, tokenizer=pipeline.tokenizer, chunks=args.max_token_length // 75)
@@ -196,7 +200,7 @@ def generate_image(index, pipeline, args, seed, accelerator):
         text_states = networks.encode_text(pipeline.text_encoder, input_ids.to(pipeline.text_encoder.device))
         prompted, without = text_states.split(1)
         return pipeline(
-            prompt_embeds=prompted, negative_prompt_embeds=without, height=args.resolution, width=args.resolution,
+            prompt_embeds=prompted, negative_prompt_embeds=without, height=size[0], width=size[1],
             num_inference_steps=validation.STEPS, generator=generator,
         ).images[0]  # fmt: skip
 
@@ -233,13 +237,14 @@ def main(argv=None):
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.STABLE_DIFFUSION)
         dataset = open_dataset(args, seed)
-    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
+    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
     start = lora.load_network_weights(args, pipeline)
     frozen = freeze(args, pipeline, accelerator)
     progress = Progress(args, accelerator, dataset, image_infos, position, seed)
-    loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress)
+    shapes, size = buckets.choose(args, image_infos, progress.effective_batch)
+    loader = make_dataloader(args, dataset, image_infos, shapes, pipeline, frozen, noise_scheduler, progress)
     unet = lora.add_adapters(unet, args, seed, accelerator, start=start["unet"])
 
     optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet), accelerator)
@@ -259,9 +264,9 @@ def main(argv=None):
     progress.open(network, objective, rate)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
     val_pipeline = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    generate = partial(generate_image, pipeline=val_pipeline, args=args, size=size, seed=seed, accelerator=accelerator)
 
     def validate():
-        generate = partial(generate_image, pipeline=val_pipeline, args=args, seed=seed, accelerator=accelerator)
         with networks.on_device(val_pipeline, accelerator):
             validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()

@@ -25,6 +25,7 @@ def parse_args(argv=None):
     flags.add_data_args(parser)
     flags.add_decoder_condition_args(parser)
     flags.add_resolution_arg(parser, "Side of the square training images, in pixels.")
+    flags.add_bucket_args(parser)
     flags.add_training_args(parser)
     flags.add_network_args(parser)
     flags.add_optimizer_args(parser)
@@ -51,8 +52,8 @@ from diffusers import (
 from transformers import CLIPVisionModelWithProjection
 
 from t2i_training import distributed, stopping
-from t2i_training.data import draws, images, inspection, loading
-from t2i_training.data.dataset import image_source, open_dataset
+from t2i_training.data import buckets, draws, images, inspection, loading
+from t2i_training.data.dataset import SHAPE, image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.library_errors import readable_errors
 from t2i_training.model import ema, losses, networks, optim
@@ -80,20 +81,23 @@ def load_models(args, accelerator):
     return pipeline, networks.prepare_trained(unet.train(), args, accelerator), noise_scheduler
 
 
-def read_image(source, crop_draw, mirror, resolution, clip_size):
-    """Preprocess an image file for MoVQ and the image encoder: its centre square, in two sizes."""
-    image = images.decode(source, max(resolution, clip_size))
+def read_image(source, shape, crop_draw, mirror, clip_size):
+    """Preprocess an image file: its centre in the `shape` (H, W) of its bucket, and a square for the image encoder."""
+    square = (clip_size, clip_size)
+    image = images.decode(source, [max(sides) for sides in zip(shape, square)])
     return {
-        "pixels": images.square(image, resolution, "bicubic", crop_draw, mirror),  # (3, R, R) uint8
-        "clip_pixels": images.square(image, clip_size, "bicubic", crop_draw, mirror),  # (3, S, S) uint8
+        "pixels": images.fill(image, shape, "bicubic", crop_draw, mirror),  # (3, H, W) uint8
+        "clip_pixels": images.fill(image, square, "bicubic", crop_draw, mirror),  # (3, S, S) uint8
     }
 
 
-def make_sample(row, draw, args, load_image, empty_embeds, latent_shape, num_timesteps):
+def make_sample(row, draw, args, load_image, empty_embeds, latent_channels, scale_factor, num_timesteps):
     """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
+    height, width = row[SHAPE]
+    latent_shape = (latent_channels, height // scale_factor, width // scale_factor)
     sample = {
-        **load_image(image_source(row, args), crop_draw=None, mirror=False),
-        "noise": draws.normal(draw("noise"), latent_shape),  # (C, R/f, R/f)
+        **load_image(image_source(row, args), row[SHAPE], crop_draw=None, mirror=False),
+        "noise": draws.normal(draw("noise"), latent_shape),  # (C, H/f, W/f)
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
     }
     if args.image_embeds_dropout:  # arXiv:2207.12598: without such samples fine-tuning erodes guidance
@@ -120,7 +124,7 @@ def encode_images(batch, movq, image_encoder):
     """MoVQ's latents, neither sampled nor scaled, and the CLIP embeddings of the images."""
     clip_pixels = images.normalize_for_clip(batch["clip_pixels"], image_encoder.dtype)  # (B, 3, S, S)
     return {
-        "latents": movq.encode(images.normalize(batch["pixels"], movq.dtype)).latents,  # (B, C, R/f, R/f)
+        "latents": movq.encode(images.normalize(batch["pixels"], movq.dtype)).latents,  # (B, C, H/f, W/f)
         "image_embeds": image_encoder(clip_pixels).image_embeds,  # (B, D)
     }
 
@@ -152,22 +156,23 @@ def compute_loss(unet, batch, noise_scheduler, args):
     return losses.denoising_loss(prediction, noise, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
+def make_dataloader(args, dataset, image_infos, shapes, pipeline, frozen, noise_scheduler, progress):
     """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
     movq, image_encoder = frozen
     empty_embeds = embed_nothing(image_encoder) if args.image_embeds_dropout else None
-    readers = [partial(read_image, resolution=args.resolution, clip_size=image_encoder.config.image_size)]
+    readers = [partial(read_image, clip_size=image_encoder.config.image_size)]
     if args.cache_encodings:
         encoders = [partial(encode_images, movq=movq, image_encoder=image_encoder)]
-        readers = cache.precompute(args, accelerator, dataset, image_infos, readers, encoders)
-    side = args.resolution // pipeline.movq_scale_factor
+        readers = cache.precompute(args, progress.accelerator, dataset, image_infos, shapes, readers, encoders)
     sample = partial(
         make_sample, args=args, load_image=readers[0], empty_embeds=empty_embeds,
-        latent_shape=(pipeline.movq.config.latent_channels, side, side),
+        latent_channels=pipeline.movq.config.latent_channels, scale_factor=pipeline.movq_scale_factor,
         num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
-    updates = progress.total - progress.step
-    return loading.make_loader(dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates)
+    return loading.make_loader(
+        dataset, shapes, sample, args, progress.accelerator, progress.seed, start=progress.samples_seen,
+        updates=progress.total - progress.step,
+    )  # fmt: skip
 
 
 def build_validation_pipeline(args, pipeline, unet, movq, image_encoder):
@@ -186,12 +191,12 @@ def build_validation_pipeline(args, pipeline, unet, movq, image_encoder):
     return val_pipeline
 
 
-def generate_image(index, pipeline, args, seed, accelerator):
+def generate_image(index, pipeline, args, size, seed, accelerator):
     """Generate the validation image of prompt `index`, with the same noise at every validation."""
     generator = torch.Generator().manual_seed(seed + index)
     with torch.no_grad(), accelerator.autocast():
         return pipeline(
-            args.validation_prompts[index], height=args.resolution, width=args.resolution,
+            args.validation_prompts[index], height=size[0], width=size[1],
             num_inference_steps=validation.STEPS, prior_num_inference_steps=validation.STEPS, generator=generator,
         ).images[0]  # fmt: skip
 
@@ -227,12 +232,13 @@ def main(argv=None):
     with distributed.main_first(accelerator):
         model_kind.check_hub(args, model_kind.DECODER)
         dataset = open_dataset(args, seed)
-    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column, args.resolution)
+    dataset, image_infos = inspection.inspect(args, accelerator, dataset, args.caption_column)
     repo_id = hub.create_repository(args, accelerator)
     pipeline, unet, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(args, pipeline, accelerator)
     progress = Progress(args, accelerator, dataset, image_infos, position, seed)
-    loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress)
+    shapes, size = buckets.choose(args, image_infos, progress.effective_batch)
+    loader = make_dataloader(args, dataset, image_infos, shapes, pipeline, frozen, noise_scheduler, progress)
     unet = unet.to(accelerator.device)
     average = ema.make_ema(unet) if args.use_ema else None
 
@@ -252,9 +258,9 @@ def main(argv=None):
     progress.open(network, objective, rate, average, args.tracker_project_name)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
     val_pipeline = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    generate = partial(generate_image, pipeline=val_pipeline, args=args, size=size, seed=seed, accelerator=accelerator)
 
     def validate():
-        generate = partial(generate_image, pipeline=val_pipeline, args=args, seed=seed, accelerator=accelerator)
         with networks.on_device(val_pipeline, accelerator), ema.averaged(average if progress.step else None, network):
             validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()

@@ -51,7 +51,7 @@ from diffusers import (
 
 from t2i_training import distributed, stopping
 from t2i_training.data import captions, draws, images, inspection, loading
-from t2i_training.data.dataset import image_source, open_dataset
+from t2i_training.data.dataset import SHAPE, image_source, open_dataset
 from t2i_training.encodings import cache
 from t2i_training.library_errors import readable_errors
 from t2i_training.model import lora, losses, networks, optim
@@ -76,10 +76,10 @@ def load_models(args, accelerator):
     return pipeline, networks.prepare_trained(prior.train(), args, accelerator), noise_scheduler
 
 
-def read_image(source, crop_draw, mirror, clip_size):
+def read_image(source, shape, crop_draw, mirror):
     """Preprocess an image file for the image encoder: its centre square."""
-    image = images.decode(source, clip_size)
-    return {"clip_pixels": images.square(image, clip_size, "bicubic", crop_draw, mirror)}  # (3, S, S) uint8
+    image = images.decode(source, shape)
+    return {"clip_pixels": images.fill(image, shape, "bicubic", crop_draw, mirror)}  # (3, S, S) uint8
 
 
 def read_caption(caption, tokenizer):
@@ -91,7 +91,7 @@ def read_caption(caption, tokenizer):
 def make_sample(row, draw, args, load_image, load_caption, embedding_size, num_timesteps):
     """Make the sample of one visit to a row, in a loader worker. Everything random about it is drawn here."""
     return {
-        **load_image(image_source(row, args), crop_draw=None, mirror=False),
+        **load_image(image_source(row, args), row[SHAPE], crop_draw=None, mirror=False),
         **load_caption(captions.pick_caption(row[args.caption_column], draw, args)),
         "noise": draws.normal(draw("noise"), (embedding_size,)),
         "timesteps": torch.tensor(draw("timestep").integers(num_timesteps)),
@@ -139,25 +139,28 @@ def compute_loss(prior, batch, noise_scheduler, args):
     return losses.denoising_loss(prediction, image_embeds, timesteps, noise_scheduler, args.snr_gamma)
 
 
-def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress):
+def make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, progress):
     """The loader of the run's remaining batches. With --cache_encodings it encodes the data set first."""
     image_encoder, text_encoder, clip_mean, clip_std = frozen
+    shapes = [(image_encoder.config.image_size,) * 2] * len(dataset)
     readers = [
-        partial(read_image, clip_size=image_encoder.config.image_size),
-        partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, accelerator)),
+        read_image,
+        partial(read_caption, tokenizer=captions.report_cuts(pipeline.tokenizer, dataset, args, progress.accelerator)),
     ]
     if args.cache_encodings:
         encoders = [
             partial(encode_images, image_encoder=image_encoder, clip_mean=clip_mean, clip_std=clip_std),
             partial(encode_captions, text_encoder=text_encoder),
         ]
-        readers = cache.precompute(args, accelerator, dataset, image_infos, readers, encoders)
+        readers = cache.precompute(args, progress.accelerator, dataset, image_infos, shapes, readers, encoders)
     sample = partial(
         make_sample, args=args, load_image=readers[0], load_caption=readers[1],
         embedding_size=pipeline.prior.config.embedding_dim, num_timesteps=noise_scheduler.config.num_train_timesteps,
     )  # fmt: skip
-    updates = progress.total - progress.step
-    return loading.make_loader(dataset, sample, args, accelerator, progress.seed, progress.samples_seen, updates)
+    return loading.make_loader(
+        dataset, shapes, sample, args, progress.accelerator, progress.seed, start=progress.samples_seen,
+        updates=progress.total - progress.step,
+    )  # fmt: skip
 
 
 def build_validation_pipeline(args, pipeline, prior, image_encoder, text_encoder, *_):
@@ -219,7 +222,7 @@ def main(argv=None):
     pipeline, prior, noise_scheduler = load_models(args, accelerator)
     frozen = freeze(args, pipeline, accelerator)
     progress = Progress(args, accelerator, dataset, image_infos, position, seed)
-    loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, accelerator, progress)
+    loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, progress)
     prior = lora.add_adapters(prior, args, seed, accelerator)
 
     optimizer = optim.make_optimizer(args, optim.trainable_parameters(prior), accelerator)
@@ -238,9 +241,9 @@ def main(argv=None):
     progress.open(network, objective, rate)
     stream = progress.timed(loading.batches(loader, accelerator, stop))
     val_pipeline = build_validation_pipeline(args, pipeline, network, *frozen) if args.validation_prompts else None
+    generate = partial(generate_image, pipeline=val_pipeline, args=args, seed=seed, accelerator=accelerator)
 
     def validate():
-        generate = partial(generate_image, pipeline=val_pipeline, args=args, seed=seed, accelerator=accelerator)
         with networks.on_device(val_pipeline, accelerator):
             validation.validate(generate, args.validation_prompts, progress.step, args.output_dir, accelerator, stop)
         progress.restart_clock()

@@ -21,7 +21,8 @@ from .flags import LR_SCHEDULERS, TRACKERS
 
 _NEEDS = {  # flag -> the flag without which it has no effect
     "offload_ema": "use_ema", "foreach_ema": "use_ema",
-    "dataset_config_name": "dataset_name", "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
+    "dataset_config_name": "dataset_name", "aspect_ratio_buckets": "use_aspect_ratio_buckets",
+    "hub_token": "push_to_hub", "hub_model_id": "push_to_hub",
     "dream_detail_preservation": "dream_training", "encodings_dir": "cache_encodings", "cache_crops": "cache_encodings",
 }  # fmt: skip
 _WRITTEN = ("single_file.safetensors", "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors")
@@ -104,6 +105,11 @@ def _check_combinations(parser, args):
     if getattr(args, "keep_tokens", 0) and not (args.shuffle_caption or args.caption_tag_dropout_rate):
         tags = "--shuffle_caption or --caption_tag_dropout_rate"
         parser.error(f"--keep_tokens does nothing without {tags}: add one of them, or leave --keep_tokens out")
+    if getattr(args, "use_aspect_ratio_buckets", False) and not args.aspect_ratio_buckets and args.resolution < 128:
+        parser.error(
+            f"--use_aspect_ratio_buckets at --resolution {args.resolution}: its shapes are multiples of 64, which are "
+            "too few below 128: name shapes with --aspect_ratio_buckets"
+        )
     _check_tool_files(parser, args)
     _check_schedule(parser, args)
 

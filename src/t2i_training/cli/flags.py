@@ -4,7 +4,7 @@ Names, types and defaults are those of the published training scripts; docs/diff
 of a flag is given with it; combinations of flags are checked in `checks.py`.
 """
 
-from .numbers import multiple_of_8, not_negative, positive, seed, share, token_length
+from .numbers import bucket_shapes, multiple_of_8, not_negative, positive, seed, share, token_length
 
 INTERPOLATION_MODES = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -100,6 +100,14 @@ def add_decoder_condition_args(parser):
 def add_resolution_arg(parser, text: str):
     group = parser.add_argument_group("images")
     group.add_argument("--resolution", type=multiple_of_8, default=512, help=text)
+
+
+def add_bucket_args(parser):
+    group = parser.add_argument_group("images")
+    text = "Train each image in the shape, of a few of --resolution's area, that keeps most of it; an update is of one."
+    group.add_argument("--use_aspect_ratio_buckets", action="store_true", help=text)
+    text = 'Those shapes: "height,width;height,width". Default: those of diffusers, and smaller ones for small images.'
+    group.add_argument("--aspect_ratio_buckets", type=bucket_shapes, help=text)
 
 
 def add_image_args(parser):

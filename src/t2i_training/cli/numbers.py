@@ -1,7 +1,8 @@
-"""Types of flags for argparse: numbers within their range, refused in words."""
+"""Types of flags for argparse: numbers within their range, and shapes, refused in words."""
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 
@@ -45,3 +46,20 @@ def _length_fault(n: int) -> str:
 share = _number(float, lambda n: "" if 0 <= n < 1 else f"at least 0 and below 1, not {n}")
 seed, multiple_of_8 = _number(int, _seed_fault), _number(int, _side_fault)
 token_length = _number(int, _length_fault)
+
+
+def bucket_shapes(text: str) -> str:
+    """Shapes in the form "height,width;height,width"; the text without spaces."""
+    pairs = "".join(text.split()).strip(";").split(";")
+    for pair in pairs:
+        if not re.fullmatch(r"\d+,\d+", pair):
+            raise argparse.ArgumentTypeError(f'must be "height,width;height,width", not {text!r}')
+        for side in map(int, pair.split(",")):
+            if fault := _side_fault(side):
+                raise argparse.ArgumentTypeError(f"{pair}: a side must be {fault}")
+    if twice := next((pair for pair in pairs if pairs.count(pair) > 1), None):
+        raise argparse.ArgumentTypeError(f"names {twice} twice")
+    return ";".join(pairs)
+
+
+bucket_shapes.kind = str

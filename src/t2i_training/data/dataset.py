@@ -13,7 +13,8 @@ from . import image_folder, images, repeats
 from .image_folder import FAULTS, LINE
 
 _OWN = (LINE, FAULTS, repeats.COLUMN)  # columns that no data set has of its own
-ROW_INDEX = 0  # key under which a row carries its own index; an int cannot clash with a column name
+# Keys under which a row carries its index, and the shape (H, W) to train it in; ints clash with no column's name.
+ROW_INDEX, SHAPE = 0, 1
 
 
 class BadSample(Exception):

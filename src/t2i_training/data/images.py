@@ -1,4 +1,4 @@
-"""Decodes image files of any kind, cuts squares of uint8 pixels, and normalises pixels for the networks."""
+"""Decodes image files of any kind, cuts out uint8 pixels of a shape, and normalises pixels for the networks."""
 
 import contextlib
 import errno
@@ -106,39 +106,41 @@ def _reason(source: bytes | str | Path, error: Exception) -> str:
     return reason if known_kind else f"the file is damaged ({reason})"
 
 
-def decode(source: bytes | str | Path, min_side: int | None = None) -> Image.Image:
+def decode(source: bytes | str | Path, min_shape: tuple[int, int] | None = None) -> Image.Image:
     """Read an image file, upright and in RGB.
 
     EXIF orientation is applied, transparency is composited over white, 16-bit and floating-point grey becomes 8-bit,
-    CMYK and palettes become RGB, the first frame of an animation is taken. With `min_side` a JPEG may be decoded at
-    1/2, 1/4 or 1/8 scale as long as both sides stay at least twice `min_side` pixels: 3.5 to 5 times cheaper for a
-    12-megapixel photograph, with nothing lost by a later resize to `min_side`. Raises UnreadableImage.
+    CMYK and palettes become RGB, the first frame of an animation is taken. With `min_shape`, (height, width) in pixels,
+    a JPEG may be decoded at 1/2, 1/4 or 1/8 scale as long as both sides stay at least twice as long: 3.5 to 5 times
+    cheaper for a 12-megapixel photograph, with nothing lost by a later resize to that shape. Raises UnreadableImage.
     """
-    return decode_with_size(source, min_side)[0]
+    return decode_with_size(source, min_shape)[0]
 
 
-def decode_with_size(source: bytes | str | Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+def decode_with_size(
+    source: bytes | str | Path, min_shape: tuple[int, int] | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
     """As `decode`, and the upright image's (width, height) in the file, whatever scale it was decoded at."""
     try:
-        return _decode(source, min_side)
+        return _decode(source, min_shape)
     except UnreadableImage as fault:
         alone = _png_without_metadata(source)
         if alone is None:
             raise
         with contextlib.suppress(UnreadableImage):
-            return _decode(alone, min_side)
+            return _decode(alone, min_shape)
         raise fault from fault.__cause__
 
 
-def _decode(source: bytes | str | Path, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+def _decode(source: bytes | str | Path, min_shape: tuple[int, int] | None) -> tuple[Image.Image, tuple[int, int]]:
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with naming_the_fault(source), Image.open(file) as image:
         size = None
-        if min_side is not None:
-            stored = image.size
-            image.draft(None, (2 * min_side, 2 * min_side))
-            if image.size != stored:  # it is a JPEG
-                size = stored[::-1] if _turn(image) in _ON_ITS_SIDE else stored
+        if min_shape is not None and image.format in ("JPEG", "MPO"):  # the kinds that can be decoded at a scale
+            on_its_side = _turn(image) in _ON_ITS_SIDE
+            size = image.size[::-1] if on_its_side else image.size
+            height, width = min_shape[::-1] if on_its_side else min_shape
+            image.draft(None, (2 * width, 2 * height))
         image.load()
         turn = _turn(image)
         upright = _to_rgb(image if turn is None else image.transpose(turn))
@@ -197,22 +199,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, resolution: int, interpolation: str, crop_draw=None, mirror: bool = False) -> Tensor:
-    """Resize the shorter side to `resolution`, cut out a square, mirror it if asked: (3, R, R) uint8.
+def covering(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) at which an image of that `size` (width, height) just covers a `shape` (H, W)."""
+    (width, height), (H, W) = size, shape
+    return (W, height * W // width) if height * W >= width * H else (width * H // height, H)
+
+
+def fill(
+    image: Image.Image, shape: tuple[int, int], interpolation: str, crop_draw=None, mirror: bool = False
+) -> Tensor:
+    """Resize the image so that it just covers `shape` (H, W), cut off the rest, mirror it if asked: (3, H, W) uint8.
 
     `crop_draw` is a NumPy generator for the place of the crop; None takes the centre crop.
     """
-    short = min(image.size)
+    short, (H, W) = min(image.size), shape
     if max(image.size) > LONGEST * short:
         width, height = (min(side, LONGEST * short) for side in image.size)
         image = ImageOps.fit(image, (width, height), Image.Resampling.NEAREST)  # crops without resizing
-    width, height = (resolution * side // short for side in image.size)
+    width, height = covering(image.size, shape)
     pixels = _resize(image, width, height, interpolation)
     if crop_draw is None:
-        left, top = (width - resolution) // 2, (height - resolution) // 2
+        left, top = (width - W) // 2, (height - H) // 2
     else:
-        left, top = (int(crop_draw.integers(extra + 1)) for extra in (width - resolution, height - resolution))
-    pixels = pixels[:, top : top + resolution, left : left + resolution]
+        left, top = (int(crop_draw.integers(extra + 1)) for extra in (width - W, height - H))
+    pixels = pixels[:, top : top + H, left : left + W]
     return (pixels.flip(2) if mirror else pixels).contiguous()
 
 
@@ -240,5 +250,5 @@ def _clip_statistics(device: torch.device) -> list[Tensor]:
 
 
 def normalize(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 3, R, R) uint8 in 0..255 to `dtype` in -1..1. Runs on the device: uint8 is a quarter of float32's traffic."""
+    """(B, 3, H, W) uint8 in 0..255 to `dtype` in -1..1. Runs on the device: uint8 is a quarter of float32's traffic."""
     return (pixels / 127.5 - 1).to(dtype)  # in fp32: bf16 would lose half a grey level

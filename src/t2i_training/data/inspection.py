@@ -45,13 +45,12 @@ class ImageInfo:
     error: str | None
 
 
-def inspect(args, accelerator, dataset, caption_column: str | None = None, smallest_side: int = 0):
+def inspect(args, accelerator, dataset, caption_column: str | None = None):
     """(data set, list of `ImageInfo`), both of the usable rows alone, in order, and the same on every process. Rows
     that flags repeat are looked at once, and then stand there as often.
 
     Exits unless all rows are usable, or some are and --skip_bad_samples is given. All processes call it and check
     a share each. Captions are checked if a column is named. Rows count from 0, in `dataset` as given.
-    Images with a side shorter than `smallest_side` pixels, which will be enlarged, are counted in a warning.
     """
     dataset = check_dataset(dataset, args)
     if caption_column is not None:
@@ -72,7 +71,6 @@ def inspect(args, accelerator, dataset, caption_column: str | None = None, small
         good = [row for row in range(len(dataset)) if row not in bad]
         dataset, image_infos = dataset.select(good), [image_infos[row] for row in good]
     if accelerator.is_main_process:
-        _warn_of_small_ones(image_infos, smallest_side)
         _warn_of_repeats(args, dataset, image_infos, caption_column)
     dataset = dataset.remove_columns([FAULTS] if FAULTS in dataset.column_names else [])
     return repeats.apply(dataset, image_infos)
@@ -143,7 +141,7 @@ def _look(entry: dict | None, key: str | None, known: dict) -> tuple[str | None,
             key = key or digest
         if key in known:
             return key, ImageInfo(*known[key], None)
-        _, (width, height) = images.decode_with_size(content, min_side=1)
+        _, (width, height) = images.decode_with_size(content, min_shape=(1, 1))
         return key, ImageInfo(digest, width, height, None)
     except images.UnreadableImage as error:
         return key, ImageInfo(digest, 0, 0, str(error))
@@ -224,12 +222,6 @@ def _last_line(args, dataset, bad: dict[int, str]) -> str:
         f"{len(bad)} of {len(dataset)} samples cannot be used; {example}; all in "
         f"{Path(args.output_dir) / BAD}: fix or remove them, or leave them out with --skip_bad_samples"
     )
-
-
-def _warn_of_small_ones(image_infos: list[ImageInfo], side: int) -> None:
-    """Enlarged images are blurred, and the model learns to generate blurred ones."""
-    if small := sum(min(info.width, info.height) < side for info in image_infos):
-        logger.warning(f"{small} of {len(image_infos)} images are smaller than --resolution {side}: enlarged")
 
 
 def _warn_of_repeats(args, dataset, image_infos: list[ImageInfo], caption_column: str | None) -> None:

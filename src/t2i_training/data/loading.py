@@ -1,14 +1,10 @@
-"""The order of samples, and the loader that feeds the step.
-
-The samples form one endless stream: epoch after epoch, each in an order of its own. Update `u` consumes positions
-`u * E` to `(u + 1) * E` of it, where E is the effective batch (processes x accumulation x batch size). So a step's
-samples depend on E alone, every batch is full, and the position to resume from is one number.
-"""
+"""The loader that feeds the step with the stream of samples, whose order is in `order`."""
 
 import atexit
 import collections
 import functools
 import itertools
+import math
 import signal
 from collections.abc import Callable, Iterator
 
@@ -16,8 +12,9 @@ import torch
 
 from .. import stopping
 from ..errors import RunError
-from . import draws
-from .dataset import ROW_INDEX, BadSample, naming_the_sample
+from ..log import logger
+from . import draws, order
+from .dataset import ROW_INDEX, SHAPE, BadSample, naming_the_sample
 from .workers import loader_workers
 
 MAX_LOOKAHEAD = 64  # upper bound of the look-ahead, in micro-batches
@@ -27,60 +24,71 @@ class TrainingDataset(torch.utils.data.Dataset):
     """Runs in loader workers: (epoch, index) -> one training sample, with everything random about it drawn here.
 
     `make_sample(row, draw)` is the script's; `draw(name)` is the random generator of that name for this visit.
-    A sample gets an "index" entry, by which a fault that is found later can be traced to its row.
+    The row holds its shape of `shapes` besides. A sample gets an "index" entry, by which a fault that is found later
+    can be traced to its row.
     """
 
-    def __init__(self, dataset, make_sample: Callable[..., dict], image_column: str, seed: int):
+    def __init__(self, dataset, shapes: list, make_sample: Callable[..., dict], image_column: str, seed: int):
         self.dataset, self.make_sample, self.image_column, self.seed = dataset, make_sample, image_column, seed
-        self.rows = dataset
+        self.rows, self.shapes = dataset, shapes
 
     def __getitem__(self, visit: tuple[int, int]) -> dict:
         epoch, index = visit
         draw = functools.partial(draws.generator, self.seed, epoch, index)
         with naming_the_sample(self.dataset, self.image_column, index):
-            sample = self.make_sample(self.rows[index] | {ROW_INDEX: index}, draw)
+            row = self.rows[index] | {ROW_INDEX: index, SHAPE: self.shapes[index]}
+            sample = self.make_sample(row, draw)
         return sample | {"index": torch.tensor(index)}
 
 
 class StreamSampler(torch.utils.data.Sampler):
-    """Batches of (epoch, index) for one process, `count` or endlessly, from any position of the stream of samples."""
+    """One process's batches of a stream of visits, `count` or endlessly. Each process takes a batch in turn.
 
-    def __init__(self, size: int, seed: int, batch_size: int, rank: int, world_size: int, start: int, count=None):
-        self.size, self.seed, self.batch_size, self.count = size, seed, batch_size, count
-        self.rank, self.world_size, self.start = rank, world_size, start
+    At the end, those that are left `waiting` for an update of their shape are counted in the log.
+    """
+
+    def __init__(self, visits: Iterator, batch_size: int, rank: int, world_size: int, count, waiting: dict):
+        self.visits, self.batch_size, self.count = visits, batch_size, count
+        self.rank, self.world_size, self.waiting = rank, world_size, waiting
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = functools.lru_cache(maxsize=2)(functools.partial(draws.permutation, self.seed, size=self.size))
-        position = self.start + self.rank * self.batch_size
         for _ in itertools.count() if self.count is None else range(self.count):
-            places = (divmod(position + i, self.size) for i in range(self.batch_size))
-            yield [(epoch, int(order(epoch)[place])) for epoch, place in places]
-            position += self.world_size * self.batch_size
+            batches = list(itertools.islice(self.visits, self.world_size * self.batch_size))
+            yield batches[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        if left := sum(map(len, self.waiting.values())):
+            logger.info(
+                f"after the last update {left} images of {len(self.waiting)} buckets wait for others of their shape: "
+                "they are trained once less"
+            )
 
 
 def make_loader(
-    dataset, make_sample: Callable[..., dict], args, accelerator, seed: int, start: int, updates=None, devices=1
-):
+    dataset, shapes: list, make_sample: Callable[..., dict], args, accelerator, seed: int, start: int, updates=None,
+    devices=1,
+):  # fmt: skip
     """This process's batches of collated samples, for that many updates, from stream position `start` (in samples).
 
-    The run's `seed` orders the stream. A batch is for the process's `devices` together.
+    The run's `seed` orders the stream. An update is of one of the rows' `shapes` (H, W). A batch is for the process's
+    `devices` together.
     """
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    samples = TrainingDataset(dataset, make_sample, args.image_column, seed)
+    samples = TrainingDataset(dataset, shapes, make_sample, args.image_column, seed)
     if args.cache_encodings:  # do not read images any more: the data set itself may hold them
         others = [name for name in dataset.column_names if name != args.image_column]
         samples.rows = dataset.select_columns(others) if others else [{}] * len(dataset)
     count = None if updates is None else updates * args.gradient_accumulation_steps
-    visits = StreamSampler(len(dataset), seed, devices * args.train_batch_size, rank, world_size, start, count)
-    return loader(samples, args, accelerator, visits.batch_size, batch_sampler=visits)
+    size = devices * args.train_batch_size
+    visits = order.visits(seed, shapes, size * world_size * args.gradient_accumulation_steps, start, waiting := {})
+    batches_of_rows = StreamSampler(visits, size, rank, world_size, count, waiting)
+    return loader(samples, args, accelerator, size * max(map(math.prod, set(shapes))), batches_of_rows)
 
 
-def loader(dataset, args, accelerator, size: int, **order) -> torch.utils.data.DataLoader:
-    """Batches of `size` from a map-style dataset, made by --dataloader_num_workers processes."""
-    workers = loader_workers(args, size)
+def loader(dataset, args, accelerator, pixels: int, batches_of_rows) -> torch.utils.data.DataLoader:
+    """Batches of at most so many `pixels` from a map-style dataset, made by --dataloader_num_workers processes."""
+    workers = loader_workers(args, pixels)
     return torch.utils.data.DataLoader(
         dataset,
-        **order,
+        batch_sampler=batches_of_rows,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=accelerator.device.type == "cuda",

@@ -14,13 +14,15 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def loader_workers(args, batch_size: int) -> int:
-    """--dataloader_num_workers; by default the cores minus one, at most 8, and as many as fit into shared memory."""
+def loader_workers(args, pixels: int) -> int:
+    """--dataloader_num_workers; by default the cores minus one, at most 8, and as many as fit into shared memory, each
+    with batches of so many `pixels`.
+    """
     if args.dataloader_num_workers is not None:
         return args.dataloader_num_workers
     workers = min(8, cores() - 1)
     if workers and os.path.isdir(SHARED_MEMORY):  # containers often have 64 MB, and a worker that exceeds it dies
-        batch = 8 * args.resolution**2 * batch_size  # bytes: pixels, perhaps twice, and noise
+        batch = 8 * pixels  # bytes: colours, perhaps twice, and noise
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         # Per worker: 2 batches ahead, 1 in transfer.
         hold = shutil.disk_usage(SHARED_MEMORY).free // (3 * batch * local)

@@ -7,6 +7,8 @@ again, and everything else is found, by any run.
 """
 
 import hashlib
+import itertools
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,26 +31,29 @@ SHARD = 512  # encodings per file; after a crash at most this many are computed 
 
 
 def precompute(
-    args, accelerator, dataset, image_infos, readers, encoders, *, crops=0, flips=False, devices=1, precision=None
-) -> list[Callable]:
+    args, accelerator, dataset, image_infos, shapes, readers, encoders, *,
+    crops=0, flips=False, devices=1, precision=None,
+) -> list[Callable]:  # fmt: skip
     """Encode the data set, and return functions to call in place of `readers`, which return the cached encodings.
 
-    The readers are the script's preprocessing functions with all but their input bound. `read_image(source, crop_draw,
-    mirror)` and, where captions are used, `read_caption(text)` return the tensors of one item. The encoders map a batch
-    of such items to encodings: of `crops` random crops of each image, or with 0 of the centre crop, and with `flips` of
-    both mirrorings. `image_infos` comes from `inspection.inspect`. All processes encode what is not on disk yet, with
-    `devices` each, in `precision` (by default the accelerator's); then the networks move to the CPU. The returned
-    functions take a row's index as `source`. Captions that `captions.vary` are not cached: their reader is returned as
-    it is, and their network stays.
+    The readers are the script's preprocessing functions with all but their input bound. `read_image(source, shape,
+    crop_draw, mirror)` and, where captions are used, `read_caption(text)` return the tensors of one item. The encoders
+    map a batch of such items to encodings: of `crops` random crops of each image, or with 0 of the centre crop, and
+    with `flips` of both mirrorings. `image_infos` comes from `inspection.inspect`, `shapes` (H, W) are the rows'. All
+    processes encode what is not on disk yet, with `devices` each, in `precision` (by default the accelerator's); then
+    the networks move to the CPU. The returned functions take a row's index as `source`. Captions that `captions.vary`
+    are not cached: their reader is returned as it is, and their network stays.
     """
     in_fp16 = (precision or accelerator.mixed_precision) == "fp16"
-    # A square image has only one square crop.
-    views = [(image.digest, crops if image.width != image.height else 0) for image in image_infos]
+    # An image that covers its shape exactly has only one crop: of squares a square.
+    exact = [images.covering((i.width, i.height), shape) == shape[::-1] for i, shape in zip(image_infos, shapes)]
+    views = [(image.digest, 0 if only_one else crops) for image, only_one in zip(image_infos, exact)]
     mirrors = (False, True) if flips else (False,)
+    rows = sorted(range(len(views)), key=lambda row: shapes[row])  # networks read batches of one shape
     wanted = {
-        _view_key(digest, crop, mirror): (row, crop, mirror)
-        for row, (digest, crops) in enumerate(views)
-        for crop in (range(crops) if crops else [None])
+        _view_key(views[row][0], shapes[row], crop, mirror): (row, shapes[row], crop, mirror)
+        for row in rows
+        for crop in (range(views[row][1]) if views[row][1] else [None])
         for mirror in mirrors
     }
     read_view = partial(_read_view, read=readers[0], dataset=dataset, views=views, column=args.image_column)
@@ -74,12 +79,12 @@ def _key(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def _view_key(digest: str, crop: int | None, mirror: bool) -> bytes:
-    return _key(f"{digest} crop {crop} mirror {mirror}")
+def _view_key(digest: str, shape: tuple[int, int], crop: int | None, mirror: bool) -> bytes:
+    return _key(f"{digest} shape {shape} crop {crop} mirror {mirror}")
 
 
 def _read_view(view: tuple, read: Callable, dataset, views: list[tuple[str, int]], column: str) -> dict:
-    row, crop, mirror = view
+    row, shape, crop, mirror = view
     # The place of crop k depends on the image alone, so that all runs share it.
     crop_draw = None if crop is None else draws.generator(int(views[row][0][:15], 16), 0, crop, "crop")
     with naming_the_sample(dataset, column, row):
@@ -87,12 +92,12 @@ def _read_view(view: tuple, read: Callable, dataset, views: list[tuple[str, int]
         if hashlib.blake2b(content, digest_size=16).hexdigest() != views[row][0]:
             advice = f"start again; if it recurs, remove {inspection.MEMO}"
             raise images.UnreadableImage(f"not the file that was inspected: {advice}")
-        return read(content, crop_draw, mirror)
+        return read(content, shape, crop_draw, mirror)
 
 
-def _cached_image(row: int, crop_draw, mirror: bool, store: Store, views: list[tuple[str, int]]) -> dict:
+def _cached_image(row: int, shape, crop_draw, mirror: bool, store: Store, views: list[tuple[str, int]]) -> dict:
     digest, crops = views[row]
-    return store.read(_view_key(digest, int(crop_draw.integers(crops)) if crops else None, mirror))
+    return store.read(_view_key(digest, shape, int(crop_draw.integers(crops)) if crops else None, mirror))
 
 
 def _cached_caption(text: str, store: Store) -> dict:
@@ -165,6 +170,11 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
     """Encode this process's `items` (key, input of `read`). Write full shards, and the rest if the run stops."""
     size = devices * min(BATCH, max(4, args.train_batch_size))
     parts = []  # (keys, tensors by name) of each batch since the last shard
+    shapes = [item[1] if isinstance(item, tuple) else (1, 1) for _, item in items]  # of views; a caption has none
+    batches = []  # indices of items
+    for _, alike in itertools.groupby(range(len(items)), key=lambda i: shapes[i]):
+        alike = list(alike)
+        batches += [alike[first : first + size] for first in range(0, len(alike), size)]
 
     def commit():
         if parts:
@@ -172,14 +182,17 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
             store.add(keys, {name: torch.cat([tensors[name] for _, tensors in parts]) for name in parts[0][1]})
         parts.clear()
 
-    loader = loading.loader(_EncodingInputs(items, read), args, accelerator, size, batch_size=size)
+    pixels = size * max(map(math.prod, set(shapes)))
+    loader = loading.loader(_EncodingInputs(items, read), args, accelerator, pixels, batches)
     bar = Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
     with bar, torch.no_grad():
         try:
-            for first, batch in zip(range(0, len(items), size), loading.on_device(loader, accelerator), strict=True):
-                keys = [key for key, _ in items[first : first + size]]
+            for places, batch in zip(batches, loading.on_device(loader, accelerator), strict=True):
+                if shapes[places[0]] != shapes[places[0] - 1]:  # a shard is of one shape
+                    commit()
+                keys = [items[i][0] for i in places]
                 encoded = {name: tensor.cpu() for name, tensor in encode(batch).items()}
-                _check_finite(encoded, items[first : first + size], read, in_fp16)
+                _check_finite(encoded, [items[i] for i in places], read, in_fp16)
                 parts.append((keys, encoded))
                 if len(parts) * size >= SHARD:
                     commit()

@@ -71,8 +71,10 @@ def prepare_trained(network, args, accelerator):
     if args.torch_compile:
         if accelerator.device.type == "cuda" and not has_triton():
             raise RunError("--torch_compile: Triton does not work on this GPU: leave the flag out")
-        # Blocks of a class share a cache with an entry per shape; beyond the default of 8 they would run uncompiled.
-        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        # Blocks of a class share a cache with an entry per shape of each bucket; beyond the limits, by default 8 and
+        # 256, they would run uncompiled.
+        for limit in ("cache_size_limit", "accumulated_cache_size_limit"):
+            setattr(torch._dynamo.config, limit, max(1024, getattr(torch._dynamo.config, limit)))
         for module in [network] if args.torch_compile == "whole" else _regions(network):
             module.compile(dynamic=False)  # every batch is full, so dynamic shapes would only cost speed
         _unshare_gradients(network)

@@ -55,8 +55,10 @@ class Progress:
         self._data = changes.describe(args, accelerator, dataset, image_infos)
         if changed := changes.since(position, len(dataset), self._data):
             logger.warning(f"the data set has changed since the checkpoint: {changed}")
-        if position.get("effective_batch", self.effective_batch) != self.effective_batch:
-            logger.warning(f"the effective batch is now {self.effective_batch}, not {position['effective_batch']}")
+        if (before := position.get("effective_batch", self.effective_batch)) != self.effective_batch:
+            buckets = vars(args).get("use_aspect_ratio_buckets")
+            more = ", and buckets have another order: some images are seen again, others later" if buckets else ""
+            logger.warning(f"the effective batch is now {self.effective_batch}, not {before}{more}")
         self._losses, self._grad_norms, self._indices, self._usable = [], [], [], []
         self._skipped = 0  # updates in a row whose gradients were not finite
         # (loss, gradient norm) of each update, fetched from the device but not yet in a row

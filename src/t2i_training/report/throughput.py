@@ -15,6 +15,7 @@ class DeviceStats:
 
     def __init__(self, network, objective: Callable, args, accelerator):
         self._network, self._objective, self._device = network, objective, accelerator.device
+        self._flops = {}  # of one sample, by the shapes of its tensors
         self.devices, self.peak = accelerator.num_processes, None  # TFLOP/s of one device, if known
         if self._device.type == "cuda":
             name, tf32 = torch.cuda.get_device_name(self._device), args.allow_tf32
@@ -26,8 +27,11 @@ class DeviceStats:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def flops(self, batch: dict[str, torch.Tensor]) -> float:
-        """FLOPs of one sample of this micro-batch."""
-        return flops.count(self._objective, self._network, batch) / len(batch["index"])
+        """FLOPs of one sample of this micro-batch. They are counted once for each bucket."""
+        shapes = tuple(tensor.shape[1:] for tensor in batch.values())
+        if shapes not in self._flops:
+            self._flops[shapes] = flops.count(self._objective, self._network, batch) / len(batch["index"])
+        return self._flops[shapes]
 
     def peak_memory(self) -> int | None:
         """Peak bytes allocated on this rank's device since the restart."""
@@ -35,10 +39,11 @@ class DeviceStats:
 
 
 class Throughput:
-    """Speed since the last row, without pauses, and memory. FLOPs are counted at the first micro-batch."""
+    """Speed since the last row, without pauses, and memory."""
 
     def __init__(self, stats, accelerator):
-        self.stats, self._uncounted, self._flops = stats, accelerator.is_main_process, None
+        self.stats, self._counts = stats, accelerator.is_main_process
+        self._work, self._worked = 0.0, 0  # FLOPs since the restart of so many samples
         self._settled = None  # (time, samples seen) after the first update
         self._recent = deque(maxlen=10)  # (seconds, samples) of the last rows, without the first update
         self._waited = 0.0  # seconds spent waiting for data since the restart
@@ -47,6 +52,7 @@ class Throughput:
         """Start a new interval of time and peak memory."""
         self.stats.restart()
         self._start, self._start_samples, self._waited = time.perf_counter(), samples_seen, 0.0
+        self._work, self._worked = 0.0, 0
 
     def timed(self, batches: Iterator) -> Iterator:
         """Pass batches through; the time that `next` takes counts as waiting for data."""
@@ -61,13 +67,15 @@ class Throughput:
             yield batch
 
     def count(self, batch: dict[str, torch.Tensor]) -> None:
-        """Count the FLOPs of a sample, at the first call. A failure is only a warning."""
-        if not self._uncounted:
+        """Add the FLOPs of a micro-batch. A failure to count them is only a warning."""
+        if not self._counts:
             return
-        self._uncounted, start = False, time.perf_counter()
+        start, samples = time.perf_counter(), len(batch["index"])
         try:
-            self._flops = self.stats.flops(batch)
+            self._work += samples * self.stats.flops(batch)
+            self._worked += samples
         except Exception as error:  # e.g. an attention kernel without support for fake tensors
+            self._counts = False
             logger.warning(f"FLOPs are not counted: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         self._start += time.perf_counter() - start
 
@@ -96,8 +104,8 @@ class Throughput:
         peak_memory = self.stats.peak_memory()
         if peak_memory is not None:
             row["peak_memory_gib"] = round(peak_memory / 2**30, 3)
-        if self._flops:
-            tflops = self._flops * samples / seconds / self.stats.devices / 1e12
+        if self._counts and self._worked:
+            tflops = self._work / self._worked * samples / seconds / self.stats.devices / 1e12
             row["tflops_per_second"] = float(f"{tflops:.4g}")
             if self.stats.peak:
                 row["mfu"] = round(tflops / self.stats.peak, 4)

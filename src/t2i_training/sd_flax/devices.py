@@ -81,7 +81,7 @@ def describe(mesh: Mesh) -> tuple[int, str]:
 
 
 class DeviceStats:
-    """`report.throughput.DeviceStats` for JAX's devices. `sample_flops()` is called after the first update."""
+    """`report.throughput.DeviceStats` for JAX's devices. `sample_flops()` is called after an update, of which it is."""
 
     def __init__(self, args, precision: str, mesh: Mesh, sample_flops: Callable[[], float]):
         self.devices, self.flops = mesh.size, lambda _batch: sample_flops()

@@ -33,10 +33,10 @@ class Pipeline:
     text_encoder: networks.CLIPTextModel
     dtype: type  # dtype of the networks' arithmetic
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of an image's latents."""
-        side = resolution // 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        return self.vae.config["latent_channels"], side, side
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many times longer the sides of an image are than those of its latents."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
 
 def load(args, dtype) -> Pipeline:
@@ -164,6 +164,6 @@ def predict_guided(unet, latents, timestep, text_states, scale):
 
 @jax.jit
 def decode_latents(vae, latents):
-    """Scaled latents (1, C, h, w) to pixels (R, R, 3) in 0..1."""
+    """Scaled latents (1, C, h, w) to pixels (H, W, 3) in 0..1."""
     pixels = vae.decode(jnp.moveaxis(latents, 1, -1) / vae.config["scaling_factor"])[0]
     return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)

@@ -93,6 +93,10 @@ def update(state: dict, gradient, norm, optimizer, rate, ema_share) -> dict:
     return new
 
 
+def _shapes(batch: dict) -> tuple[tuple[int, ...], ...]:
+    return tuple(array.shape for array in batch.values())
+
+
 # What is trained
 
 
@@ -112,12 +116,12 @@ class TrainState:
             state["average"] = parameters
         if precision == "fp16":
             state["scaling"] = {"scale": np.float32(FIRST_SCALE), "good": np.int32(0)}
-        self.state, self._inputs = state, None
+        self.state, self._inputs, self._flops = state, None, {}
 
     def begin(self, train_step) -> None:
         """Set `train_step(state, batch, frozen, rate, ema_share)`, which returns (state, loss, gradient norm).
 
-        It is compiled at the first call. The new state reuses the memory of the old one.
+        It is compiled at the first call, once for each shape of images. The new state reuses the memory of the old one.
         """
         self.state = place(self.state, self.mesh, self.shard)
         shardings = jax.tree.map(lambda array: array.sharding, self.state)
@@ -125,7 +129,7 @@ class TrainState:
 
     def step(self, batch: dict, frozen: dict, rate: float):
         """Make one update. Returns (loss, gradient norm) without waiting for the device."""
-        if self._inputs is None:
+        if self._inputs is None or _shapes(self._inputs[1]) != _shapes(batch):
             inputs = self.state, batch, frozen, np.float32(rate), np.float32(0)
             self._inputs = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
         self.updates += 1
@@ -138,9 +142,11 @@ class TrainState:
         return sum(array.nbytes for array in jax.tree.leaves(self.state))
 
     def sample_flops(self) -> float:
-        """FLOPs of the trained network for one sample, counted from shapes. Call it after the first step."""
-        samples = next(iter(self._inputs[1].values())).shape[:2]
-        return flops.count(self.train_step.__wrapped__, *self._inputs) / math.prod(samples)
+        """FLOPs of the trained network for one sample of the last step, counted from shapes, once for each bucket."""
+        shapes = _shapes(self._inputs[1])
+        if shapes not in self._flops:
+            self._flops[shapes] = flops.count(self.train_step.__wrapped__, *self._inputs) / math.prod(shapes[0][:2])
+        return self._flops[shapes]
 
     def network(self, get=fetch, part: str = "parameters"):
         """The network, in host memory or where `get` puts it; with `part="average"` the EMA's."""

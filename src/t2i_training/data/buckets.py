@@ -1,0 +1,121 @@
+"""Aspect-ratio buckets: photographs are not square, and a square crop of a portrait cuts off heads.
+
+A bucket is one of few shapes, all of about as many pixels. Each image is trained in the shape that keeps most of it.
+"""
+
+import math
+from collections import Counter
+
+from ..log import logger
+
+STEP = 64  # pixels: the VAE halves an image three times, the UNet its latents three times
+
+Shape = tuple[int, int]  # height and width in pixels
+
+
+def choose(args, image_infos: list, effective_batch: int) -> tuple[list[Shape], Shape]:
+    """(shape (H, W) in which each image is trained, that of the validation images: the one that most images have).
+
+    Without --use_aspect_ratio_buckets a square. Logged are the images of each bucket, how much of them is cut off, and
+    which are enlarged: those are blurred, and the model learns to generate blurred ones.
+    """
+    side = args.resolution
+    sizes = [(info.height, info.width) for info in image_infos]
+    if not args.use_aspect_ratio_buckets:
+        if small := sum(min(size) < side for size in sizes):
+            logger.warning(f"{small} of {len(sizes)} images are smaller than --resolution {side}: enlarged")
+        return [(side, side)] * len(sizes), (side, side)
+    named = parse(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else None
+    levels = [named] if named else _default_levels(side)
+    counts = Counter(sizes)
+    chosen = {size: _nearest(size, levels) for size in counts}
+    moved = _merge(_count(counts, chosen), effective_batch)
+    chosen = {size: moved.get(shape, shape) for size, shape in chosen.items()}
+    usual = _report(counts, chosen, side)
+    if smaller := sum(counts[size] for size in counts if not named and chosen[size] not in levels[0]):
+        shapes = ";".join(f"{height},{width}" for height, width in levels[0])
+        logger.info(
+            f"{smaller} images are smaller than a bucket of --resolution {side} and have smaller ones; enlarged they "
+            f'would be by --aspect_ratio_buckets="{shapes}"'
+        )
+    return [chosen[size] for size in sizes], usual
+
+
+def parse(text: str) -> list[Shape]:
+    """The shapes of --aspect_ratio_buckets, "height,width;height,width", whose form has been checked."""
+    return [tuple(map(int, pair.split(","))) for pair in text.split(";")]
+
+
+def _default_levels(side: int) -> list[list[Shape]]:
+    """diffusers' shapes of `side`**2 pixels; then those of smaller sides, for images that these would enlarge."""
+    from diffusers.training_utils import generate_aspect_ratio_buckets
+
+    sides = [side, *range((side - 1) // STEP * STEP, 0, -STEP)]
+    return [generate_aspect_ratio_buckets(each, divisibility=STEP) for each in sides]
+
+
+def _nearest(size: Shape, levels: list[list[Shape]]) -> Shape:
+    """The shape of nearest aspect ratio, of the first level in which that enlarges nothing; else of the last level."""
+    for level in levels:
+        shape = min(level, key=lambda shape: abs(math.log(shape[0] * size[1] / (shape[1] * size[0]))))
+        if shape[0] <= size[0] and shape[1] <= size[1]:
+            break
+    return shape
+
+
+def _count(counts: Counter, chosen: dict[Shape, Shape]) -> Counter:
+    """Images of each shape."""
+    found = Counter()
+    for size, shape in chosen.items():
+        found[shape] += counts[size]
+    return found
+
+
+def _merge(counts: Counter, least: int) -> dict[Shape, Shape]:
+    """Where the images of shapes go that fewer than `least` have: to the nearest, by the ratios of sides."""
+    counts, moved = dict(counts), {}
+
+    def distance(one: Shape, other: Shape) -> float:
+        return sum(abs(math.log(a / b)) for a, b in zip(one, other, strict=True))
+
+    while len(counts) > 1 and min(counts.values()) < least:
+        shape = min(counts, key=lambda shape: (counts[shape], shape))
+        number = counts.pop(shape)
+        target = min(counts, key=lambda other: (distance(shape, other), other))
+        counts[target] += number
+        moved = {old: target if new == shape else new for old, new in moved.items()} | {shape: target}
+        logger.warning(
+            f"the bucket {_text(shape)} has {number} images, and an update {least}: they are trained in {_text(target)}"
+        )
+    return moved
+
+
+def _report(counts: Counter, chosen: dict[Shape, Shape], side: int) -> Shape:
+    """Log what each bucket holds and loses. Returns the shape of most images."""
+    enlarged, held = Counter(), _count(counts, chosen)
+    kept, kept_by_squares = Counter(), 0.0  # images, in parts
+    for size, shape in chosen.items():
+        kept[shape] += counts[size] * _kept(size, shape)
+        kept_by_squares += counts[size] * _kept(size, (side, side))
+        enlarged[shape] += counts[size] * (shape[0] > size[0] or shape[1] > size[1])
+    for shape in sorted(held, key=lambda shape: (-held[shape], shape)):
+        more = f", {enlarged[shape]} enlarged" if enlarged[shape] else ""
+        logger.info(f"bucket {_text(shape)}: {held[shape]} images, {1 - kept[shape] / held[shape]:.1%} cut off{more}")
+    total, usual = held.total(), min(held, key=lambda shape: (-held[shape], shape))
+    logger.info(
+        f"{len(held)} buckets, height x width: {1 - kept.total() / total:.1%} of the images' area is cut off, "
+        f"by squares {1 - kept_by_squares / total:.1%}; validation images are {_text(usual)}"
+    )
+    if number := enlarged.total():
+        logger.warning(f"{number} of {total} images are smaller than their bucket: enlarged")
+    return usual
+
+
+def _kept(size: Shape, shape: Shape) -> float:
+    """The share of an image that is left when it covers a shape."""
+    ratio = shape[0] * size[1] / (shape[1] * size[0])
+    return min(ratio, 1 / ratio)
+
+
+def _text(shape: Shape) -> str:
+    return f"{shape[0]} x {shape[1]}"
