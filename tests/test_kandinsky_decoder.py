@@ -307,7 +307,7 @@ def test_picture_is_read_by_itself(script, pictures):
         half = np.asarray(image.resize((20, 16), Image.Resampling.BICUBIC).crop((2, 0, 18, 16))).transpose(2, 0, 1)
     for source in (str(pictures / "2.png"), (pictures / "2.png").read_bytes()):
         for sides, wanted in (((32, 16), (whole[:, :, 4:36], half)), ((16, 32), (half, whole[:, :, 4:36]))):
-            read = load_script(script).read_image(source, None, False, *sides)
+            read = load_script(script).read_image(source, (sides[0], sides[0]), None, False, sides[1])
             assert set(read) == {"pixels", "clip_pixels"}
             for name, expected in zip(("pixels", "clip_pixels"), wanted, strict=True):  # torch's filter and Pillow's
                 assert np.abs(read[name].numpy().astype(int) - expected).max() <= 2

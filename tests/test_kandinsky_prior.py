@@ -309,7 +309,7 @@ def test_picture_and_caption_are_read_each_by_itself(script, base, pictures):
     """By the two functions that cached encodings stand between: nothing of theirs depends on the rest of a sample."""
     module, whole = load_script(script), picture(pictures / "2.png").transpose(2, 0, 1)
     for source in (str(pictures / "2.png"), (pictures / "2.png").read_bytes()):
-        read = module.read_image(source, None, False, 32)
+        read = module.read_image(source, (32, 32), None, False)
         assert set(read) == {"clip_pixels"}
         assert np.array_equal(read["clip_pixels"].numpy(), whole[:, :, 4:36])
     read = module.read_caption("a cat", base.tokenizer)

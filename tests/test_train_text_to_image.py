@@ -533,15 +533,15 @@ def test_picture_and_caption_are_read_each_by_itself(script, base, pictures):
     """By the two functions that cached encodings stand between: nothing of theirs depends on the rest of a sample."""
     whole = picture(pictures / "2.png").transpose(2, 0, 1)
     for source in (str(pictures / "2.png"), (pictures / "2.png").read_bytes()):
-        read = script.read_image(source, None, False, 32, "lanczos")
+        read = script.read_image(source, (32, 32), None, False, "lanczos")
         assert set(read) == {"pixels"}
         assert np.array_equal(read["pixels"].numpy(), whole[:, :, 4:36])
         assert np.array_equal(
-            script.read_image(source, None, True, 32, "lanczos")["pixels"].numpy(), whole[:, :, 35:3:-1]
+            script.read_image(source, (32, 32), None, True, "lanczos")["pixels"].numpy(), whole[:, :, 35:3:-1]
         )
     left = int(draws.generator(7, 0, 1, "crop").integers(9))
     assert left != 4
-    read = script.read_image(source, draws.generator(7, 0, 1, "crop"), False, 32, "lanczos")
+    read = script.read_image(source, (32, 32), draws.generator(7, 0, 1, "crop"), False, "lanczos")
     assert np.array_equal(read["pixels"].numpy(), whole[:, :, left : left + 32])
     assert set(script.read_caption("a cat", base.tokenizer, 1)) == {"input_ids"}
     wanted = base.tokenizer("a cat", max_length=16, padding="max_length", return_tensors="pt").input_ids[0]
