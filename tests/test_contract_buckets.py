@@ -9,7 +9,9 @@ import pytest
 import tiny
 import torch
 from conftest import load_script
+from PIL import Image
 from runs import LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows
+from safetensors import safe_open
 from safetensors.torch import load_file
 from scripts import SCRIPTS
 
@@ -215,6 +217,37 @@ def test_resumed_and_cached(bucketed, script, tmp_path, caplog):
     assert Counter({tuple(shard[latents].shape[2:]): len(shard["keys"]) for shard in held}) == {
         (16, 16): 5, (20, 12): 5, (12, 20): 5, (8, 32): 4, (32, 8): 4,
     }  # fmt: skip
+
+
+def test_what_a_run_leaves(bucketed, tmp_path):
+    """Validation images in the shape of most images, and the flags in card and header."""
+    out, changes = tmp_path / "out", {"aspect_ratio_buckets": "32,32;16,64", "max_train_steps": 2}
+    drawing = SCRIPTS["sd_lora"].validates
+    load_script("sd_lora").main(bucketed("sd_lora", output_dir=out, save_kohya=True, **drawing, **changes))
+    for step in (0, 2):
+        with Image.open(out / "validation" / f"step-00000{step}" / "00.png") as image:
+            assert image.size == (32, 32)
+    card = (out / "README.md").read_text().replace("`", "")
+    assert "| use aspect ratio buckets | True |" in card
+    assert "| aspect ratio buckets | 32,32;16,64 |" in card
+    with safe_open(out / "kohya_lora_weights.safetensors", "pt") as file:
+        assert file.metadata()["ss_enable_bucket"] == "True"
+    lying = {"aspect_ratio_buckets": "16,64", "output_dir": tmp_path / "lying", "validation_prompt": "a cat"}
+    load_script("decoder_lora").main(bucketed("decoder_lora", num_validation_images=1, **changes | lying))
+    with Image.open(tmp_path / "lying" / "validation" / "step-000002" / "00.png") as image:
+        assert image.width > image.height
+
+
+def test_resumed_with_another_effective_batch(bucketed, tmp_path, caplog):
+    """It trains on, from the next whole update of the new order, and says so."""
+    main, changes = load_script("sd").main, {"output_dir": tmp_path / "out", "resume_from_checkpoint": "latest"}
+    with interrupt(3):
+        main(bucketed("sd", **changes))
+    main(bucketed("sd", **changes, train_batch_size=1))
+    assert (
+        "the effective batch is now 2, not 4, and buckets have another order: some images are seen again" in caplog.text
+    )
+    assert rows(tmp_path / "out")[-1]["step"] == 8
 
 
 @pytest.mark.parametrize("script", ["sd", "decoder_lora"])

@@ -146,6 +146,8 @@ def save_kohya(pipeline, unet, text_adapters: dict[str, Adapter], args, folder: 
     is_v2 = pipeline.text_encoder.config.hidden_act == "gelu"
     is_v = pipeline.scheduler.config.prediction_type == "v_prediction"
     texts = tensor_file.modelspec(args, args.resolution, is_v2, is_v, "/lora")
+    if args.use_aspect_ratio_buckets:
+        texts["ss_enable_bucket"] = "True"
     if args.clip_skip > 1:
         texts["ss_clip_skip"] = str(args.clip_skip)
     if args.max_token_length > 75:

@@ -15,7 +15,7 @@ from .validation import own_grid
 OBJECTIVE = (  # flags that the card lists if they are set
     "prediction_type", "rank", "use_ema", "snr_gamma", "noise_offset", "input_perturbation", "dream_training",
     "caption_dropout", "image_embeds_dropout", "caption_prefix", "caption_suffix", "shuffle_caption", "keep_tokens",
-    "caption_tag_dropout_rate",
+    "caption_tag_dropout_rate", "use_aspect_ratio_buckets", "aspect_ratio_buckets",
 )  # fmt: skip
 BEYOND = {"num_repeats": 1, "max_token_length": 75, "clip_skip": 1}  # flags that it lists if they are greater
 TAGS = ("text-to-image", "diffusers", "diffusers-training")  # in every card
