@@ -109,7 +109,7 @@ def main() -> None:
     results = report.Report(args.output, args.append)
     results.add(f"## GPU memory\n\n{report.machine()}\n\n    {report.command()}\n\n{TEXT}")
     with tempfile.TemporaryDirectory() as work:
-        data = pictures.make(Path(work, "pictures"), 16, 512)
+        data = pictures.make(Path(work, "pictures"), 16, (512, 512))
         tiny = models.build(Path(work, "models"), "tiny", {name.removesuffix("_lora") for name in args.scripts})
         for name in args.scripts:
             rows = [args.flags] if args.flags else ROWS[name]

@@ -21,14 +21,16 @@ import runs
 import starts
 import torch
 
-PARTS = ("flops", "rate", "starts", "checkpoint", "help")  # without flax, which needs JAX
+PARTS = ("flops", "rate", "starts", "checkpoint", "help")  # without flax, which needs JAX, and buckets
+# Height and width, of equal areas in the UNet at all depths: sides that it cannot halve are rounded up.
+BUCKETS = ((384, 384), (256, 576), (576, 256), (192, 768), (768, 192))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(models.SCALES), default="medium", help="Of the networks.")
     parser.add_argument("--scripts", nargs="+", choices=list(runs.SCRIPTS), default=list(runs.SCRIPTS))
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "flax"], default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "flax", "buckets"], default=list(PARTS))
     parser.add_argument("--reference_scripts", type=Path, metavar="DIR", help="Holds the scripts to compare with.")
     parser.add_argument("--output", type=Path, default=runs.HERE / "RESULTS.md", help="Where the tables go.")
     parser.add_argument("--append", action="store_true", help="To what is in that file, instead of in its place.")
@@ -46,13 +48,14 @@ def parse_args():
 def prepare(args) -> rates.Bench:
     """Models, images and plan."""
     plan, scale = rates.PLANS[args.size], models.SCALES[args.size]
+    square = (scale.resolution, scale.resolution)
     if args.batch:
         plan = dataclasses.replace(plan, batch=dict.fromkeys(plan.batch, args.batch))
     variants = args.variants or list(rates.VARIANTS)[: None if args.size == "full" else 2]
     bench = rates.Bench(
         work=args.work, size=args.size, plan=plan, resolution=scale.resolution, reference=args.reference_scripts,
         pipelines=models.build(args.work / "models", args.size, {name.removesuffix("_lora") for name in args.scripts}),
-        pictures=pictures.make(args.work / "pictures" / f"{scale.resolution}px", plan.pictures, scale.resolution),
+        pictures=pictures.make(args.work / "pictures" / f"{scale.resolution}px", plan.pictures, square),
         cuda=torch.cuda.is_available(), common=shlex.split(args.flags),
         variants={name: rates.VARIANTS[name] for name in variants}
         | {name: shlex.split(flags) for name, _, flags in (text.partition("=") for text in args.variant)},
@@ -119,6 +122,22 @@ def add_flax(args, bench: rates.Bench, results: report.Report) -> None:
     results.add(f"### Flax beside torch\n\n{text} {versions}.\n\n{report.flax_table(*measured.values(), batch)}")
 
 
+def add_buckets(args, bench: rates.Bench, results: report.Report) -> None:
+    """The same images of five shapes, cut to squares and in buckets of equal area."""
+    named = ";".join(f"{height},{width}" for height, width in BUCKETS)
+    bench = dataclasses.replace(
+        bench, pictures=pictures.make(args.work / "pictures" / "buckets", 60, *BUCKETS), resolution=BUCKETS[0][0],
+        plan=dataclasses.replace(bench.plan, dropped=15, rounds=6, updates=5),
+        variants={"squares": [], "buckets": ["--use_aspect_ratio_buckets", "--aspect_ratio_buckets", named]},
+    )  # fmt: skip
+    measured = {}
+    for name in args.scripts:
+        measured[name] = {variant: rates.Result() for variant in bench.variants}
+        rates.alternate(bench, name, dict.fromkeys(bench.variants, runs.own_script(name)), measured[name])
+    text = f"60 images of five shapes, in squares of {BUCKETS[0][0]} px and in `{named}`, of the same area."
+    results.add(f"### Aspect-ratio buckets, images/s\n\n{text}\n\n{report.bucket_table(bench, measured)}")
+
+
 def add_help(args, bench: rates.Bench, results: report.Report) -> None:
     rows = []
     for name in args.scripts:
@@ -137,6 +156,7 @@ def main() -> None:
         text = "GFLOP per image; the real figures are of Stable Diffusion 1.5 and Kandinsky 2.2 at 512 px."
         results.add(f"### Arithmetic\n\n{text}\n\n{report.work_table(args.size, args.scripts)}")
     parts = {"rate": add_rates, "starts": add_starts, "checkpoint": add_checkpoint, "help": add_help, "flax": add_flax}
+    parts["buckets"] = add_buckets
     for part, add in parts.items():
         if part in args.parts:
             add(args, bench, results)

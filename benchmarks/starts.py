@@ -17,7 +17,7 @@ SAVE_EVERY, SAVES = 4, 2
 
 def cache_starts(bench: rates.Bench, tiny: dict[str, Path], count: int) -> dict[str, float]:
     """Seconds from the start of the process to the first update, of the tiny Stable Diffusion on `count` images."""
-    data = pictures.make(bench.work / "pictures" / f"8px-{count}", count, 8)
+    data = pictures.make(bench.work / "pictures" / f"8px-{count}", count, (8, 8))
     encodings = bench.work / "encodings" / f"starts-{count}"
     shutil.rmtree(encodings, ignore_errors=True)
     bench = dataclasses.replace(bench, pipelines=tiny, pictures=data, resolution=64)
