@@ -53,11 +53,9 @@ def test_small_images_have_smaller_shapes(caplog):
     with caplog.at_level("INFO", "t2i_training"):
         shapes, _ = choose([(400, 300), (512, 511), (512, 512), (1000, 300), (63, 65)])
     assert shapes == [(256, 384), (448, 448), (512, 512), (256, 512), (64, 64)]
-    assert (
-        "4 images are smaller than a bucket of --resolution 512 and have smaller ones; enlarged they would be by"
-        in (caplog.text)
-    )
-    assert '--aspect_ratio_buckets="512,512;576,448;448,576;640,448;448,640;704,384;384,704"' in caplog.text
+    named = '--aspect_ratio_buckets="512,512;576,448;448,576;640,448;448,640;704,384;384,704"'
+    small = "4 images are too small for the buckets of --resolution 512, so they have smaller ones"
+    assert f"{small}; {named} would enlarge them" in caplog.text
     assert "1 of 5 images are smaller than their bucket: enlarged" in caplog.text
 
 
@@ -100,9 +98,9 @@ def test_what_cannot_be_is_refused(refused):
     assert "--aspect_ratio_buckets does nothing without --use_aspect_ratio_buckets: add" in refused(
         "sd", aspect_ratio_buckets="64,64"
     )
-    too_small = refused("decoder", use_aspect_ratio_buckets=True, resolution=64)
+    too_small = refused("decoder", use_aspect_ratio_buckets=True, resolution=192)
     assert (
-        "--use_aspect_ratio_buckets at --resolution 64: its shapes are multiples of 64, which are too few" in too_small
+        "--use_aspect_ratio_buckets at --resolution 192: its shapes are multiples of 64, too coarse below" in too_small
     )
     for text, line in {
         "64x64": "must be \"height,width;height,width\", not '64x64'", "64,60": "64,60: a side must be a multiple of 8",
@@ -200,7 +198,7 @@ def test_resumed_and_cached(bucketed, script, tmp_path, caplog):
         main(bucketed(script, output_dir=tmp_path / "plain"))
     found = dict(re.findall(r"bucket (\d+ x \d+): (\d+) images", caplog.text))
     assert found == {"32 x 32": "5", "40 x 24": "5", "24 x 40": "5", "16 x 64": "4", "64 x 16": "4"}
-    assert re.search(r"after the last update \d+ images of \d buckets wait for others of their shape", caplog.text)
+    assert re.search(r"training ends while \d+ images of \d buckets wait for others of their shape", caplog.text)
     main(bucketed(script, output_dir=tmp_path / "cached", cache_encodings=True))
     for update in (3, 4, 1):
         with interrupt(update, last=update == 1):
@@ -217,6 +215,18 @@ def test_resumed_and_cached(bucketed, script, tmp_path, caplog):
     assert Counter({tuple(shard[latents].shape[2:]): len(shard["keys"]) for shard in held}) == {
         (16, 16): 5, (20, 12): 5, (12, 20): 5, (8, 32): 4, (32, 8): 4,
     }  # fmt: skip
+
+
+def test_crops_are_cached_where_there_are_several(bucketed, tmp_path):
+    """Of the five squares there is one, of the others --cache_crops; each in both mirrorings. Resumed as it was."""
+    main, changes = load_script("sd").main, {"center_crop": None, "random_flip": True, "cache_encodings": True}
+    main(bucketed("sd", output_dir=tmp_path / "whole", cache_crops=3, **changes))
+    held = [load_file(path)["keys"] for path in tmp_path.glob("whole/encodings/images-*/*")]
+    assert sum(map(len, held)) == (5 + 18 * 3) * 2
+    with interrupt(5):
+        main(bucketed("sd", output_dir=tmp_path / "pieces", cache_crops=3, **changes))
+    main(bucketed("sd", output_dir=tmp_path / "pieces", cache_crops=3, **changes, resume_from_checkpoint="latest"))
+    assert outcome(tmp_path / "pieces", 8) == outcome(tmp_path / "whole", 8)
 
 
 def test_what_a_run_leaves(bucketed, tmp_path):

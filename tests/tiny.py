@@ -119,7 +119,7 @@ def make_photographs(folder: Path) -> Path:
     folder.mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
     for i in range(23):
-        size, turned = [(64, 64), (50, 81), (81, 50), (120, 31), (31, 120)][i % 5], i % 3 == 0
+        size, turned = [(64, 64), (50, 90), (90, 50), (130, 31), (31, 130)][i % 5], i % 3 == 0
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         exif = Image.Exif()
         exif[274] = 6 if turned else 1

@@ -105,10 +105,10 @@ def _check_combinations(parser, args):
     if getattr(args, "keep_tokens", 0) and not (args.shuffle_caption or args.caption_tag_dropout_rate):
         tags = "--shuffle_caption or --caption_tag_dropout_rate"
         parser.error(f"--keep_tokens does nothing without {tags}: add one of them, or leave --keep_tokens out")
-    if getattr(args, "use_aspect_ratio_buckets", False) and not args.aspect_ratio_buckets and args.resolution < 128:
+    if getattr(args, "use_aspect_ratio_buckets", False) and not args.aspect_ratio_buckets and args.resolution < 256:
         parser.error(
-            f"--use_aspect_ratio_buckets at --resolution {args.resolution}: its shapes are multiples of 64, which are "
-            "too few below 128: name shapes with --aspect_ratio_buckets"
+            f"--use_aspect_ratio_buckets at --resolution {args.resolution}: its shapes are multiples of 64, too coarse "
+            "below 256: name shapes with --aspect_ratio_buckets"
         )
     _check_tool_files(parser, args)
     _check_schedule(parser, args)

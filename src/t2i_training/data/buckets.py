@@ -35,8 +35,8 @@ def choose(args, image_infos: list, effective_batch: int) -> tuple[list[Shape], 
     if smaller := sum(counts[size] for size in counts if not named and chosen[size] not in levels[0]):
         shapes = ";".join(f"{height},{width}" for height, width in levels[0])
         logger.info(
-            f"{smaller} images are smaller than a bucket of --resolution {side} and have smaller ones; enlarged they "
-            f'would be by --aspect_ratio_buckets="{shapes}"'
+            f"{smaller} images are too small for the buckets of --resolution {side}, so they have smaller ones; "
+            f'--aspect_ratio_buckets="{shapes}" would enlarge them'
         )
     return [chosen[size] for size in sizes], usual
 

@@ -57,8 +57,8 @@ class StreamSampler(torch.utils.data.Sampler):
             yield batches[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
         if left := sum(map(len, self.waiting.values())):
             logger.info(
-                f"after the last update {left} images of {len(self.waiting)} buckets wait for others of their shape: "
-                "they are trained once less"
+                f"training ends while {left} images of {len(self.waiting)} buckets wait for others of their shape: "
+                "they are trained once less than the rest"
             )
 
 
