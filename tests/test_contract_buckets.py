@@ -54,9 +54,9 @@ def test_small_images_have_smaller_shapes(caplog):
         shapes, _ = choose([(400, 300), (512, 511), (512, 512), (1000, 300), (63, 65)])
     assert shapes == [(256, 384), (448, 448), (512, 512), (256, 512), (64, 64)]
     named = '--aspect_ratio_buckets="512,512;576,448;448,576;640,448;448,640;704,384;384,704"'
-    small = "4 images are too small for the buckets of --resolution 512, so they have smaller ones"
+    small = "4 samples are too small for the buckets of --resolution 512, so they have smaller ones"
     assert f"{small}; {named} would enlarge them" in caplog.text
-    assert "1 of 5 images are smaller than their bucket: enlarged" in caplog.text
+    assert "1 of 5 samples are smaller than their bucket: enlarged" in caplog.text
 
 
 def test_named_shapes(caplog):
@@ -67,18 +67,17 @@ def test_named_shapes(caplog):
         )
     assert shapes == [(64, 64), (256, 512), (512, 256), (64, 64)]
     assert usual == (64, 64)
-    assert "2 of 4 images are smaller than their bucket: enlarged" in caplog.text
-    assert "bucket 64 x 64: 2 images, 12.5% cut off, 1 enlarged" in caplog.text
-    assert "bucket 512 x 256: 1 images, 0.0% cut off" in caplog.text
+    assert "2 of 4 samples are smaller than their bucket: enlarged" in caplog.text
+    assert "bucket 64 x 64: 2 samples, 12.5% cut off, 1 enlarged" in caplog.text
+    assert "bucket 512 x 256: 1 samples, 0.0% cut off" in caplog.text
 
 
 def test_what_is_cut_off_is_said(caplog):
     with caplog.at_level("INFO", "t2i_training"):
         choose([(1000, 1000), (2000, 1000), (1000, 2000), (1000, 2000)], aspect_ratio_buckets="512,512;640,320")
-    assert "bucket 512 x 512: 2 images, 25.0% cut off" in caplog.text
-    assert "bucket 640 x 320: 2 images, 0.0% cut off" in caplog.text
+    assert "bucket 512 x 512: 2 samples, 25.0% cut off" in caplog.text
+    assert "bucket 640 x 320: 2 samples, 0.0% cut off" in caplog.text
     assert "2 buckets, height x width: 12.5% of the images' area is cut off, by squares 37.5%" in caplog.text
-    assert "validation images are 512 x 512" in caplog.text
 
 
 def test_buckets_with_too_few_images_are_merged(caplog):
@@ -87,8 +86,8 @@ def test_buckets_with_too_few_images_are_merged(caplog):
     named = "96,96;192,96;208,96;96,288"
     shapes, _ = choose(sizes, 4, aspect_ratio_buckets=named)
     assert Counter(shapes) == {(96, 96): 6, (192, 96): 7}
-    assert "the bucket 96 x 288 has 1 images, and an update 4: they are trained in 96 x 96" in caplog.text
-    assert "the bucket 208 x 96 has 3 images, and an update 4: they are trained in 192 x 96" in caplog.text
+    merged = "merged: 1 of 96 x 288 in 96 x 96, 3 of 208 x 96 in 192 x 96"
+    assert f"buckets with fewer samples than an update has (4) are {merged}" in caplog.text
     shapes, _ = choose(sizes, 100, aspect_ratio_buckets=named)
     assert len(set(shapes)) == 1, "fewer images than an update has: it goes through several epochs"
     assert len(set(choose(sizes, 1, aspect_ratio_buckets=named)[0])) == 4
@@ -196,9 +195,9 @@ def test_resumed_and_cached(bucketed, script, tmp_path, caplog):
     main, trained = load_script(script).main, SCRIPTS[script].trained
     with caplog.at_level("INFO", "t2i_training"):
         main(bucketed(script, output_dir=tmp_path / "plain"))
-    found = dict(re.findall(r"bucket (\d+ x \d+): (\d+) images", caplog.text))
+    found = dict(re.findall(r"bucket (\d+ x \d+): (\d+) samples", caplog.text))
     assert found == {"32 x 32": "5", "40 x 24": "5", "24 x 40": "5", "16 x 64": "4", "64 x 16": "4"}
-    assert re.search(r"training ends while \d+ images of \d buckets wait for others of their shape", caplog.text)
+    assert re.search(r"training ends while \d+ samples of \d buckets wait for others of their shape", caplog.text)
     main(bucketed(script, output_dir=tmp_path / "cached", cache_encodings=True))
     for update in (3, 4, 1):
         with interrupt(update, last=update == 1):

@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import load_script
 from PIL import Image
@@ -77,6 +78,15 @@ def test_resumed_cached_run_is_bit_identical(train, whole, script, tmp_path):
             train(script, pieces, cache_encodings=True, resume_from_checkpoint="latest")
     train(script, pieces, cache_encodings=True, resume_from_checkpoint="latest", dataloader_num_workers=2)
     assert outcome(pieces, 3, SCRIPTS[script].trained, 15) == outcome(whole(script), 3, SCRIPTS[script].trained, 15)
+
+
+def test_more_processes_than_encodings(command, server, tmp_path):
+    """One has nothing to encode, and waits for the other."""
+    data = tiny.make_pictures(tmp_path / "one", count=1)
+    options = {"center_crop": True, "cache_encodings": True, "max_train_steps": 1}
+    tokens = command("sd", train_data_dir=data, output_dir=tmp_path / "out", **options)
+    run = server.start(tokens, tmp_path, "sd", processes=2)
+    assert run.wait_for_all() == [0, 0], run.output()
 
 
 @pytest.mark.parametrize("script", ["sd", "prior"])

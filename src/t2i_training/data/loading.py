@@ -57,7 +57,7 @@ class StreamSampler(torch.utils.data.Sampler):
             yield batches[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
         if left := sum(map(len, self.waiting.values())):
             logger.info(
-                f"training ends while {left} images of {len(self.waiting)} buckets wait for others of their shape: "
+                f"training ends while {left} samples of {len(self.waiting)} buckets wait for others of their shape: "
                 "they are trained once less than the rest"
             )
 
@@ -77,8 +77,8 @@ def make_loader(
         others = [name for name in dataset.column_names if name != args.image_column]
         samples.rows = dataset.select_columns(others) if others else [{}] * len(dataset)
     count = None if updates is None else updates * args.gradient_accumulation_steps
-    size = devices * args.train_batch_size
-    visits = order.visits(seed, shapes, size * world_size * args.gradient_accumulation_steps, start, waiting := {})
+    size, waiting = devices * args.train_batch_size, {}
+    visits = order.visits(seed, shapes, size * world_size * args.gradient_accumulation_steps, start, waiting)
     batches_of_rows = StreamSampler(visits, size, rank, world_size, count, waiting)
     return loader(samples, args, accelerator, size * max(map(math.prod, set(shapes))), batches_of_rows)
 

@@ -182,7 +182,7 @@ def _encode(args, accelerator, store: Store, kind: str, items: list[tuple], read
             store.add(keys, {name: torch.cat([tensors[name] for _, tensors in parts]) for name in parts[0][1]})
         parts.clear()
 
-    pixels = size * max(map(math.prod, set(shapes)))
+    pixels = size * max(map(math.prod, set(shapes)), default=1)
     loader = loading.loader(_EncodingInputs(items, read), args, accelerator, pixels, batches)
     bar = Bar(accelerator, total=len(items), desc=f"encoding {kind}", unit="")
     with bar, torch.no_grad():
