@@ -127,7 +127,7 @@ def add_buckets(args, bench: rates.Bench, results: report.Report) -> None:
     named = ";".join(f"{height},{width}" for height, width in BUCKETS)
     bench = dataclasses.replace(
         bench, pictures=pictures.make(args.work / "pictures" / "buckets", 60, *BUCKETS), resolution=BUCKETS[0][0],
-        plan=dataclasses.replace(bench.plan, dropped=15, rounds=6, updates=5),
+        plan=dataclasses.replace(bench.plan, dropped=15, rounds=15, updates=5),
         variants={"squares": [], "buckets": ["--use_aspect_ratio_buckets", "--aspect_ratio_buckets", named]},
     )  # fmt: skip
     measured = {}
