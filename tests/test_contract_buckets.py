@@ -216,6 +216,28 @@ def test_resumed_and_cached(bucketed, script, tmp_path, caplog):
     }  # fmt: skip
 
 
+def test_ten_epochs(bucketed, tmp_path, monkeypatch, caplog):
+    """58 updates of four samples: each of 23 images ten times, but for those that are one ahead or still wait."""
+    seen, generator = Counter(), draws.generator
+
+    def spy(seed, epoch, index, name):
+        seen[(epoch, index)] += name == "timestep"
+        return generator(seed, epoch, index, name)
+
+    monkeypatch.setattr(draws, "generator", spy)
+    changes = {"num_train_epochs": 10, "max_train_steps": None, "cache_encodings": True, "dataloader_num_workers": 0}
+    with caplog.at_level("INFO", "t2i_training"):
+        load_script("sd").main(bucketed("sd", output_dir=tmp_path / "out", **changes))
+    visits = [visit for visit, number in seen.items() if number]
+    assert (rows(tmp_path / "out")[-1]["step"], len(visits), max(seen.values())) == (58, 58 * 4, 1)
+    times = Counter(index for _, index in visits)
+    assert len(times) == 23
+    assert set(times.values()) <= {9, 10, 11}
+    waiting = int(re.search(r"training ends while (\d+) samples of \d buckets wait", caplog.text)[1])
+    prefix = [(epoch, row) for epoch in range(11) for row in draws.permutation(3, epoch, 23).tolist()]
+    assert len(set(prefix[: 232 + waiting]) - set(visits)) == waiting, "all that came, but for those that wait"
+
+
 def test_crops_are_cached_where_there_are_several(bucketed, tmp_path):
     """Of the five squares there is one, of the others --cache_crops; each in both mirrorings. Resumed as it was."""
     main, changes = load_script("sd").main, {"center_crop": None, "random_flip": True, "cache_encodings": True}
@@ -259,7 +281,7 @@ def test_resumed_with_another_effective_batch(bucketed, tmp_path, caplog):
     assert rows(tmp_path / "out")[-1]["step"] == 8
 
 
-@pytest.mark.parametrize("script", ["sd", "decoder_lora"])
+@pytest.mark.parametrize("script", ["sd", "sd_lora", "decoder"])
 def test_two_processes(bucketed, server, script, tmp_path):
     views = {"center_crop": None, "random_flip": True} if script == "sd" else {}
     whole = bucketed(script, output_dir=tmp_path / "one", max_train_steps=4, checkpointing_steps=4, **views)
