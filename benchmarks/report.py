@@ -116,18 +116,6 @@ def flax_table(torch: rates.Result, flax: rates.Result, batch: int) -> str:
     return table(header, rows)
 
 
-def bucket_table(bench: rates.Bench, measured: dict) -> str:
-    rows = []
-    for name, results in measured.items():
-        batch, squares, buckets = bench.plan.batch[name.removesuffix("_lora")], results["squares"], results["buckets"]
-        speeds = [
-            f"{batch / statistics.median(each.seconds):.3g}" if each.seconds else "-" for each in results.values()
-        ]
-        ratio = f"{rates.speed_up(squares, buckets):.3f}" if squares.seconds and buckets.seconds else "-"
-        rows.append([name, str(batch), *speeds, ratio])
-    return table(["script", "batch", "squares", "buckets", "buckets over squares"], rows)
-
-
 def failures(measured: dict) -> str:
     lines = [
         f"* {name}, {variant}: `{result.failed}`"

@@ -127,15 +127,14 @@ def add_buckets(args, bench: rates.Bench, results: report.Report) -> None:
     named = ";".join(f"{height},{width}" for height, width in BUCKETS)
     bench = dataclasses.replace(
         bench, pictures=pictures.make(args.work / "pictures" / "buckets", 60, *BUCKETS), resolution=BUCKETS[0][0],
-        plan=dataclasses.replace(bench.plan, dropped=15, rounds=15, updates=5),
-        variants={"squares": [], "buckets": ["--use_aspect_ratio_buckets", "--aspect_ratio_buckets", named]},
+        plan=dataclasses.replace(bench.plan, dropped=15, rounds=15, updates=5), reference=None,
+        variants={rates.PLAIN: [], "buckets": ["--use_aspect_ratio_buckets", "--aspect_ratio_buckets", named]},
     )  # fmt: skip
-    measured = {}
-    for name in args.scripts:
-        measured[name] = {variant: rates.Result() for variant in bench.variants}
-        rates.alternate(bench, name, dict.fromkeys(bench.variants, runs.own_script(name)), measured[name])
-    text = f"60 images of five shapes, in squares of {BUCKETS[0][0]} px and in `{named}`, of the same area."
-    results.add(f"### Aspect-ratio buckets, images/s\n\n{text}\n\n{report.bucket_table(bench, measured)}")
+    measured = {name: rates.measure(bench, name) for name in args.scripts}
+    text = f"60 images of five shapes, plain in squares of {BUCKETS[0][0]} px, and in `{named}`, of the same area."
+    results.add(f"### Aspect-ratio buckets, images/s\n\n{text}\n\n{report.rate_table(bench, measured)}")
+    if reasons := report.failures(measured):
+        results.add(reasons)
 
 
 def add_help(args, bench: rates.Bench, results: report.Report) -> None:
@@ -155,8 +154,10 @@ def main() -> None:
     if "flops" in args.parts:
         text = "GFLOP per image; the real figures are of Stable Diffusion 1.5 and Kandinsky 2.2 at 512 px."
         results.add(f"### Arithmetic\n\n{text}\n\n{report.work_table(args.size, args.scripts)}")
-    parts = {"rate": add_rates, "starts": add_starts, "checkpoint": add_checkpoint, "help": add_help, "flax": add_flax}
-    parts["buckets"] = add_buckets
+    parts = {
+        "rate": add_rates, "starts": add_starts, "checkpoint": add_checkpoint, "help": add_help, "flax": add_flax,
+        "buckets": add_buckets,
+    }  # fmt: skip
     for part, add in parts.items():
         if part in args.parts:
             add(args, bench, results)

@@ -108,6 +108,14 @@ def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
+def assert_alike(folder: Path, expected: Path, *files: str) -> None:
+    """Two runs are one but for rounding: all rows, and the weights in `files`."""
+    for row, wanted in zip(rows(folder), rows(expected), strict=True):
+        assert row == pytest.approx(wanted, **LOSS)
+    for file in files:
+        torch.testing.assert_close(load_file(folder / file), load_file(expected / file), **WEIGHT)
+
+
 def outcome(folder: Path, step: int, trained: str = SCRIPTS["sd"].trained, tensors: int = 50) -> dict:
     """All that a finished run must leave bit for bit: the last checkpoint, the exported weights and the metrics.
 

@@ -6,11 +6,13 @@ backend "eager" stands in for it: the same graphs, captured and guarded alike, a
 
 import importlib.util
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from conftest import load_script
+from diffusers import UNet2DConditionModel
 from runs import interrupt, outcome, rows
 from safetensors.torch import load_file
 from scripts import SCRIPTS
@@ -18,6 +20,7 @@ from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from t2i_training.cli import checks
+from t2i_training.model import networks
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -71,6 +74,23 @@ def test_a_graph_for_each_bucket(command, photographs, tmp_path, graphs_by_updat
     assert graphs_by_update[-1] >= 2 * SCRIPTS["sd"].graphs[1]
     plain = run(command, "sd", tmp_path / "plain", **options)
     assert losses(compiled) == losses(plain)
+
+
+@pytest.mark.slow("50 s: as many blocks as Stable Diffusion has, which the tiny networks above have not")
+def test_all_blocks_in_all_buckets(no_kernels):
+    """125 graphs: of its ResNets alone there are more than 64, at which earlier versions stopped compiling."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16, 32, 32), norm_num_groups=4, attention_head_dim=4, cross_attention_dim=16
+    )
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    networks.prepare_trained(unet.train(), SimpleNamespace(torch_compile="regional"), accelerator)
+    by_round = []
+    for _ in range(2):
+        for shape in ((16, 16), (16, 24), (24, 16), (16, 32), (32, 16), (24, 24), (24, 32)):
+            with torch.no_grad():
+                unet(torch.ones(1, 4, *shape), torch.tensor([5]), torch.ones(1, 7, 16))
+        by_round.append(counters["stats"]["unique_graphs"])
+    assert by_round[0] == by_round[1] >= 7 * 17
 
 
 @pytest.mark.slow("35 s of g++: the tests below run the same graphs, test_networks.py parts the gradients")

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-import torch
 from conftest import load_script
 from PIL import Image
-from runs import LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows
+from runs import LARGE_EPSILON, assert_alike, interrupt, outcome, rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scripts import SCRIPTS
@@ -205,10 +204,7 @@ def test_resumed_and_cached(bucketed, script, tmp_path, caplog):
                 bucketed(script, output_dir=tmp_path / "pieces", cache_encodings=True, resume_from_checkpoint="latest")
             )
     assert outcome(tmp_path / "pieces", 8, trained, 10) == outcome(tmp_path / "cached", 8, trained, 10)
-    plain, cached = (load_file(tmp_path / name / trained) for name in ("plain", "cached"))
-    torch.testing.assert_close(cached, plain, **WEIGHT)
-    for row, wanted in zip(rows(tmp_path / "cached"), rows(tmp_path / "plain"), strict=True):
-        assert row == pytest.approx(wanted, **LOSS)
+    assert_alike(tmp_path / "cached", tmp_path / "plain", trained)
     held = [load_file(path) for path in tmp_path.glob("cached/encodings/images-*/*")]
     latents = "latents" if script.startswith("decoder") else "latents_mean"
     assert Counter({tuple(shard[latents].shape[2:]): len(shard["keys"]) for shard in held}) == {
@@ -291,7 +287,4 @@ def test_two_processes(bucketed, server, script, tmp_path):
     )
     run = server.start(shared, tmp_path, script, processes=2)
     assert run.wait_for_all() == [0, 0], run.output()
-    for row, wanted in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
-        assert row == pytest.approx(wanted, **LOSS)
-    one, two = (load_file(tmp_path / name / SCRIPTS[script].trained) for name in ("one", "two"))
-    torch.testing.assert_close(two, one, **WEIGHT)
+    assert_alike(tmp_path / "two", tmp_path / "one", SCRIPTS[script].trained)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from conftest import SAMPLING_STEPS, load_script
 from PIL import Image
-from runs import LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows
+from runs import LARGE_EPSILON, assert_alike, interrupt, outcome, rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scripts import SCRIPTS
@@ -268,10 +268,7 @@ def test_resumed_and_cached(changed, script, tmp_path):
         with interrupt(1, last=update == 3):
             main(changed(script, output_dir=tmp_path / "pieces", cache_encodings=True, resume_from_checkpoint="latest"))
     assert outcome(tmp_path / "pieces", 3, trained, 10) == outcome(tmp_path / "cached", 3, trained, 10)
-    plain, cached = (load_file(tmp_path / name / trained) for name in ("plain", "cached"))
-    torch.testing.assert_close(cached, plain, **WEIGHT)
-    for row, wanted in zip(rows(tmp_path / "cached"), rows(tmp_path / "plain"), strict=True):
-        assert row == pytest.approx(wanted, **LOSS)
+    assert_alike(tmp_path / "cached", tmp_path / "plain", trained)
     stores = {path.parent.name.partition("-")[0] for path in (tmp_path / "cached").glob("encodings/*/*.safetensors")}
     assert stores == {"images"}, "captions that change are encoded as they come"
 
@@ -283,10 +280,7 @@ def test_two_processes(changed, server, script, tmp_path):
     shared = changed(script, output_dir=tmp_path / "two", cache_encodings=True, train_batch_size=2)
     run = server.start(shared, tmp_path, script, processes=2)
     assert run.wait_for_all() == [0, 0], run.output()
-    for row, wanted in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
-        assert row == pytest.approx(wanted, **LOSS)
-    one, two = (load_file(tmp_path / name / SCRIPTS[script].trained) for name in ("one", "two"))
-    torch.testing.assert_close(two, one, **WEIGHT)
+    assert_alike(tmp_path / "two", tmp_path / "one", SCRIPTS[script].trained)
 
 
 def test_captions_that_stay_are_cached_as_they_are_read(command, tagged, tmp_path):

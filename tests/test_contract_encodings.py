@@ -11,7 +11,7 @@ import tiny
 import torch
 from conftest import load_script
 from PIL import Image
-from runs import LARGE_EPSILON, LOSS, WEIGHT, interrupt, outcome, rows, wait_until
+from runs import LARGE_EPSILON, assert_alike, interrupt, outcome, wait_until
 from safetensors.torch import load_file, save_file
 from scripts import SCRIPTS, TORCH
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -64,10 +64,7 @@ def count(folder, kind) -> int:
 def test_cached_training_is_the_same_training(train, whole, script, tmp_path):
     plain, cached = train(script, tmp_path / "plain"), whole(script)
     assert (count(cached, "images"), count(cached, "captions")) == ENCODED[script], "both mirrorings, and no caption"
-    for row, wanted in zip(rows(cached), rows(plain), strict=True):
-        assert row == pytest.approx(wanted, **LOSS)
-    weights, wanted = (load_file(folder / SCRIPTS[script].trained) for folder in (cached, plain))
-    torch.testing.assert_close(weights, wanted, **WEIGHT)
+    assert_alike(cached, plain, SCRIPTS[script].trained)
 
 
 @pytest.mark.parametrize("script", TORCH)
@@ -103,8 +100,7 @@ def test_two_processes(command, whole, server, script, tmp_path):
     run = server.start(tokens, tmp_path, script, processes=2)
     assert run.wait_for_all() == [0, 0], run.output()
     assert len(shards(tmp_path / "two", "images")) == 2
-    for row, wanted in zip(rows(tmp_path / "two"), rows(whole(script)), strict=True):
-        assert row == pytest.approx(wanted, **LOSS)
+    assert_alike(tmp_path / "two", whole(script))
 
 
 # What it saves

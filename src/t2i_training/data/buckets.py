@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: photographs are not square, and a square crop of a portrait cuts off heads.
 
-A bucket is one of few shapes, all of about as many pixels. Each image is trained in the shape that keeps most of it.
+A bucket is one of few shapes of about as many pixels, or of fewer for small images. Each image is trained in the shape
+nearest to its own.
 """
 
 import math
