@@ -65,7 +65,7 @@ def test_cached_and_validated(tokens, script, precision, tmp_path):
 def test_two_processes(tokens, script, precision, tmp_path):
     launcher = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     run = tokens(script, mixed_precision=precision, train_batch_size=1)
-    program = [str(Path(__file__).with_name("no_waits.py")), str(SCRIPTS[script])]
+    program = [str(Path(__file__).with_name("no_waits.py")), str(SCRIPTS[script].path)]
     result = subprocess.run(
         [sys.executable, "-m", *launcher, *program, *run], capture_output=True, text=True, env=os.environ, check=False
     )

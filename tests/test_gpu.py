@@ -125,7 +125,7 @@ def test_validation_leaves_nothing_on_the_device(command, script, cached, tmp_pa
             yield
         seen.append((before, allocated()))
 
-    monkeypatch.setattr(networks, "lend_device", measured)
+    monkeypatch.setattr(networks, "on_device", measured)
     options = {"validation_epochs": 1, "max_train_steps": 4, "cache_encodings": cached, "mixed_precision": "bf16"}
     run(command, script, tmp_path / "out", **options | DRAWING[script])
     assert len(seen) == 3

@@ -96,11 +96,9 @@ def test_a_rate_below_that_polynomial_ends_with(parse):
 
 
 def test_optimizer_options_reach_adamw(start):
-    args, accelerator = start(
-        learning_rate=0.02, adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.03, adam_epsilon=1e-6
-    )
+    args, _ = start(learning_rate=0.02, adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.03, adam_epsilon=1e-6)
     parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = optim.make_optimizer(args, [parameter], accelerator)
+    optimizer = optim.make_optimizer(args, [parameter])
     assert type(optimizer) is torch.optim.AdamW
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter]
@@ -109,10 +107,10 @@ def test_optimizer_options_reach_adamw(start):
 
 def test_first_adamw_update_by_hand(start):
     """w - lr * decay * w - lr * sign(g): the bias-corrected moments of the first step are g and g squared."""
-    args, accelerator = start(learning_rate=0.5, adam_weight_decay=0.25)
+    args, _ = start(learning_rate=0.5, adam_weight_decay=0.25)
     parameter = torch.nn.Parameter(torch.tensor([8.0, -8.0]))
     parameter.grad = torch.tensor([3.0, 0.001])
-    optim.make_optimizer(args, [parameter], accelerator).step()
+    optim.make_optimizer(args, [parameter]).step()
     assert parameter.tolist() == pytest.approx([8 - 1 - 0.5, -8 + 1 - 0.5], abs=1e-4)
 
 

@@ -109,7 +109,7 @@ def trained(start, options, *, there: str, here: str):
     value, state = start, None
     for layout in (there, here):
         kernel = torch.nn.Parameter(value.to(memory_format=layouts[layout], copy=True))
-        optimizer = optim.make_optimizer(options, [kernel], SimpleNamespace(device=torch.device("cpu")))
+        optimizer = optim.make_optimizer(options, [kernel])
         if state is not None:
             checkpoint.load_optimizer(optimizer, state)
         for _ in range(2):

@@ -10,7 +10,7 @@ from scripts import REPOSITORY, SCRIPTS
 
 PACKAGE = REPOSITORY / "src" / "t2i_training"
 # Each imports from those before it alone.
-GROUND = ["sanitize", "errors", "log", "bar", "distributed", "stopping", "library_errors", "files"]
+GROUND = ["sanitize", "errors", "log", "bar", "device", "distributed", "stopping", "library_errors", "files"]
 MAY_IMPORT = {  # besides what is in the room itself
     "cli": {"ground", "sources"},
     "sources": {"ground"},

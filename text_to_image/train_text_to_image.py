@@ -245,7 +245,7 @@ def main(argv=None):
     unet = unet.to(accelerator.device)
     average = ema.make_ema(unet, pipeline.unet, args.offload_ema, args.foreach_ema) if args.use_ema else None
 
-    optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet))
     rate = optim.make_rate(args, progress.total, progress.effective_batch if args.scale_lr else 1)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)

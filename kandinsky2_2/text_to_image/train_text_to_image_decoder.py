@@ -242,7 +242,7 @@ def main(argv=None):
     unet = unet.to(accelerator.device)
     average = ema.make_ema(unet) if args.use_ema else None
 
-    optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet))
     rate = optim.make_rate(args, progress.total)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)

@@ -231,7 +231,7 @@ def main(argv=None):
     loader = make_dataloader(args, dataset, image_infos, shapes, pipeline, frozen, noise_scheduler, progress)
     unet = lora.add_adapters(unet, args, seed, accelerator, lora.ADDED_KV_ATTENTION)
 
-    optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable_parameters(unet))
     rate = optim.make_rate(args, progress.total)
     unet, optimizer = distributed.prepare(accelerator, unet, optimizer)
     network = networks.unwrap(unet, accelerator)

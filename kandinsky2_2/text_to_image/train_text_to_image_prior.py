@@ -233,7 +233,7 @@ def main(argv=None):
     prior = prior.to(accelerator.device)
     average = ema.make_ema(prior) if args.use_ema else None
 
-    optimizer = optim.make_optimizer(args, optim.trainable_parameters(prior), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable_parameters(prior))
     rate = optim.make_rate(args, progress.total)
     prior, optimizer = distributed.prepare(accelerator, prior, optimizer)
     network = networks.unwrap(prior, accelerator)

@@ -225,7 +225,7 @@ def main(argv=None):
     loader = make_dataloader(args, dataset, image_infos, pipeline, frozen, noise_scheduler, progress)
     prior = lora.add_adapters(prior, args, seed, accelerator)
 
-    optimizer = optim.make_optimizer(args, optim.trainable_parameters(prior), accelerator)
+    optimizer = optim.make_optimizer(args, optim.trainable_parameters(prior))
     rate = optim.make_rate(args, progress.total)
     prior, optimizer = distributed.prepare(accelerator, prior, optimizer)
     network = networks.unwrap(prior, accelerator)

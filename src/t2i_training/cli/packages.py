@@ -18,6 +18,7 @@ UNUSED = (
 )  # fmt: skip
 LOOKING = ("accelerate", "diffusers", "peft", "transformers")  # import them if they are installed
 FLAGS = {"xformers": "enable_xformers_memory_efficient_attention", "bitsandbytes": "use_8bit_adam"}
+COMPILER = "torch_compile"  # the flag that needs Triton, on GPUs
 
 
 def hide_unused(args) -> None:
@@ -42,8 +43,8 @@ def hide_unused(args) -> None:
 
 def try_out(args, device) -> None:
     """Exit with one line if a package that a flag asks for does not work with this torch on this device."""
-    trials = {"xformers": _try_xformers, "bitsandbytes": _try_bitsandbytes}
-    for name, flag in FLAGS.items():
+    trials = {"xformers": _try_xformers, "bitsandbytes": _try_bitsandbytes, "triton": _try_triton}
+    for name, flag in (FLAGS | {"triton": COMPILER}).items():
         if not getattr(args, flag, False):
             continue
         try:
@@ -81,3 +82,11 @@ def _try_bitsandbytes(device) -> None:
     parameter = torch.nn.Parameter(torch.zeros(4096, device=device))
     parameter.grad = torch.ones_like(parameter)
     bitsandbytes.optim.AdamW8bit([parameter]).step()
+
+
+def _try_triton(device) -> None:
+    """A kernel of Inductor's. On the CPU it writes C++, whose compiler `checks` has looked for."""
+    import torch
+
+    if device.type != "cpu":
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(4, device=device))

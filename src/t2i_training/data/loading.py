@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .. import stopping
+from .. import device, stopping
 from ..errors import RunError
 from ..log import logger
 from . import draws, order
@@ -91,7 +91,7 @@ def loader(dataset, args, accelerator, pixels: int, batches_of_rows) -> torch.ut
         batch_sampler=batches_of_rows,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=device.pins_memory(accelerator.device),
         generator=torch.Generator(),  # the loader draws a worker seed; it must not advance the global generator
         worker_init_fn=_ignore_stop_signals,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from .. import __version__, distributed, errors
+from .. import __version__, device, distributed, errors
 from ..bar import Bar
 from ..data import captions, draws, images, inspection, loading
 from ..data.dataset import describe, image_bytes, naming_the_sample
@@ -70,8 +70,7 @@ def precompute(
         for network in encoder.keywords.values():
             if isinstance(network, torch.nn.Module):
                 network.to("cpu")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    device.release_memory(accelerator.device)
     return cached_readers
 
 

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from diffusers.training_utils import EMAModel
 
-from .. import sanitize
+from .. import device, sanitize
 from ..errors import RunError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -18,21 +18,21 @@ VISIT = 2**28  # bytes of an offloaded average that are on the device at once du
 def make_ema(model, initial=None, offload: bool = False, foreach: bool = False) -> EMAModel:
     """The EMA of `model`'s weights, starting from those of `initial` (default: its own).
 
-    It lies on the model's device or, with `offload`, in host memory (pinned with CUDA). Fused (foreach) kernels update
-    it on CUDA, and elsewhere with `foreach`.
+    It lies on the model's device or, with `offload`, in host memory (pinned where that is faster). Fused (foreach)
+    kernels update it on a GPU, and on a CPU with `foreach`.
     """
-    device = next(model.parameters()).device
-    foreach = foreach or device.type == "cuda"
+    place = next(model.parameters()).device
+    foreach = foreach or place.type != "cpu"
     ema = EMAModel((initial or model).parameters(), model_cls=type(model), model_config=model.config, foreach=foreach)
     if initial is not None and initial is not model:
         ema.optimization_step = 10**6  # EMAModel's warm-up would replace it in the first updates
-    return _place(ema, device, offload)
+    return _place(ema, place, offload)
 
 
-def _place(ema: EMAModel, device: torch.device, offload: bool) -> EMAModel:
+def _place(ema: EMAModel, place: torch.device, offload: bool) -> EMAModel:
     ema.offloaded = offload
-    ema.to("cpu" if offload else device)
-    if offload and device.type == "cuda":
+    ema.to("cpu" if offload else place)
+    if offload and device.pins_memory(place):
         ema.pin_memory()
     return ema
 
@@ -85,8 +85,8 @@ def save_ema(ema: EMAModel, model, folder: Path) -> None:
 
     diffusers' `EMAModel.save_pretrained` builds a second network first, which costs seconds and gigabytes.
     """
-    if ema.offloaded and torch.cuda.is_available():
-        torch.cuda.synchronize()  # `update`'s copies to the host are asynchronous
+    if ema.offloaded and torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # `update`'s copies to the host are asynchronous
     names = [name for name, _ in model.named_parameters()]
     weights = model.state_dict() | dict(zip(names, ema.shadow_params, strict=True))
     model.save_config(folder)

@@ -7,9 +7,9 @@ import types
 import torch
 import torch.utils.checkpoint
 from diffusers import SchedulerMixin
-from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
+from .. import device
 from ..errors import RunError, Unfit
 from ..log import logger
 from ..sources import weight_files
@@ -69,8 +69,6 @@ def prepare_trained(network, args, accelerator):
     Compiled in place, by `Module.compile`, so that no wrapper changes names in checkpoints and exports.
     """
     if args.torch_compile:
-        if accelerator.device.type == "cuda" and not has_triton():
-            raise RunError("--torch_compile: Triton does not work on this GPU: leave the flag out")
         # Blocks of a class share a cache with an entry per shape of each bucket; beyond the limits, by default 8 and
         # 256, they would run uncompiled.
         for limit in ("cache_size_limit", "accumulated_cache_size_limit"):
@@ -202,8 +200,7 @@ def on_device(pipeline, accelerator):
             network.to("cpu")
         for scheduler, state in zip(schedulers, unused, strict=True):
             scheduler.__dict__ = state  # without the timesteps and predictions of the last image
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()  # generating leaves blocks of sizes that training does not use
+        device.release_memory(accelerator.device)
 
 
 def enable_gradient_checkpointing(blocks) -> None:

@@ -13,8 +13,8 @@ def trainable_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def make_optimizer(args, parameters: list, accelerator):
-    """AdamW over `parameters`: 8-bit with --use_8bit_adam, else torch's, fused if the device supports it.
+def make_optimizer(args, parameters: list):
+    """AdamW over `parameters`: 8-bit with --use_8bit_adam, else torch's, fused.
 
     The loop sets its learning rate before each update, from `make_rate`.
     """
@@ -28,7 +28,7 @@ def make_optimizer(args, parameters: list, accelerator):
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=accelerator.device.type in ("cpu", "cuda"), **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
 
 
 def make_rate(args, num_updates: int, scale: float = 1.0) -> Callable[[int], float]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from .. import device
 from ..log import logger
 from . import flops
 
@@ -16,15 +17,13 @@ class DeviceStats:
     def __init__(self, network, objective: Callable, args, accelerator):
         self._network, self._objective, self._device = network, objective, accelerator.device
         self._flops = {}  # of one sample, by the shapes of its tensors
-        self.devices, self.peak = accelerator.num_processes, None  # TFLOP/s of one device, if known
-        if self._device.type == "cuda":
-            name, tf32 = torch.cuda.get_device_name(self._device), args.allow_tf32
-            self.peak = flops.peak_tflops(name, accelerator.mixed_precision, tf32)
+        self.devices = accelerator.num_processes
+        # TFLOP/s of one device, if known
+        self.peak = flops.peak_tflops(device.name(self._device), accelerator.mixed_precision, args.allow_tf32)
 
     def restart(self) -> None:
         """Reset the peak of allocated memory."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        device.restart_peak_memory(self._device)
 
     def flops(self, batch: dict[str, torch.Tensor]) -> float:
         """FLOPs of one sample of this micro-batch. They are counted once for each bucket."""
@@ -34,8 +33,8 @@ class DeviceStats:
         return self._flops[shapes]
 
     def peak_memory(self) -> int | None:
-        """Peak bytes allocated on this rank's device since the restart."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+        """Peak bytes allocated on this rank's device since the restart; None on a CPU and Apple's GPUs."""
+        return device.peak_memory(self._device)
 
 
 class Throughput:

@@ -137,8 +137,7 @@ class CheckpointManager:
         if not (folder / OPTIMIZER).is_file():
             raise RunError(f"{folder} was not saved by this script: there is no {OPTIMIZER}")
         # Read directly to the GPU: host memory would have to hold one copy per process.
-        device = self.accelerator.device if self.accelerator.device.type == "cuda" else "cpu"
-        state = torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
+        state = torch.load(folder / OPTIMIZER, map_location=self.accelerator.device, weights_only=True)
         names = {name for tensors in state["state"].values() for name in tensors}
         # Older manifests do not name the optimizer.
         older = "AdamW8bit" if names and "exp_avg" not in names else "AdamW"

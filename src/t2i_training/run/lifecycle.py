@@ -18,23 +18,25 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
     broadcast_object_list,
+    parse_flag_from_env,
 )
 
-from .. import distributed, library_errors, log
+from .. import device, distributed, library_errors, log, sanitize
 from ..cli import packages
 from ..errors import RunError
 from ..log import logger
-from . import output_folder
+from . import missing_gpu, output_folder
 
 # Time limit of collectives on the device; NCCL's default is ten minutes. Longer waits go over gloo (distributed.py).
 # What remains is the first step: a rank compiles, counts FLOPs or starts trackers while others wait for gradients.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=1)
 
 
-def start(args, mixed_precision: str | None = None) -> Accelerator:
+def start(args, for_jax: bool = False) -> Accelerator:
     """Accelerator, logging, lock on the output folder. Call once, before anything is loaded.
 
-    The accelerator has the run's precision: `mixed_precision`, else the flag's, else that of `accelerate launch`.
+    The accelerator has the run's precision: the flag's, else that of `accelerate launch`. That `for_jax` is on the CPU
+    and in full precision: both are JAX's business.
     """
     # Captions are tokenized singly, in forked workers: threads would bring nothing but warnings.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,18 +46,10 @@ def start(args, mixed_precision: str | None = None) -> Accelerator:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     output_dir = Path(args.output_dir)
-    on_cpu = distributed.launched() and not torch.accelerator.is_available()  # else accelerate ignores the launcher
+    # If several are launched without a GPU, accelerate ignores the launcher unless it is told.
+    on_cpu = for_jax or (distributed.launched() and not torch.accelerator.is_available())
     PartialState(cpu=on_cpu, timeout=COLLECTIVE_LIMIT)  # before another call creates it without these
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        # As a plugin: given as a number, the environment of `accelerate launch` would have the last word.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
-        mixed_precision=_possible_precision(mixed_precision or args.mixed_precision),
-        log_with=None if args.report_to == "none" else args.report_to.split(","),
-        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
-        # DDP keeps no second copy of the gradients, and broadcasts no buffers: all of them are constants.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-    )
+    accelerator = _make_accelerator(args, on_cpu, "no" if for_jax else _possible_precision(args.mixed_precision))
     log.to_stderr()
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     _quiet_libraries(accelerator)
@@ -71,8 +65,39 @@ def start(args, mixed_precision: str | None = None) -> Accelerator:
     distributed.barrier(accelerator)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")  # cuDNN's convolutions are in TF32 unless told otherwise
+    if not for_jax:
+        _check_device(accelerator)
     packages.try_out(args, accelerator.device)
     return accelerator
+
+
+def _make_accelerator(args, on_cpu: bool, precision: str | None) -> Accelerator:
+    try:
+        return Accelerator(
+            cpu=on_cpu,
+            # As a plugin: given as a number, the environment of `accelerate launch` would have the last word.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+            mixed_precision=precision,
+            log_with=None if args.report_to == "none" else args.report_to.split(","),
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            # DDP keeps no second copy of the gradients, and broadcasts no buffers: all of them are constants.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        )
+    except (ValueError, RuntimeError) as error:  # e.g. fp16 on Apple's GPUs before torch 2.8
+        what = f"mixed precision {precision} does not work on this device ({PartialState().device.type})"
+        raise RunError(f"{what}: {sanitize.reason(error).rstrip('.')}; take --mixed_precision=no") from error
+
+
+def _check_device(accelerator) -> None:
+    """Say why it is the CPU beside a GPU. Exits with one line if it is a GPU on which this torch does not run."""
+    place = accelerator.device
+    if place.type == "cpu":
+        if accelerator.is_main_process:
+            missing_gpu.report_torch(asked=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        return
+    device.try_out(place)
+    if accelerator.mixed_precision == "bf16" and device.emulates_bf16(place):
+        logger.warning(f"{device.name(place)} has no bf16 arithmetic, and torch emulates it: fp16 is faster there")
 
 
 def _what_is_trained(args) -> str:
@@ -97,7 +122,7 @@ def _possible_precision(wanted: str | None) -> str | None:
     if precision == "fp16" and PartialState().device.type == "cpu":
         warnings.warn("fp16 needs a GPU: training in fp32", stacklevel=3)
         return "no"
-    return wanted
+    return precision
 
 
 def _quiet_libraries(accelerator):

@@ -7,7 +7,9 @@ scripts.
 """
 
 import functools
+import importlib.metadata
 import os
+import re
 import socket
 import warnings
 from collections.abc import Callable
@@ -16,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, patch_environment
+from accelerate.utils import broadcast_object_list
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..errors import RunError
 from ..report import flops
-from ..run import lifecycle
+from ..run import lifecycle, missing_gpu
 
 
 def start(args):
@@ -33,12 +35,14 @@ def start(args):
         wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", wanted)  # of `accelerate launch --mixed_precision`
     if wanted not in ("no", "fp16", "bf16"):
         raise RunError(f"--mixed_precision {wanted} is not for JAX: take bf16")
-    with patch_environment(accelerate_use_cpu="true"):
-        accelerator = lifecycle.start(args, mixed_precision="no")  # which is JAX's business
+    accelerator = lifecycle.start(args, for_jax=True)
     if accelerator.num_processes > 1 and not jax.distributed.is_initialized():
         _join_hosts(accelerator)
     if jax.process_count() != accelerator.num_processes:
         raise RunError("these devices belong to several hosts: start a process on each with torchrun")
+    if jax.default_backend() == "cpu" and accelerator.is_main_process:
+        asked = "JAX_PLATFORMS asks for the CPU" if "cpu" in os.environ.get("JAX_PLATFORMS", "") else None
+        missing_gpu.report(asked, _lacks_plugin, begin=functools.partial(jax.devices, "gpu"))
     precision = _possible_precision(wanted)
     full = precision == "no" and not args.allow_tf32
     jax.config.update("jax_default_matmul_precision", "highest" if full else "default")
@@ -47,6 +51,14 @@ def start(args):
     if args.shard_parameters and mesh.shape["devices"] == 1:
         raise RunError("--shard_parameters needs several devices per host, and there is one: leave it out")
     return accelerator, mesh, precision
+
+
+def _lacks_plugin(maker: str) -> str | None:
+    name = {"NVIDIA": "cuda", "AMD": "rocm"}[maker]
+    if any(re.match(f"jax[-_]{name}", package.name or "") for package in importlib.metadata.distributions()):
+        return None
+    way_out = "pip install 'jax[cuda13]'" if maker == "NVIDIA" else "https://docs.jax.dev/en/latest/installation.html"
+    return f"JAX has no plugin for it: {way_out}"
 
 
 def _join_hosts(accelerator) -> None:
