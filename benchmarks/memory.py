@@ -24,7 +24,10 @@ import torch
 
 GIB = 2**30
 BF16, CHECKPOINTING = "--mixed_precision=bf16", "--gradient_checkpointing"
-PLAIN = ["1", f"1 {BF16}", f"1 {BF16} --cache_encodings", f"4 {BF16}", f"4 {BF16} {CHECKPOINTING}"]  # of every script
+PLAIN = [  # of every script
+    "1", f"1 {BF16}", f"1 {BF16} --cache_encodings", f"4 {BF16}", f"4 {BF16} {CHECKPOINTING}", f"8 {BF16}",
+    f"8 {BF16} {CHECKPOINTING}",
+]  # fmt: skip
 STABLE_DIFFUSION = ["1 --mixed_precision=fp16", f"1 {BF16} {CHECKPOINTING}", *PLAIN]
 FULL = [f"4 {BF16} {CHECKPOINTING} --use_ema", f"1 {BF16} {CHECKPOINTING} --use_8bit_adam"]
 LORA = [f"4 {BF16} --rank=16", f"16 {BF16} {CHECKPOINTING} --cache_encodings"]

@@ -13,7 +13,7 @@ from runs import interrupt, rows
 from safetensors.torch import load_file
 from scripts import SCRIPTS
 
-from t2i_training import library_errors
+from t2i_training.cli import out_of_memory
 from t2i_training.model import networks
 from t2i_training.run import checkpoint
 
@@ -147,8 +147,9 @@ def test_memory_runs_out_in_the_middle_of_a_step(command, tmp_path, monkeypatch)
         patch.setattr(module, "compute_loss", too_much)
         with pytest.raises(torch.OutOfMemoryError) as error:
             run(command, "sd", tmp_path / "out", **options)
-    line = library_errors.out_of_memory(error.value)
-    assert line.startswith("out of memory, step 4: lower --train_batch_size (and raise --gradient_accumulation_steps ")
+    line = out_of_memory.line(error.value)
+    way_out = "--train_batch_size=1 with --gradient_accumulation_steps=2 saves 50% of the activations"
+    assert line.startswith(f"out of memory, step 4: --gradient_checkpointing saves most of the activations, {way_out}")
     assert "; --resume_from_checkpoint=latest continues from the last checkpoint (OutOfMemoryError: CUDA" in line
     assert checkpoint.verify(tmp_path / "out" / "checkpoint-2") is None
     run(command, "sd", tmp_path / "out", resume_from_checkpoint="latest", **options)

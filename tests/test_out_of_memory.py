@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load_script
 
-from t2i_training import library_errors
+from t2i_training.cli import out_of_memory
 from t2i_training.data.workers import loader_workers
 from t2i_training.errors import RunError
 from t2i_training.run import lifecycle
@@ -65,7 +66,7 @@ def too_much() -> RuntimeError:
 )
 def test_too_little_memory_is_one_line(error):
     line = ending(error)
-    assert line.startswith("error: out of memory, starting: lower --train_batch_size (and raise ")
+    assert line.startswith("error: out of memory, starting: lower --train_batch_size, and raise --grad")
     assert f"({type(error).__name__}: " in line
     assert len(line.splitlines()) == 1
 
@@ -83,14 +84,14 @@ def raised(function: str, error: Exception):
     ("function", "said"),
     [
         ("load_models", "out of memory, loading the models: free memory on host and GPU ("),
-        ("precompute", "out of memory, encoding: lower --train_batch_size or --resolution, or leave --cache_enc"),
-        ("make_ema", "out of memory, making the average: leave --use_ema out, or, for Stable Diffusion, take --offl"),
-        ("validate", "out of memory, generating validation images: lower --resolution, or leave --valid"),
+        ("precompute", "out of memory, encoding: lower --train_batch_size, or leave --cache_encodings out ("),
+        ("make_ema", "out of memory, making the average: leave --use_ema out ("),
+        ("validate", "out of memory, generating validation images: leave --validation_prompts out ("),
     ],
 )
 def test_what_the_run_was_doing_is_named(function, said):
     error = raised(function, torch.OutOfMemoryError("CUDA out of memory."))
-    line = library_errors.out_of_memory(error)
+    line = out_of_memory.line(error)
     assert line.startswith(said)
     assert line.endswith("(OutOfMemoryError: CUDA out of memory.)")
 
@@ -106,18 +107,74 @@ def test_what_the_run_was_doing_is_named(function, said):
     ids=repr,
 )
 def test_host_memory(error):
-    line = library_errors.out_of_memory(error)
+    line = out_of_memory.line(error)
     assert line.startswith("out of memory, host memory, starting: lower --dataloader_num_workers, or give the")
+
+
+def advised(tokens: list[str], script: str, step: int | None = None, trained: bool = False) -> str:
+    """What a run with these flags is advised when memory runs out, in that step or before the first."""
+
+    def main():
+        args = load_script(script).parse_args(tokens)  # noqa: F841
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        main()
+    if step:
+        out_of_memory.note_step(caught.value, step, trained)
+    line = out_of_memory.line(caught.value)
+    return line.removesuffix(" (OutOfMemoryError: CUDA out of memory.)")
+
+
+CHECKPOINTING = "--gradient_checkpointing saves most of the activations"
+BF16 = "--mixed_precision=bf16 saves half of the frozen networks and much of the activations"
+CACHED = "--cache_encodings saves the frozen networks"
+RESOLUTION = "a lower --resolution saves activations"
+
+
+def test_flags_are_named_by_what_they_save(command):
+    """Those that the script has and the run has not taken, and a batch with which an update has the same samples."""
+    eight_bits = "--use_8bit_adam saves three quarters of the optimizer's state"
+    half = "--train_batch_size=3 with --gradient_accumulation_steps=4 saves 50% of the activations"
+    tokens = command("sd", train_batch_size=6, gradient_accumulation_steps=2, use_ema=True)
+    assert advised(tokens, "sd", 3) == "out of memory, step 3: " + ", ".join(
+        [eight_bits, CHECKPOINTING, half, BF16, CACHED, "--offload_ema saves the average", RESOLUTION]
+    )
+    adapters = command("sd_lora", train_batch_size=9, mixed_precision="bf16", cache_encodings=True)
+    third = "--train_batch_size=3 with --gradient_accumulation_steps=3 saves 67% of the activations"
+    assert advised(adapters, "sd_lora") == f"out of memory, starting: {CHECKPOINTING}, {third}, {RESOLUTION}"
+    last = command(
+        "prior_lora", train_batch_size=1, mixed_precision="bf16", cache_encodings=True, gradient_checkpointing=True
+    )
+    assert advised(last, "prior_lora", 1).endswith(", step 1: nothing is left that saves memory but a larger GPU")
+
+
+def test_8bit_adam_is_not_for_a_run_that_goes_on(command):
+    """A checkpoint of another optimizer is refused."""
+    tokens = command("prior", train_batch_size=1, mixed_precision="bf16")
+    resumed = advised(tokens, "prior", 3, trained=True)
+    assert resumed == (
+        f"out of memory, step 3: {CHECKPOINTING}, {CACHED}; "
+        "--resume_from_checkpoint=latest continues from the last checkpoint"
+    )
+    assert "--use_8bit_adam" in advised(tokens, "prior", 3)
+
+
+def test_a_launcher_may_have_chosen_the_precision(command, monkeypatch):
+    tokens = command("decoder_lora", train_batch_size=1)
+    assert BF16 in advised(tokens, "decoder_lora")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert BF16 not in advised(tokens, "decoder_lora")
 
 
 def test_step_and_process_are_named(monkeypatch):
     error = torch.OutOfMemoryError("CUDA out of memory.")
-    library_errors.note_step(error, 4, trained=False)
+    out_of_memory.note_step(error, 4, trained=False)
     line = ending(error)
-    assert line.startswith("error: out of memory, step 4: lower --train_batch_size")
+    assert line.startswith("error: out of memory, step 4: lower --train_batch_size, and raise")
     assert "--resume" not in line, "nothing has been trained yet"
     error = torch.OutOfMemoryError("CUDA out of memory.")
-    library_errors.note_step(error, 6, trained=True)
+    out_of_memory.note_step(error, 6, trained=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     line = ending(error)

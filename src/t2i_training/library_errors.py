@@ -2,8 +2,6 @@
 
 import contextlib
 import errno
-import os
-from traceback import walk_tb
 
 from . import sanitize, stopping
 from .errors import RunError, Unfit
@@ -46,49 +44,3 @@ def cache_hint(error: BaseException, cache_dir: str | None = None) -> str:
                 )
         error = error.__cause__ or error.__context__
     return ""
-
-
-# Out of memory
-
-STEP_ADVICE = (
-    "lower --train_batch_size (and raise --gradient_accumulation_steps as much), or take --gradient_checkpointing, "
-    "--cache_encodings, --mixed_precision=bf16"
-)
-PHASES = {  # function on the stack, the outermost first -> (what the run was doing, what to change)
-    "inspect": ("inspecting the images", "free host memory"),
-    "load_models": ("loading the models", "free memory on host and GPU"),
-    "freeze": ("loading the models", "free memory on host and GPU"),
-    "precompute": ("encoding", "lower --train_batch_size or --resolution, or leave --cache_encodings out"),
-    "make_ema": ("making the average", "leave --use_ema out, or, for Stable Diffusion, take --offload_ema"),
-    "make_optimizer": ("making the optimizer", STEP_ADVICE),
-    "restore": ("reading the checkpoint", STEP_ADVICE),
-    "validate": ("generating validation images", "lower --resolution, or leave --validation_prompt(s) out"),
-    "export_atomically": ("exporting the model", "free memory; --resume_from_checkpoint=latest exports again"),
-}  # fmt: skip
-IN_STEP = "in step "
-
-
-def note_step(error: BaseException, step: int, trained: bool) -> None:
-    """Add a note to an exception: its step and, if any update was `trained`, how to resume. Stack traces print it."""
-    way_out = "; --resume_from_checkpoint=latest continues from the last checkpoint" if trained else ""
-    error.add_note(f"{IN_STEP}{step}{way_out}")
-
-
-def out_of_memory(error: BaseException) -> str | None:
-    """One line for an exception that means out of memory, on GPU or host; None for other exceptions."""
-    kind, reason = type(error), sanitize.reason(error)
-    worker = "dataloader worker" in reason.lower() and ("killed" in reason or "exited unexpectedly" in reason)
-    words = ("out of memory", "allocate memory", "resource_exhausted", "shared memory")
-    memory = worker or isinstance(error, MemoryError) or any(word in reason.lower() for word in words)
-    if not memory or isinstance(error, SystemExit):  # already one line
-        return None
-    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
-    doing, advice = next((PHASES[name] for name in names if name in PHASES), ("starting", STEP_ADVICE))
-    for note in getattr(error, "__notes__", []):
-        if note.startswith(IN_STEP) and doing == "starting":
-            doing, semicolon, way_out = note.removeprefix("in ").partition(";")
-            advice = f"{STEP_ADVICE}{semicolon}{way_out}"
-    if worker or isinstance(error, MemoryError) or "shared memory" in reason:
-        doing, advice = f"host memory, {doing}", "lower --dataloader_num_workers, or give the container more memory"
-    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    return f"out of memory{process}, {doing}: {advice} ({kind.__name__}: {reason[:200]})"

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .. import distributed, errors, files, library_errors, log
+from ..cli import out_of_memory
 from ..cli.config_file import public_config
 from ..data import changes
 from ..data.dataset import describe
@@ -152,7 +153,7 @@ class Progress:
         """Close the bar, so that an error is printed below it. Stack traces get a note with the step."""
         self._bar.close()
         if error is not None:
-            library_errors.note_step(error, self.step + 1, trained=self.step > self._began)
+            out_of_memory.note_step(error, self.step + 1, trained=self.step > self._began)
 
     def _announce_rate(self, rate: Callable[[int], float]) -> None:
         """Log the course of the learning rate, unless it is constant."""

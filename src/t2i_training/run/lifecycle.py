@@ -21,8 +21,8 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from .. import device, distributed, library_errors, log, sanitize
-from ..cli import packages
+from .. import device, distributed, log, sanitize
+from ..cli import out_of_memory, packages
 from ..errors import RunError
 from ..log import logger
 from . import missing_gpu, output_folder
@@ -155,7 +155,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except BaseException as error:
-        if line := library_errors.out_of_memory(error):
+        if line := out_of_memory.line(error):
             ending = RunError(line)
             log.error_into_file(ending)
             raise ending from error
