@@ -1,6 +1,7 @@
 """Stable Diffusion 1.5 and Kandinsky 2.2 of the real classes with random weights, at the real size or scaled down."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,3 +200,7 @@ SAVERS = {
     "prior": lambda target, networks: prior_pipeline(networks, target).save_pretrained(target),
     "decoder": _save_decoder,
 }
+
+
+if __name__ == "__main__":  # models.py FOLDER SIZE NAMES...
+    build(Path(sys.argv[1]), sys.argv[2], set(sys.argv[3:]))

@@ -2,17 +2,21 @@
 
 import contextlib
 import functools
+import math
 import shutil
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import runs
 
 REFERENCE, PLAIN, CACHED = "reference", "plain", "cached"
-VARIANTS = {PLAIN: [], CACHED: ["--cache_encodings"], "compiled": ["--cache_encodings", "--torch_compile"]}
+COMPILED = "compiled"
+VARIANTS = {PLAIN: [], CACHED: ["--cache_encodings"], COMPILED: ["--cache_encodings", "--torch_compile"]}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Bench:
     cuda: bool
     common: list[str]
     variants: dict[str, list[str]]
+    together: bool = False  # on a GPU, which then holds all variants of a script but the compiled one at once
+    deadline: float = math.inf  # of time.monotonic(), after which nothing is begun
 
     def output(self, name: str) -> Path:
         """An output folder that is not there."""
@@ -64,6 +70,9 @@ class Bench:
         if "--cache_encodings" in tokens and "encodings_dir" not in changes:
             tokens += ["--encodings_dir", str(self.encodings(name))]
         return runs.Run(script, tokens, self.work)
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
 
     def encodings(self, name: str) -> Path:
         return self.work / "encodings" / self.size / name
@@ -98,36 +107,60 @@ def scripts_of(bench: Bench, name: str) -> dict[str, Path]:
     return found
 
 
-def measure(bench: Bench, name: str) -> dict[str, Result]:
-    """All variants of a script. What caching all images adds to a start is in the result named "cold"."""
-    scripts = scripts_of(bench, name)
+def stages(bench: Bench) -> list[list[str]]:
+    """Variants, reference included, in the order in which all scripts are measured: compiling takes the longest."""
+    everything = [REFERENCE, *bench.variants]
+    if not bench.together:
+        return [everything]
+    return [[name for name in everything if name != COMPILED], [COMPILED]]
+
+
+def measure(bench: Bench, name: str, chosen: list[str]) -> dict[str, Result]:
+    """Those of the chosen variants that a script has. What caching all images adds to a start is in the result "cold";
+    `together`, it is the start of the one cached run.
+    """
+    scripts = {variant: script for variant, script in scripts_of(bench, name).items() if variant in chosen}
     results = {variant: Result() for variant in scripts}
     if CACHED in scripts:
         shutil.rmtree(bench.encodings(name), ignore_errors=True)
-        results["cold"] = Result()
-        with _noting_failure(results["cold"]), bench.start(name, CACHED, scripts[CACHED]) as run:
-            results["cold"].start, results["cold"].caching = run.started, run.caching
+        if not bench.together:
+            results["cold"] = Result()
+            with _noting_failure(results["cold"]), bench.start(name, CACHED, scripts[CACHED]) as run:
+                results["cold"].start, results["cold"].caching = run.started, run.caching
     alternate(bench, name, scripts, results)
+    if CACHED in scripts and bench.together:
+        cached = results[CACHED]
+        results["cold"] = Result(start=cached.start, caching=cached.caching)
+        cached.start, cached.caching = None, 0.0
     return results
 
 
 def alternate(bench: Bench, name: str, scripts: dict[str, Path], results: dict[str, Result]) -> None:
-    """Measure the variants of script `name` in turns; on a GPU one after the other."""
-    # Several networks at once do not fit on a GPU; there the clock is steadier too.
-    for group in [[variant] for variant in scripts] if bench.cuda else [list(scripts)]:
+    """Measure the variants of script `name` in turns; on a GPU one after the other, unless it holds them `together`."""
+    alone = [[variant] for variant in scripts]
+    for group in alone if bench.cuda and not bench.together else [list(scripts)]:
         _take_turns(bench, name, {variant: scripts[variant] for variant in group}, results)
+    for variant in [variant for variant in scripts if bench.together and "memory" in results[variant].failed]:
+        results[variant] = Result()
+        _take_turns(bench, name, {variant: scripts[variant]}, results)
 
 
 def _take_turns(bench: Bench, name: str, scripts: dict[str, Path], results: dict[str, Result]) -> None:
     plan, under_way = bench.plan, {}
     with contextlib.ExitStack() as stack:
-        for variant, script in scripts.items():
+
+        def begin(variant: str) -> None:
             with _noting_failure(results[variant]):
-                run = stack.enter_context(bench.start(name, variant, script))
+                run = stack.enter_context(bench.start(name, variant, scripts[variant]))
                 results[variant].start, results[variant].caching = run.started, run.caching
                 results[variant].compiling = run.compiling
-                run.turn(plan.dropped)
                 under_way[variant] = run
+
+        with ThreadPoolExecutor(len(scripts) if bench.together else 1) as pool:
+            list(pool.map(begin, scripts))
+        for variant, run in list(under_way.items()):
+            with _noting_failure(results[variant]):
+                run.turn(plan.dropped)
         for _ in range(plan.rounds):
             for variant in [variant for variant in under_way if not results[variant].failed]:
                 with _noting_failure(results[variant]):

@@ -6,10 +6,12 @@ python benchmarks/run.py --size medium --reference_scripts DIR
 import argparse
 import dataclasses
 import importlib.metadata
+import math
 import shlex
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import flops
@@ -21,6 +23,7 @@ import runs
 import starts
 import torch
 
+BEGAN = time.monotonic()
 PARTS = ("flops", "rate", "starts", "checkpoint", "help")  # without flax, which needs JAX, and buckets
 # Height and width, of equal areas in the UNet at all depths: sides that it cannot halve are rounded up.
 BUCKETS = ((384, 384), (256, 576), (576, 256), (192, 768), (768, 192))
@@ -40,6 +43,9 @@ def parse_args():
     )
     parser.add_argument("--flags", default="", help="Flags that every run gets, the reference's too.")
     parser.add_argument("--batch", type=int, help="Images in an update.")
+    parser.add_argument("--images", type=int, help="Images in the data set.")
+    parser.add_argument("--together", action="store_true", help="On a GPU, hold a script's variants at once.")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="Begin no measurement after so many.")
     parser.add_argument("--samples", nargs="+", type=int, default=[1000, 10000], help="Data sets of the cache starts.")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "t2i-benchmarks"))
     return parser.parse_args()
@@ -49,6 +55,8 @@ def prepare(args) -> rates.Bench:
     """Models, images and plan."""
     plan, scale = rates.PLANS[args.size], models.SCALES[args.size]
     square = (scale.resolution, scale.resolution)
+    if args.images:
+        plan = dataclasses.replace(plan, pictures=args.images)
     if args.batch:
         plan = dataclasses.replace(plan, batch=dict.fromkeys(plan.batch, args.batch))
     variants = args.variants or list(rates.VARIANTS)[: None if args.size == "full" else 2]
@@ -59,6 +67,7 @@ def prepare(args) -> rates.Bench:
         cuda=torch.cuda.is_available(), common=shlex.split(args.flags),
         variants={name: rates.VARIANTS[name] for name in variants}
         | {name: shlex.split(flags) for name, _, flags in (text.partition("=") for text in args.variant)},
+        together=args.together, deadline=BEGAN + args.seconds,
     )  # fmt: skip
     if args.size == "full":
         bench.common += ["--mixed_precision", "bf16", "--dataloader_num_workers", "8"]
@@ -67,14 +76,21 @@ def prepare(args) -> rates.Bench:
 
 def add_rates(args, bench: rates.Bench, results: report.Report) -> None:
     """The tables of all scripts, with each script anew: what was measured before an interruption is in the file."""
-    with bench.start(args.scripts[0], "plain", runs.own_script(args.scripts[0])):
-        pass  # thrown away: from here on file caches are warm, and `datasets` knows the images
-    ceiling = flops.matrix_rate("cuda" if bench.cuda else "cpu", torch.bfloat16 if bench.cuda else torch.float32)
-    measured, before = {}, results.mark()
-    for name in args.scripts:
-        measured[name] = rates.measure(bench, name)
-        results.back(before)
-        add_rate_tables(bench, measured, ceiling, results)
+    if not bench.together:
+        with bench.start(args.scripts[0], "plain", runs.own_script(args.scripts[0])):
+            pass  # thrown away: from here on file caches are warm, and `datasets` knows the images
+    ceiling = flops.matrix_rate(*(("cuda", torch.bfloat16) if bench.cuda else ("cpu", torch.float32)), args.size)
+    measured, late, before = {}, [], results.mark()
+    for variants in rates.stages(bench):
+        for name in args.scripts:
+            if bench.late():
+                late += [f"{name} {variant}" for variant in variants if variant in rates.scripts_of(bench, name)]
+                continue
+            measured[name] = measured.get(name, {}) | rates.measure(bench, name, variants)
+            results.back(before)
+            add_rate_tables(bench, measured, ceiling, results)
+    if late:
+        results.add(f"Not reached within {args.seconds:g} s: {', '.join(late)}.")
 
 
 def add_rate_tables(bench: rates.Bench, measured: dict, ceiling: float, results: report.Report) -> None:
@@ -130,7 +146,7 @@ def add_buckets(args, bench: rates.Bench, results: report.Report) -> None:
         plan=dataclasses.replace(bench.plan, dropped=15, rounds=15, updates=5), reference=None,
         variants={rates.PLAIN: [], "buckets": ["--use_aspect_ratio_buckets", "--aspect_ratio_buckets", named]},
     )  # fmt: skip
-    measured = {name: rates.measure(bench, name) for name in args.scripts}
+    measured = {name: rates.measure(bench, name, list(bench.variants)) for name in args.scripts}
     text = f"60 images of five shapes, plain in squares of {BUCKETS[0][0]} px, and in `{named}`, of the same area."
     results.add(f"### Aspect-ratio buckets, images/s\n\n{text}\n\n{report.rate_table(bench, measured)}")
     if reasons := report.failures(measured):
@@ -159,7 +175,9 @@ def main() -> None:
         "buckets": add_buckets,
     }  # fmt: skip
     for part, add in parts.items():
-        if part in args.parts:
+        if part in args.parts and bench.late():
+            results.add(f"Not reached within {args.seconds:g} s: {part}.")
+        elif part in args.parts:
             add(args, bench, results)
 
 

@@ -32,7 +32,9 @@ def drawn_each_time(draw_curves_once, monkeypatch):
 
 @pytest.fixture
 def started(sd_flags, tmp_path):
-    """started(**flags): a Progress over the six test images, ready to count; its files are below tmp_path / "out"."""
+    """started(**flags): a Progress over the six test images, ready to count; its files are below tmp_path / "out".
+
+    started.end() ends it."""
 
     def start(position=None, **changes) -> Progress:
         if position:
@@ -45,9 +47,10 @@ def started(sd_flags, tmp_path):
         output_folder.take_over(progress.config, accelerator, progress.step)
         progress.open(torch.nn.Linear(3, 5), lambda network, batch: network(batch["pixels"]).mean(), rate)
         stack.callback(progress.close)
-        return stack.enter_context(progress)
+        return stack.enter_context(progress.loop())
 
     with contextlib.ExitStack() as stack:
+        start.end = stack.close
         yield start
 
 
@@ -213,7 +216,7 @@ def test_a_narrow_terminal_cuts_off_what_matters_least(started, clock, monkeypat
     for _ in range(4):
         clock.now += 2.0
         update(progress, 1.0)
-    progress.__exit__(None, None, None)
+    started.end()
     bar = terminal.getvalue().split("\r")[-1]
     assert "| 4/15000 [" in bar
     assert "left=8:19:52, loss=1.0000, lr=" in bar

@@ -290,7 +290,7 @@ def main(argv=None):
 
     if validation.pending(args, progress):  # before the first update: the untouched model, first row of every grid
         validate()
-    with stop.after_step(), progress, checkpoints:
+    with stop.after_step(), checkpoints, progress.loop():
         while progress.step < progress.total and not stop.agreed:
             micro_batches = [next(stream) for _ in range(args.gradient_accumulation_steps)]
             loss, grad_norm = trained.step(flax_devices.place_batch(micro_batches, mesh), frozen, rate(progress.step))

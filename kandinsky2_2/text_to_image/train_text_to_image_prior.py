@@ -258,7 +258,7 @@ def main(argv=None):
 
     if validation.pending(args, progress):  # before the first update: the untouched model, first row of every grid
         validate()
-    with stop.after_step(), progress, checkpoints:
+    with stop.after_step(), checkpoints, progress.loop(checkpoints):
         while progress.step < progress.total and not stop.agreed:
             for group in optimizer.param_groups:
                 group["lr"] = rate(progress.step)

@@ -93,12 +93,12 @@ def line(error: BaseException) -> str | None:
     doing, advice = next((PHASES[name] for name, _ in frames if name in PHASES), ("starting", _in_step))
     continued = ""
     for note in getattr(error, "__notes__", []):
-        if note.startswith(IN_STEP) and doing == "starting":
-            doing, semicolon, way_out = note.removeprefix("in ").partition(";")
-            continued = f"{semicolon}{way_out}"
+        if note.startswith(IN_STEP):
+            step, semicolon, way_out = note.removeprefix("in ").partition(";")
+            doing, continued = step if doing == "starting" else doing, f"{semicolon}{way_out}"
     if callable(advice):
-        advice = advice(flags, bool(continued or flags.get("resume_from_checkpoint"))) + continued
+        advice = advice(flags, bool(continued or flags.get("resume_from_checkpoint")))
     if worker or isinstance(error, MemoryError) or "shared memory" in reason:
         doing, advice = f"host memory, {doing}", "lower --dataloader_num_workers, or give the container more memory"
     process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    return f"out of memory{process}, {doing}: {advice} ({kind.__name__}: {reason[:200]})"
+    return f"out of memory{process}, {doing}: {advice}{continued} ({kind.__name__}: {reason[:200]})"

@@ -3,10 +3,12 @@
 Losses stay on the device and are read once a logging interval.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from .. import distributed, errors, files, library_errors, log
+from .. import distributed, errors, files, library_errors, log, sanitize
 from ..cli import out_of_memory
 from ..cli.config_file import public_config
 from ..data import changes
@@ -140,20 +142,43 @@ class Progress:
         """Pass batches through, and measure how long the run waits for them (`data_wait`)."""
         return self._speed.timed(batches)
 
-    def __enter__(self) -> "Progress":
-        """Show the progress bar if stderr is a terminal; else `_report` logs lines."""
-        self._began, hidden = self.step, not self.accelerator.is_main_process or not sys.stderr.isatty()
+    @contextlib.contextmanager
+    def loop(self, checkpoints=None) -> Iterator["Progress"]:
+        """Context of the training loop: shows the progress bar if stderr is a terminal; else `_report` logs lines.
+
+        An error gets a note with the step. If memory has run out, what was trained is saved first into `checkpoints`.
+        """
+        began, hidden = self.step, not self.accelerator.is_main_process or not sys.stderr.isatty()
         self._bar = tqdm(
             total=self.total, initial=self.step, disable=hidden, dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )  # fmt: skip
-        return self
-
-    def __exit__(self, _kind, error, _traceback):
-        """Close the bar, so that an error is printed below it. Stack traces get a note with the step."""
+        try:
+            yield self
+        except BaseException as error:
+            self._bar.close()  # what is printed now stands below it
+            if checkpoints is not None and self.step > began and out_of_memory.line(error):
+                self._rescue(checkpoints, error)
+            out_of_memory.note_step(error, self.step + 1, trained=self.step > began)
+            raise
         self._bar.close()
-        if error is not None:
-            out_of_memory.note_step(error, self.step + 1, trained=self.step > self._began)
+
+    def _rescue(self, checkpoints, error: BaseException) -> None:
+        """Save the updates made, unless the error came within the next one's, which may have changed half the weights.
+
+        Not with several processes: the others may be in the middle of another step.
+        """
+        accumulation, micro_batches = self.accelerator.gradient_accumulation_steps, len(self._losses)
+        counted = len(self._grad_norms) * accumulation
+        if self.accelerator.num_processes > 1 or micro_batches - counted == accumulation:
+            return
+        traceback.clear_frames(error.__traceback__)  # they hold the step's activations
+        for held in (self._losses, self._indices, self._usable):
+            del held[counted:]  # of the update that was not finished
+        try:
+            self.save(checkpoints)
+        except Exception as failure:
+            logger.warning(f"what was trained since the last checkpoint cannot be saved: {sanitize.reason(failure)}")
 
     def _announce_rate(self, rate: Callable[[int], float]) -> None:
         """Log the course of the learning rate, unless it is constant."""
