@@ -2,6 +2,9 @@
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,6 +144,26 @@ def test_driver_that_is_too_old(machine, caplog):
         f"{ALTHOUGH}there is {machine}/dev/nvidia0: its driver is for CUDA 11.4, and torch 2.14.1 for CUDA 13.0: "
         "update the driver, or install a torch for the driver's CUDA"
     ]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that is built for CUDA")
+def test_torch_beside_a_driver_that_is_too_old(tmp_path):
+    """As torch says it, where CUDA's runtime answers as it does there."""
+    answers = [
+        "cudaGetDeviceCount(int *n) { *n = 0; return 35; }",
+        "cudaDriverGetVersion(int *n) { *n = 11040; return 0; }",
+    ]
+    (tmp_path / "old.c").write_text("".join(f"int {answer}" for answer in answers))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "old.so", tmp_path / "old.c"], check=True)
+    tool = tmp_path / "nvidia-smi"
+    tool.touch(0o755)
+    environment = os.environ | {"LD_PRELOAD": str(tmp_path / "old.so"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    program = "from t2i_training.run.missing_gpu import report_torch; report_torch(asked=False)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert (
+        f"although nvidia-smi is installed: its driver is for CUDA 11.4, and torch {torch.__version__}" in done.stderr
+    )
 
 
 def test_cpu_that_was_asked_for_is_no_warning(machine, caplog):

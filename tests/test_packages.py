@@ -1,6 +1,7 @@
 """Optional packages that were built for another torch: seen by nobody, unless a flag asks for them; then one line."""
 
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -76,6 +77,24 @@ def test_kernels_for_another_torch_are_one_line(modules, tmp_path, monkeypatch):
     packages.hide_unused(args)
     with pytest.raises(SystemExit, match=r"xformers does not work here: .* built for: PyTorch 2.10 \(you have 2.14\)"):
         packages.try_out(args, CPU)
+
+
+def test_compiler_for_another_torch_is_one_line(monkeypatch):
+    """On a GPU, whose kernels Triton makes; on the CPU it is not asked."""
+
+    def compile_(_function):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    args = SimpleNamespace(torch_compile="regional")
+    packages.try_out(args, CPU)
+    with pytest.raises(SystemExit) as stop:
+        packages.try_out(args, torch.device("cuda"))
+    assert re.fullmatch(
+        r"error: --torch_compile: triton \S+ does not work here: leave the flag out, or install a release for this "
+        r"torch \(RuntimeError: 0 active drivers \(\[\]\). There should only be one.\)",
+        stop.value.code,
+    )
 
 
 def test_what_a_run_hides_a_later_one_may_use(modules, broken, monkeypatch):

@@ -21,6 +21,7 @@ from ..cli import out_of_memory
 from ..cli.config_file import public_config
 from ..data import changes
 from ..data.dataset import describe
+from ..device import name as device_name
 from ..log import logger
 from ..run import checkpoint
 from ..run.output_folder import METRICS
@@ -50,7 +51,7 @@ class Progress:
         self.args, self.accelerator, self.dataset = args, accelerator, dataset
         self.seed, self.precision = seed, precision or accelerator.mixed_precision
         self.config = public_config(args) | {"seed": seed, "mixed_precision": self.precision}
-        self.devices, self.device = devices * accelerator.num_processes, device or accelerator.device
+        self.devices, self.device = devices * accelerator.num_processes, device or device_name(accelerator.device)
         self.effective_batch, self.total = plan_updates(args, len(dataset), self.devices)
         self.step, self.samples_seen = position.get("step", 0), position.get("samples_seen", 0)
         images = len({info.digest for info in image_infos})
