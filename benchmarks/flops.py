@@ -64,7 +64,7 @@ def _train(network, base: str, scale: models.Scale) -> None:
 
 def matrix_rate(device: str, dtype: torch.dtype, size: str) -> float:
     """What a large matrix product reaches on this device, in TFLOP/s: the practical ceiling of a training step."""
-    side = 8192 if device == "cuda" and size == "full" else 2048
+    side = {"tiny": 256, "medium": 2048, "full": 8192 if device == "cuda" else 2048}[size]
     a = torch.randn(side, side, device=device, dtype=dtype)  # a GPU is faster at numbers that are all alike
     return 2 * side**3 / 1e12 / min(_seconds(lambda: a @ a, device) for _ in range(10))
 

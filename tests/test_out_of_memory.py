@@ -60,6 +60,9 @@ def too_much() -> RuntimeError:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
         too_much(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("NCCL error: Last error:\nFailed to CUDA calloc async 608 bytes"),
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes."),  # JAX's
     ],
     ids=repr,

@@ -84,7 +84,10 @@ def line(error: BaseException) -> str | None:
     """One line for an exception that means out of memory, on GPU or host; None for other exceptions."""
     kind, reason = type(error), sanitize.reason(error)
     worker = "dataloader worker" in reason.lower() and ("killed" in reason or "exited unexpectedly" in reason)
-    words = ("out of memory", "allocate memory", "resource_exhausted", "shared memory")
+    words = (
+        "out of memory", "allocate memory", "resource_exhausted", "shared memory",
+        "alloc_failed", "allocation_failed", "failed to cuda calloc",  # of cuBLAS, cuDNN, NCCL
+    )  # fmt: skip
     memory = worker or isinstance(error, MemoryError) or any(word in reason.lower() for word in words)
     if not memory or isinstance(error, SystemExit):  # already one line
         return None
