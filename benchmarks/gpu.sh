@@ -24,7 +24,7 @@ if [[ -z ${WORK:-} ]]; then
   trap 'rm -rf "$WORK"' EXIT
 fi
 mkdir -p "$WORK"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 # The tests run while the models are built, which takes little of the GPU.
 timeout "$((end - SECONDS + 60))" "$python" -m pytest -m gpu -k "${TESTS:-test}" -rfE --tb=short \

@@ -66,7 +66,9 @@ def test_precision_that_the_device_lacks(command, monkeypatch):
             load_script("sd").main(command("sd", mixed_precision="fp16"))
     finally:
         PartialState._reset_state()
-    assert stop.value.code.startswith("error: mixed precision fp16 does not work on this device (meta): fp16 mixed ")
+    assert stop.value.code.startswith(
+        "error: accelerate does not start with mixed precision fp16 on meta: fp16 mixed precision requires "
+    )
     assert stop.value.code.endswith("(not 'meta'); take --mixed_precision=no")
 
 

@@ -84,8 +84,9 @@ def _make_accelerator(args, on_cpu: bool, precision: str | None) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
     except (ValueError, RuntimeError) as error:  # e.g. fp16 on Apple's GPUs before torch 2.8
-        what = f"mixed precision {precision} does not work on this device ({PartialState().device.type})"
-        raise RunError(f"{what}: {sanitize.reason(error).rstrip('.')}; take --mixed_precision=no") from error
+        what = f"accelerate does not start with mixed precision {precision or 'no'} on {PartialState().device.type}"
+        way_out = "; take --mixed_precision=no" if precision in ("fp16", "bf16") else ""
+        raise RunError(f"{what}: {sanitize.reason(error).rstrip('.')}{way_out}") from error
 
 
 def _check_device(accelerator) -> None:
