@@ -2,11 +2,13 @@
 
 import contextlib
 
+import psutil
 import pytest
 import torch
 from conftest import load_script
 from runs import outcome
 from scripts import SCRIPTS, TORCH
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from t2i_training.cli import out_of_memory
 from t2i_training.model import ema
@@ -94,6 +96,33 @@ def test_while_images_are_drawn(command, tmp_path):
     assert (pieces / "validation" / "step-000003.png").read_bytes() == (
         whole / "validation" / "step-000003.png"
     ).read_bytes()
+
+
+def test_loader_worker_that_is_killed(command, tmp_path):
+    """As the kernel does when host memory runs out."""
+    tokens = command("sd_lora", output_dir=tmp_path / "out", dataloader_num_workers=1, max_train_steps=50)
+    steps, this = [], psutil.Process()
+
+    def kill(*_):
+        steps.append(1)
+        if len(steps) == 3:
+            forked = [child for child in this.children() if child.cmdline() == this.cmdline()]
+            max(forked, key=lambda child: child.create_time()).kill()
+
+    hook = register_optimizer_step_post_hook(kill)
+    try:
+        with pytest.raises(RuntimeError) as error:
+            load_script("sd_lora").main(tokens)
+    finally:
+        hook.remove()
+    line = out_of_memory.line(error.value)
+    assert line.startswith("out of memory, host memory, step ")
+    assert (
+        ": lower --dataloader_num_workers, or give the container more memory; --resume_from_checkpoint=latest" in line
+    )
+    saved = checkpoints(tmp_path / "out")
+    assert saved in ([f"checkpoint-{step}"] for step in range(2, len(steps) + 1))
+    assert checkpoint.verify(tmp_path / "out" / saved[0]) is None
 
 
 def test_not_even_enough_to_save(command, tmp_path, monkeypatch, caplog):

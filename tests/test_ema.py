@@ -71,6 +71,9 @@ def test_offloaded_average_takes_little_of_the_device(network, monkeypatch):
     ema.update(average, network)
     assert average.optimization_step == 1
     assert torch.cuda.max_memory_allocated() - before < 4 * largest
+    with ema.averaged(average, network):  # for validation and export
+        assert torch.equal(next(network.parameters()).cpu(), average.shadow_params[0])
+    assert torch.cuda.max_memory_allocated() - before < 4 * largest
 
 
 @pytest.mark.gpu
@@ -113,6 +116,16 @@ def test_averaged_weights_are_taken_back_after_an_exception(network):
     own = weights(network)
     with pytest.raises(KeyboardInterrupt), ema.averaged(average, network):
         raise KeyboardInterrupt
+    assert equal(weights(network), own)
+
+
+def test_averaged_weights_are_taken_back_if_only_some_could_be_lent(network):
+    average = ema.make_ema(network)
+    run(network, average)
+    own = weights(network)
+    average.shadow_params[1] = torch.zeros(3, 5, 7)
+    with pytest.raises(RuntimeError, match="must match"), ema.averaged(average, network):
+        pass
     assert equal(weights(network), own)
 
 

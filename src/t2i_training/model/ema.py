@@ -73,8 +73,10 @@ def averaged(ema: EMAModel | None, model):
         return
     parameters = list(model.parameters())
     ema.store(parameters)
-    ema.copy_to(parameters)
     try:
+        # EMAModel.copy_to, with foreach, would have all of an offloaded average on the device at once.
+        for parameter, average in zip(parameters, ema.shadow_params, strict=True):
+            parameter.data.copy_(average)
         yield model
     finally:
         ema.restore(parameters)
