@@ -88,6 +88,24 @@ def test_gpu_of_amd(machine, caplog, monkeypatch):
     assert said(caplog)[-1] == f"{found}ROCR_VISIBLE_DEVICES= hides it: unset it or, {CLUSTER}"
 
 
+def test_gpu_whose_driver_fails(machine, caplog, monkeypatch):
+    """It cannot be opened either, and what says more is the driver's tool."""
+
+    def fails(*_):
+        raise OSError(6, os.strerror(6))
+
+    def begin():
+        raise RuntimeError("No CUDA GPUs are available")
+
+    (machine / "dev" / "nvidia0").touch()
+    tool(machine, "echo 'No devices were found'; exit 6")
+    monkeypatch.setattr(missing_gpu.os, "open", fails)
+    missing_gpu.report(None, lambda _maker: None, begin)
+    assert caplog.messages == [
+        f"{ALTHOUGH}there is {machine}/dev/nvidia0: No CUDA GPUs are available; nvidia-smi says: No devices were found"
+    ]
+
+
 def refused(*_):
     raise PermissionError(1, os.strerror(1))
 

@@ -100,12 +100,14 @@ def _closed(maker: str) -> str | None:
     devices = _devices(maker)
     if not devices and _entries(LISTED):
         return "this container was started without it: docker run --gpus all, apptainer --nv"
-    try:
-        for device in devices:
+    for device in devices:
+        try:
             os.close(os.open(device, os.O_RDWR))
-    except OSError as error:
-        way_out = "become a member of the groups render and video" if maker == "AMD" else ASK
-        return f"{device} cannot be opened ({error.strerror}): {way_out}"
+        except PermissionError as error:
+            way_out = "become a member of the groups render and video" if maker == "AMD" else ASK
+            return f"{device} cannot be opened ({error.strerror}): {way_out}"
+        except OSError:  # the driver fails, of which `_broken` says more
+            return None
     return None
 
 
