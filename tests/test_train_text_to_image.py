@@ -940,9 +940,9 @@ def test_averages_placement_and_fused_sweep(run, parse, base):
         average = ema.make_ema(copy.deepcopy(base.unet).to("meta"), base.unet, **changes)
         return {str(tensor.device) for tensor in average.shadow_params}, average.foreach
 
-    assert device_and_sweep() == ({"meta"}, False)
-    assert device_and_sweep(offload=True) == ({"cpu"}, False)
-    assert device_and_sweep(foreach=True) == ({"meta"}, True)
+    assert device_and_sweep() == ({"meta"}, True)
+    assert device_and_sweep(offload=True) == ({"cpu"}, True)
+    assert [ema.make_ema(base.unet, foreach=wanted).foreach for wanted in (False, True)] == [False, True]
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -12,8 +12,8 @@ from .errors import RunError
 
 
 def pins_memory(device: torch.device) -> bool:
-    """Whether pinned host memory makes copies to the device faster. Apple's GPUs share the host's memory."""
-    return device.type not in ("cpu", "mps")
+    """Whether pinned host memory makes copies to the device faster: not if it shares the host's memory, or has none."""
+    return device.type not in ("cpu", "mps", "meta")
 
 
 def release_memory(device: torch.device) -> None:
