@@ -16,6 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false XLA_PYTHON_CLIENT_PREALLOCATE=false
 python=${PYTHON:-python} size=${SIZE:-full} output=${OUTPUT:-benchmarks/RESULTS.md} end=$((SECONDS + 60 * ${MINUTES:-10}))
 read -ra scripts <<<"${SCRIPTS:-sd sd_lora decoder prior decoder_lora prior_lora}"
+left() { echo "$((end > SECONDS ? end - SECONDS : 0))"; }
 
 if [[ -z ${WORK:-} ]]; then
   parent=${TMPDIR:-/tmp}
@@ -27,7 +28,7 @@ mkdir -p "$WORK"
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 # The tests run while the models are built, which takes little of the GPU.
-timeout "$((end - SECONDS + 60))" "$python" -m pytest -m gpu -k "${TESTS:-test}" -rfE --tb=short \
+timeout "$(($(left) + 60))" "$python" -m pytest -m gpu -k "${TESTS:-test}" -rfE --tb=short \
   --numprocesses "${TEST_PROCESSES:-8}" --dist load &>"$WORK/tests.log" &
 tests=$!
 mapfile -t bases < <(printf '%s\n' "${scripts[@]%_lora}" | sort -u)
@@ -37,8 +38,8 @@ tests=$?
 echo "tests and models: $((SECONDS)) s; the tests ended with status $tests"
 
 rates() { # PARTS FLAGS...: what is left of the time goes to it
-  timeout "$((end - SECONDS + 60))" "$python" benchmarks/run.py --size "$size" --work "$WORK" --together --append \
-    --output "$output" --seconds "$((end - SECONDS))" --parts "$@"
+  timeout "$(($(left) + 60))" "$python" benchmarks/run.py --size "$size" --work "$WORK" --together --append \
+    --output "$output" --seconds "$(left)" --parts "$@"
 }
 measure=(--variants plain cached compiled --batch "${BATCH:-8}" --images "${IMAGES:-256}")
 [[ $size != full ]] && measure+=(--flags=--mixed_precision=bf16)
@@ -46,7 +47,7 @@ rates rate "${measure[@]}" --scripts "${scripts[@]}" ${1:+--reference_scripts "$
 rates flax "${measure[@]}" --scripts sd
 
 {
-  printf '\n### Tests marked gpu\n\n    %s\n\n' "$(grep -E '(passed|failed|error)' "$WORK/tests.log" | tail -1)"
+  printf '\n### Tests marked gpu\n\n    %s\n\n' "$(grep -E '(passed|failed|errors?|skipped|no tests ran)' "$WORK/tests.log" | tail -1)"
   grep -E '^(FAILED|ERROR)' "$WORK/tests.log" | sed 's/^/    /'
   [[ $tests -ge 124 ]] && echo "    not ended in time"
 } >>"$output"
