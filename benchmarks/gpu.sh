@@ -7,7 +7,7 @@
 #
 # MINUTES (10)   after which nothing begins; what is under way is given a minute more
 # SIZE (full)    of the networks: full needs 31 GB in WORK, and 80 GB of GPU memory for three runs at once
-# SCRIPTS        those to measure, the most wanted first; also BATCH (8), IMAGES (256)
+# SCRIPTS        those to measure, the most wanted first; also BATCH (8), IMAGES (320: one epoch)
 # WORK           a folder for models and images; by default one that is removed, in memory if there is room
 # OUTPUT         the file that the tables are added to (benchmarks/RESULTS.md)
 # PYTHON (python), TEST_PROCESSES (8), TESTS (an expression for pytest's -k)
@@ -41,7 +41,7 @@ rates() { # PARTS FLAGS...: what is left of the time goes to it
   timeout "$(($(left) + 60))" "$python" benchmarks/run.py --size "$size" --work "$WORK" --together --append \
     --output "$output" --seconds "$(left)" --parts "$@"
 }
-measure=(--variants plain cached compiled --batch "${BATCH:-8}" --images "${IMAGES:-256}")
+measure=(--variants plain cached compiled --batch "${BATCH:-8}" --images "${IMAGES:-320}")
 [[ $size != full ]] && measure+=(--flags=--mixed_precision=bf16)
 rates rate "${measure[@]}" --scripts "${scripts[@]}" ${1:+--reference_scripts "$1"}
 rates flax "${measure[@]}" --scripts sd

@@ -110,16 +110,18 @@ def scripts_of(bench: Bench, name: str) -> dict[str, Path]:
 def stages(bench: Bench) -> list[list[str]]:
     """Variants, reference included, in the order in which all scripts are measured: compiling takes the longest."""
     everything = [REFERENCE, *bench.variants]
-    if not bench.together:
+    if not bench.together or COMPILED not in everything:
         return [everything]
     return [[name for name in everything if name != COMPILED], [COMPILED]]
 
 
 def measure(bench: Bench, name: str, chosen: list[str]) -> dict[str, Result]:
-    """Those of the chosen variants that a script has. What caching all images adds to a start is in the result "cold";
-    `together`, it is the start of the one cached run.
+    """Those of the chosen variants that a script has. A start that caches all images is the result "cold"; `together`
+    it is not told apart: the one cached run caches them, beside the starts of the others.
     """
     scripts = {variant: script for variant, script in scripts_of(bench, name).items() if variant in chosen}
+    if not scripts:
+        return {}
     results = {variant: Result() for variant in scripts}
     if CACHED in scripts:
         shutil.rmtree(bench.encodings(name), ignore_errors=True)
@@ -128,10 +130,6 @@ def measure(bench: Bench, name: str, chosen: list[str]) -> dict[str, Result]:
             with _noting_failure(results["cold"]), bench.start(name, CACHED, scripts[CACHED]) as run:
                 results["cold"].start, results["cold"].caching = run.started, run.caching
     alternate(bench, name, scripts, results)
-    if CACHED in scripts and bench.together:
-        cached = results[CACHED]
-        results["cold"] = Result(start=cached.start, caching=cached.caching)
-        cached.start, cached.caching = None, 0.0
     return results
 
 

@@ -133,7 +133,7 @@ def start_table(bench: rates.Bench, measured: dict) -> str:
     for name, results in measured.items():
         starts = [results[c].start if c in results else None for c in columns]
         cold, warm = results.get("cold"), results.get(rates.CACHED)
-        known = cold and cold.start
+        known = cold and cold.start and warm.start
         caching = f"{(cold.caching - warm.caching) / bench.plan.pictures * 1000:.3g}" if known else "-"
         rows.append([name, *(f"{start:.1f}" if start else "-" for start in starts), caching])
     return table(["script", *columns, "caching, s per 1000 images"], rows)

@@ -79,7 +79,8 @@ def add_rates(args, bench: rates.Bench, results: report.Report) -> None:
     if not bench.together:
         with bench.start(args.scripts[0], "plain", runs.own_script(args.scripts[0])):
             pass  # thrown away: from here on file caches are warm, and `datasets` knows the images
-    ceiling = flops.matrix_rate(*(("cuda", torch.bfloat16) if bench.cuda else ("cpu", torch.float32)), args.size)
+    device, dtype = ("cuda", torch.bfloat16) if bench.cuda else ("cpu", torch.float32)
+    ceiling = flops.matrix_rate(device, dtype, args.size)
     measured, late, before = {}, [], results.mark()
     for variants in rates.stages(bench):
         for name in args.scripts:

@@ -81,7 +81,7 @@ def test_while_the_weights_change(command, tmp_path):
 
 def test_while_images_are_drawn(command, tmp_path):
     """After the first epoch, when the optimizer has its state. They are drawn when the run goes on."""
-    options = {"validation_prompt": "a cat", "num_validation_images": 1, "validation_epochs": 1, "use_ema": None}
+    options = {"validation_prompt": "a cat", "num_validation_images": 1, "validation_epochs": 1}
     options |= {"max_train_steps": 4, "checkpointing_steps": 4}
     module, whole, pieces = load_script("sd_lora"), tmp_path / "whole", tmp_path / "pieces"
     module.main(command("sd_lora", output_dir=whole, **options))

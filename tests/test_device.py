@@ -49,7 +49,7 @@ def test_gpu_that_does_not_work(failing):
     failing("CUDA error: all CUDA-capable devices are busy or unavailable\nSearch for `cudaErrorDevicesUnavailable' in")
     assert ending() == (
         "error: the GPU does not work (CUDA error: all CUDA-capable devices are busy or unavailable): "
-        "see what nvidia-smi says, or take another with CUDA_VISIBLE_DEVICES"
+        "the driver's tool (nvidia-smi, rocm-smi, xpu-smi) may say which process holds it"
     )
 
 

@@ -84,6 +84,8 @@ def test_gpu_of_amd(machine, caplog, monkeypatch):
     monkeypatch.setattr(missing_gpu.os, "open", refused)
     groups = "become a member of the groups render and video"
     assert said(caplog)[-1] == f"{found}{kfd} cannot be opened (Operation not permitted): {groups}"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # which ROCm heeds as well
+    assert said(caplog)[-1] == f"{found}CUDA_VISIBLE_DEVICES=-1 hides it: unset it or, {CLUSTER}"
     monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "")
     assert said(caplog)[-1] == f"{found}ROCR_VISIBLE_DEVICES= hides it: unset it or, {CLUSTER}"
 

@@ -168,6 +168,7 @@ def test_a_launcher_may_have_chosen_the_precision(command, monkeypatch):
     assert BF16 in advised(tokens, "decoder_lora")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert BF16 not in advised(tokens, "decoder_lora")
+    assert BF16 in advised([*tokens, "--mixed_precision=no"], "decoder_lora"), "the flag has the last word"
 
 
 def test_step_and_process_are_named(monkeypatch):

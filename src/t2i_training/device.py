@@ -64,6 +64,6 @@ def try_out(device: torch.device) -> None:
                 f"{built}: install one that is, as https://pytorch.org/get-started/previous-versions says"
             ) from error
         raise RunError(
-            f"the GPU does not work ({reason[:200]}): see what nvidia-smi says, or take another with "
-            "CUDA_VISIBLE_DEVICES"
+            f"the GPU does not work ({reason[:200]}): the driver's tool (nvidia-smi, rocm-smi, xpu-smi) may say which "
+            "process holds it"
         ) from error

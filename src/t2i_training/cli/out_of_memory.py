@@ -28,7 +28,8 @@ def _in_step(flags: dict, resuming: bool) -> str:
             f"--train_batch_size={size // parts} with --gradient_accumulation_steps={steps} saves {1 - 1 / parts:.0%} "
             "of the activations"
         )
-    if {flags.get("mixed_precision") or "no", os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"} == {"no"}:
+    typed = "mixed_precision" in flags["typed"]
+    if (flags["mixed_precision"] if typed else os.environ.get("ACCELERATE_MIXED_PRECISION")) in (None, "no"):
         ways.append("--mixed_precision=bf16 saves half of the frozen networks and much of the activations")
     if flags.get("cache_encodings") is False:
         ways.append("--cache_encodings saves the frozen networks")

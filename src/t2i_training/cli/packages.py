@@ -18,7 +18,6 @@ UNUSED = (
 )  # fmt: skip
 LOOKING = ("accelerate", "diffusers", "peft", "transformers")  # import them if they are installed
 FLAGS = {"xformers": "enable_xformers_memory_efficient_attention", "bitsandbytes": "use_8bit_adam"}
-COMPILER = "torch_compile"  # the flag that needs Triton, on GPUs
 
 
 def hide_unused(args) -> None:
@@ -44,7 +43,7 @@ def hide_unused(args) -> None:
 def try_out(args, device) -> None:
     """Exit with one line if a package that a flag asks for does not work with this torch on this device."""
     trials = {"xformers": _try_xformers, "bitsandbytes": _try_bitsandbytes, "triton": _try_triton}
-    for name, flag in (FLAGS | {"triton": COMPILER}).items():
+    for name, flag in (*FLAGS.items(), ("triton", "torch_compile")):
         if not getattr(args, flag, False):
             continue
         try:

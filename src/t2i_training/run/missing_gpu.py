@@ -14,7 +14,10 @@ from ..log import logger
 # Of a container that was started without its GPUs, DEVICES has none, and LISTED all of the machine.
 DEVICES, LISTED = Path("/dev"), Path("/proc/driver/nvidia/gpus")
 WSL_TOOL = "/usr/lib/wsl/lib/nvidia-smi"
-VARIABLES = {"NVIDIA": ("CUDA_VISIBLE_DEVICES",), "AMD": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")}
+VARIABLES = {
+    "NVIDIA": ("CUDA_VISIBLE_DEVICES",),
+    "AMD": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+}
 HIDING = ("", "-1", "nodevfiles")  # the last is Slurm's, for a job without a GPU
 ASK = "on a cluster, ask for a GPU (Slurm: --gres=gpu:1)"
 
