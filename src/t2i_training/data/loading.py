@@ -7,6 +7,7 @@ import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 
 import torch
 
@@ -108,6 +109,15 @@ def _end_workers(iterator) -> None:
         iterator._shutdown_workers()
 
 
+def _ended_worker(iterator) -> int | None:
+    """The process number of a worker that has ended, or does so in 5 s: its sockets break a moment before.
+
+    torch asks only whether one has ended already, and would raise the socket's error.
+    """
+    pids = {worker.sentinel: worker.pid for worker in getattr(iterator, "_workers", [])}
+    return next((pids[ended] for ended in connection.wait(list(pids), timeout=5)), None) if pids else None
+
+
 def batches(loader, accelerator, stop) -> Iterator[dict]:
     """The loop's batches, on the device. A bad sample ends the run through `stop`, after the update is saved."""
     accumulation = accelerator.gradient_accumulation_steps
@@ -128,6 +138,10 @@ def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter)
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     except BadSample as error:
         raise RunError(_what_happened(error)) from error
+    except (OSError, EOFError) as error:
+        if pid := _ended_worker(iterator):
+            raise RuntimeError(f"DataLoader worker (pid {pid}) exited unexpectedly") from error  # in torch's words
+        raise
     finally:
         atexit.unregister(end_workers)
         end_workers()
