@@ -390,27 +390,31 @@ def test_sample_carries_its_index(pictures):
     assert np.unique([samples[(epoch, 5)]["drawn"].item() for epoch in range(9)]).size == 9
 
 
-def test_worker_that_is_killed_while_a_sample_is_on_its_way(pictures):
+def test_worker_that_is_killed_while_a_sample_is_on_its_way(pictures, tmp_path):
     """Its sockets break before its end is known, as when the kernel takes a process apart."""
-    dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
+    dataset, broken = open_dataset(options(train_data_dir=str(pictures)), seed=0), tmp_path / "broken"
 
     def make_sample(row, draw):
         if row[ROW_INDEX] == 3:  # the fourth visit: the third's sample waits to be fetched
             time.sleep(0.3)
             resource_sharer.stop()
-            time.sleep(1.2)
+            broken.touch()
+            time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         return {"pixels": torch.zeros(3)}
 
     args = options(dataloader_num_workers=1, train_batch_size=1)
     loader = loading.make_loader(dataset, shapes(dataset), make_sample, args, CPU, seed=3, start=0)
     stream = loading.batches(loader, CPU, StopRequest())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    next(stream)  # torch listens to its workers' end from now on
+    listening = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while not broken.exists():
+        time.sleep(0.01)
     try:
-        with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid \d+\) exited unexpectedly"):
-            [time.sleep(1) for _ in stream]
+        with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\) exited unexpectedly"):
+            list(stream)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, listening)
 
 
 CRASH = """
