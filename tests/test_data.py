@@ -1,5 +1,7 @@
 """Captioned images: what is refused and how it is said; which samples every update sees; what a visit draws."""
 
+import copy
+import errno
 import io
 import json
 import os
@@ -390,26 +392,35 @@ def test_sample_carries_its_index(pictures):
     assert np.unique([samples[(epoch, 5)]["drawn"].item() for epoch in range(9)]).size == 9
 
 
-def test_worker_that_is_killed_while_a_sample_is_on_its_way(pictures, tmp_path):
-    """Its sockets break before its end is known, as when the kernel takes a process apart."""
-    dataset, broken = open_dataset(options(train_data_dir=str(pictures)), seed=0), tmp_path / "broken"
+class Gone:
+    """Stands for a sample's memory whose owner, a worker, no longer answers."""
+
+    def detach(self):
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_worker_that_is_killed_while_a_sample_is_on_its_way(pictures, place):
+    """Its sockets break before its end is known, as when the kernel takes a process apart; with a GPU, another thread
+    notices it.
+    """
+    dataset = open_dataset(options(train_data_dir=str(pictures)), seed=0)
 
     def make_sample(row, draw):
-        if row[ROW_INDEX] == 3:  # the fourth visit: the third's sample waits to be fetched
-            time.sleep(0.3)
-            resource_sharer.stop()
-            broken.touch()
+        if row[ROW_INDEX] == 0:  # the third visit
+            resource_sharer.DupFd = lambda _file: Gone()
+        if row[ROW_INDEX] == 3:  # the fourth
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         return {"pixels": torch.zeros(3)}
 
-    args = options(dataloader_num_workers=1, train_batch_size=1)
-    loader = loading.make_loader(dataset, shapes(dataset), make_sample, args, CPU, seed=3, start=0)
-    stream = loading.batches(loader, CPU, StopRequest())
+    args, accelerator = options(dataloader_num_workers=1, train_batch_size=1), copy.copy(CPU)
+    accelerator.device = torch.device(place)
+    loader = loading.make_loader(dataset, shapes(dataset), make_sample, args, accelerator, seed=3, start=0)
+    stream = loading.batches(loader, accelerator, StopRequest())
     next(stream)  # torch listens to its workers' end from now on
     listening = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    while not broken.exists():
-        time.sleep(0.01)
+    time.sleep(0.5)  # in which the third sample has come
     try:
         with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\) exited unexpectedly"):
             list(stream)

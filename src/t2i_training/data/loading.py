@@ -138,8 +138,9 @@ def on_device(loader, accelerator, order: Callable[[Iterator], Iterator] = iter)
             yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     except BadSample as error:
         raise RunError(_what_happened(error)) from error
-    except (OSError, EOFError) as error:
-        if pid := _ended_worker(iterator):
+    except (OSError, EOFError, RuntimeError) as error:
+        lost = not isinstance(error, RuntimeError) or "Pin memory thread" in str(error)  # it reads the workers' sockets
+        if lost and (pid := _ended_worker(iterator)):
             raise RuntimeError(f"DataLoader worker (pid {pid}) exited unexpectedly") from error  # in torch's words
         raise
     finally:
